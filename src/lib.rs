@@ -1,5 +1,15 @@
 //! Warren: the pod network of a Kubernetes cluster whose nodes cannot route pod traffic to each other.
-#![deny(missing_docs)]
 
+pub mod datapath;
 pub mod packet;
 pub mod snapshot;
+pub mod tunnel;
+
+#[cfg(feature = "agent")]
+pub mod demo;
+#[cfg(feature = "agent")]
+pub mod io;
+#[cfg(feature = "agent")]
+pub mod state;
+#[cfg(feature = "agent")]
+pub mod status;

@@ -1,0 +1,3 @@
+//! The `warren` binary: everything is in the library.
+
+fn main() {}
