@@ -33,7 +33,7 @@ use crate::packet::icmp::IcmpLimiter;
 use crate::packet::{DropReason, Headers};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::TxBatch;
-use crate::tunnel::vxlan::Vxlan;
+use crate::tunnel::vxlan_link::VxlanLink;
 use crate::tunnel::wireguard::WireGuard;
 use conntrack::FlowTable;
 use route::RouteCache;
@@ -137,7 +137,7 @@ pub struct LaneConfig {
 pub struct Lane {
     id: LaneId,
     wireguard: WireGuard,
-    vxlan: Vxlan,
+    vxlan: VxlanLink,
     routes: RouteCache,
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
@@ -159,7 +159,7 @@ impl Lane {
         Lane {
             id: config.id,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
-            vxlan: Vxlan::new(config.vxlan_sources),
+            vxlan: VxlanLink::new(config.vxlan_sources),
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(config.seed.0),
             flows: config.flows,

@@ -2,6 +2,8 @@
 
 pub mod batch;
 pub mod limit;
+pub mod vxlan;
+pub mod vxlan_link;
 pub mod wireguard;
 
 pub use batch::{TxBatch, Via};
@@ -31,3 +33,5 @@ impl Segments for &[u8] {
         <[u8]>::len(self)
     }
 }
+//! To come.
+
