@@ -13,4 +13,6 @@ pub mod segment;
 pub mod vnet;
 
 pub use drop::DropReason;
+pub use icmp::{IcmpError, IcmpLimiter};
 pub use parse::{Fragment, Headers, L4, parse};
+pub use rewrite::{ChecksumState, Rewrite};
