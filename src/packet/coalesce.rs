@@ -14,16 +14,13 @@
 //! the identification of IPv4 packets that may not be fragmented (RFC 6864 gives it no meaning) and for
 //! merged acknowledgements ([`Offloads::acks`]).
 
-use std::net::IpAddr;
+use super::vnet::VNET_HDR_LEN;
+use super::{DropReason, Headers, L4};
+use frame::{Building, Kind, ends_frame, is_right, kind};
+use table::{Table, flow_hash};
 
-use super::checksum::{checksum, fold, verify_ipv4_header, verify_transport};
-use super::segment::{
-    IPV6_HEADER, TCP_ACK, TCP_CHECKSUM, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, UDP_CHECKSUM, pseudo, put,
-};
-use super::vnet::{
-    DATA_VALID, GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VNET_HDR_LEN, VnetHdr,
-};
-use super::{DropReason, Fragment, Headers, L4};
+mod frame;
+mod table;
 
 /// Most packets in one frame: the kernel's UDP_MAX_SEGMENTS was 64 until 6.9 (`include/linux/udp.h`), and it
 /// refuses a longer frame whole.
@@ -31,13 +28,6 @@ pub const MAX_SEGMENTS: u16 = 64;
 
 /// Most acknowledgements that become one; see [`Offloads::acks`].
 pub const MAX_ACKS: u16 = 4;
-
-/// Longest joined packet: IPv4's length field; for IPv6 the same, to be plain.
-const MAX_LEN: u32 = 65_535;
-
-/// Geneve (RFC 8926), VXLAN (RFC 7348) and Linux's older VXLAN port: kernels up to 6.8.4 drop joined
-/// datagrams that land in a tunnel device (`udp_unexpected_gso`), and a pod may run one.
-const TUNNEL_PORTS: [u16; 3] = [6081, 4789, 8472];
 
 /// Which of the caller's two buffers a packet is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,54 +148,6 @@ pub struct TunBatch {
     table: Table,
 }
 
-/// A frame in the making.
-#[derive(Debug)]
-struct Building {
-    headers: Headers,
-    hash: u32,
-    kind: Kind,
-    first: u16,
-    last: u16,
-    packets: u16,
-    /// Payload of each packet but the last.
-    size: u16,
-    /// Length of the frame so far.
-    total_len: u32,
-    /// Bytes of all packets, merged acknowledgements too.
-    bytes: u32,
-    /// The sequence number that comes next.
-    next_seq: u32,
-    /// The last packet's flags that the frame takes over.
-    end_flags: u8,
-    checked: Checked,
-    vnet: VnetHdr,
-    /// Where its pieces are, once finished.
-    pieces: (u32, u32),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Nothing can join.
-    Alone,
-    /// TCP payload.
-    Tcp,
-    /// A pure acknowledgement.
-    Ack,
-    /// A UDP datagram.
-    Udp,
-    /// Will not be written.
-    Discarded,
-}
-
-/// What is known of the first packet's checksums. They are computed when a second packet comes along, not
-/// before: the kernel checks lone packets itself, and would do so anyway.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Checked {
-    NotYet,
-    Right,
-    Wrong,
-}
-
 #[derive(Clone, Copy, Debug)]
 struct Item {
     piece: Piece,
@@ -291,13 +233,7 @@ impl TunBatch {
 
     /// The first packet of each frame, in order.
     pub fn heads(&self) -> impl Iterator<Item = Head<'_>> {
-        self.frames.iter().enumerate().filter(|(_, frame)| frame.kind != Kind::Discarded).map(
-            |(index, frame)| {
-                let piece = self.items[usize::from(frame.first)].piece;
-                let Building { headers, packets, bytes, .. } = frame;
-                Head { index, piece, headers, packets: *packets, bytes: *bytes }
-            },
-        )
+        (0..self.frames.len()).filter_map(|index| self.head(index))
     }
 
     /// Number of frames begun, discarded ones included: [`Head::index`] is below it.
@@ -373,27 +309,7 @@ impl TunBatch {
     fn begin(&mut self, piece: Piece, packet: &[u8], headers: &Headers, hash: u32, kind: Kind) {
         let item = self.items.len() as u16;
         self.items.push(Item { piece, next: NONE });
-        let size = headers.total_len.saturating_sub(headers.payload_offset() as u32) as u16;
-        let next_seq = match kind {
-            Kind::Tcp | Kind::Ack => be32(packet, headers, 4).wrapping_add(size.into()),
-            Kind::Alone | Kind::Udp | Kind::Discarded => 0,
-        };
-        self.frames.push(Building {
-            headers: *headers,
-            hash,
-            kind,
-            first: item,
-            last: item,
-            packets: 1,
-            size,
-            total_len: headers.total_len,
-            bytes: headers.total_len,
-            next_seq,
-            end_flags: 0,
-            checked: Checked::NotYet,
-            vnet: VnetHdr::default(),
-            pieces: (0, 0),
-        });
+        self.frames.push(Building::new(kind, hash, item, packet, headers));
     }
 
     fn join(
@@ -436,14 +352,7 @@ impl TunBatch {
         self.items.push(Item { piece: Piece { offset: piece.offset + skip, len, ..piece }, next: NONE });
         self.items[usize::from(frame.last)].next = item;
         frame.last = item;
-        frame.total_len += len;
-        frame.next_seq = frame.next_seq.wrapping_add(len);
-        frame.end_flags = tcp_flags(headers) & (TCP_FIN | TCP_PSH);
-        if len < frame.size.into() || frame.packets == MAX_SEGMENTS || ends_frame(headers) {
-            Joined::Closed
-        } else {
-            Joined::Open
-        }
+        if frame.extend(len, headers) { Joined::Open } else { Joined::Closed }
     }
 }
 
@@ -481,267 +390,15 @@ impl Memory<'_> {
     }
 }
 
-/// What kind of frame a packet could begin or join.
-fn kind(packet: &[u8], headers: &Headers, offloads: Offloads) -> Kind {
-    let plain_header = if headers.is_ipv4() { 20 } else { IPV6_HEADER };
-    let l4 = usize::from(headers.l4_offset);
-    if headers.fragment != Fragment::None || l4 != plain_header || headers.total_len > MAX_LEN {
-        return Kind::Alone;
-    }
-    let payload = headers.total_len as usize > headers.payload_offset();
-    match headers.l4 {
-        // Urgent data, and whatever opens or resets a connection, goes alone.
-        L4::Tcp { flags, .. } if flags & !(TCP_ECE | TCP_CWR | TCP_PSH | TCP_FIN) != TCP_ACK => Kind::Alone,
-        L4::Tcp { .. } if payload && offloads.tcp => Kind::Tcp,
-        L4::Tcp { .. } if !payload && offloads.acks && is_plain_ack(packet, headers) => Kind::Ack,
-        L4::Udp { destination, .. } if TUNNEL_PORTS.contains(&destination) => Kind::Alone,
-        L4::Udp { .. } if payload && offloads.udp && is_plain_datagram(packet, headers) => Kind::Udp,
-        L4::Tcp { .. } | L4::Udp { .. } => Kind::Alone,
-        L4::Sctp { .. } | L4::Icmp { .. } | L4::Other | L4::None => Kind::Alone,
-    }
-}
-
-/// Whether an acknowledgement says nothing but "up to here"; [`Offloads::acks`] has the reasons.
-fn is_plain_ack(packet: &[u8], headers: &Headers) -> bool {
-    /// Two no-operations and the timestamps, as every sender lays them out (RFC 7323 appendix A).
-    const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
-    let tcp = headers.transport(packet);
-    let options = tcp.get(20..).unwrap_or(&[]);
-    let known = options.is_empty() || (options.len() == 12 && options.starts_with(&TIMESTAMPS));
-    let (Some(offset), Some(window)) = (tcp.get(12), tcp.get(14..16)) else { return false };
-    // The low bits of the offset's byte: three reserved, one of Accurate ECN.
-    known && tcp_flags(headers) == TCP_ACK && offset & 0x0f == 0 && window != [0, 0]
-}
-
-/// Whether a datagram has a checksum and fills its packet.
-fn is_plain_datagram(packet: &[u8], headers: &Headers) -> bool {
-    let udp = headers.transport(packet);
-    udp.get(6..8).is_some_and(|checksum| checksum != [0, 0])
-        && udp.get(4..6).is_some_and(|len| usize::from(u16::from_be_bytes([len[0], len[1]])) == udp.len())
-}
-
-/// Whether the segment ends whatever frame it is in.
-fn ends_frame(headers: &Headers) -> bool {
-    tcp_flags(headers) & (TCP_PSH | TCP_FIN) != 0
-}
-
-fn tcp_flags(headers: &Headers) -> u8 {
-    match headers.l4 {
-        L4::Tcp { flags, .. } => flags,
-        L4::Udp { .. } | L4::Sctp { .. } | L4::Icmp { .. } | L4::Other | L4::None => 0,
-    }
-}
-
-fn is_right(packet: &[u8], headers: &Headers) -> bool {
-    (!headers.is_ipv4() || verify_ipv4_header(packet)) && verify_transport(packet, headers)
-}
-
-impl Building {
-    fn is_right(&mut self, head: &[u8]) -> bool {
-        if self.checked == Checked::NotYet {
-            let right = is_right(head, &self.headers);
-            self.checked = if right { Checked::Right } else { Checked::Wrong };
-        }
-        self.checked == Checked::Right
-    }
-
-    /// `tcp_gro_receive`'s rules, and the window: the kernel lets a later segment's be lost.
-    fn takes_segment(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        let flags = tcp_flags(&self.headers) ^ tcp_flags(headers);
-        let (old, new) = (self.headers.transport(head), headers.transport(packet));
-        self.takes_payload(headers)
-            && self.same_ip(head, packet, headers)
-            // CWR is for the first alone; a later one begins the next frame.
-            && flags & !(TCP_PSH | TCP_FIN | TCP_CWR) == 0
-            && tcp_flags(headers) & TCP_CWR == 0
-            && be32(packet, headers, 4) == self.next_seq
-            // Acknowledgement, header length, window, urgent pointer, options.
-            && same(old, new, 8..13)
-            && same(old, new, 14..16)
-            && same(old, new, 18..headers.l4_header_len())
-    }
-
-    fn takes_datagram(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        self.takes_payload(headers) && self.same_ip(head, packet, headers)
-    }
-
-    /// See [`Offloads::acks`].
-    fn takes_ack(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        /// The largest window there can be (RFC 7323 section 2.3): what goes further is not to be believed.
-        const MAX_WINDOW: u32 = 1 << 30;
-        let (old, new) = (self.headers.transport(head), headers.transport(packet));
-        let progress = be32(packet, headers, 8).wrapping_sub(be32(head, &self.headers, 8));
-        (1..=MAX_WINDOW).contains(&progress)
-            && be32(packet, headers, 4) == self.next_seq
-            && self.same_hop(head, packet, headers)
-            && same(old, new, 12..14)
-            && same(old, new, 18..headers.l4_header_len())
-    }
-
-    fn takes_payload(&self, headers: &Headers) -> bool {
-        let len = headers.total_len.saturating_sub(headers.payload_offset() as u32);
-        len <= self.size.into() && self.total_len + len <= MAX_LEN && self.packets < MAX_SEGMENTS
-    }
-
-    /// Whether the IP headers agree in all that cutting would copy.
-    fn same_ip(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        // Without the flag, the identification tells fragments of different packets apart, and cutting
-        // counts it up.
-        let id = |packet: &[u8]| packet.get(4..6).map(|id| u16::from_be_bytes([id[0], id[1]]));
-        self.same_hop(head, packet, headers)
-            && (headers.dont_fragment || id(packet) == id(head).map(|first| first.wrapping_add(self.packets)))
-    }
-
-    fn same_hop(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        self.headers.hop_limit == headers.hop_limit
-            && if headers.is_ipv4() {
-                // Type of service, then the flags (the offset is zero).
-                same(head, packet, 1..2) && same(head, packet, 6..8)
-            } else {
-                // Traffic class and flow label.
-                same(head, packet, 0..4)
-            }
-    }
-
-    /// Makes the virtio header, and the joined packet's own. Addresses and ports are read from the packet,
-    /// which may have been translated since it was pushed.
-    fn complete(&mut self, packet: &mut [u8]) {
-        let headers = &self.headers;
-        let joined = self.packets > 1 && self.kind != Kind::Ack;
-        let (Some(pseudo), true) = (pseudo(packet, headers), joined) else {
-            let flags = if self.checked == Checked::Right { DATA_VALID } else { 0 };
-            self.vnet = VnetHdr { flags, ..VnetHdr::default() };
-            return;
-        };
-        let l4 = usize::from(headers.l4_offset);
-        if headers.is_ipv4() {
-            put(packet, 2, (self.total_len as u16).to_be_bytes());
-            put(packet, 10, [0, 0]);
-            let checksum = checksum(&packet[..l4]);
-            put(packet, 10, checksum.to_be_bytes());
-        } else {
-            put(packet, 4, ((self.total_len as usize - IPV6_HEADER) as u16).to_be_bytes());
-        }
-        let l4_len = self.total_len - u32::from(headers.l4_offset);
-        let (gso_type, field) = if self.kind == Kind::Udp {
-            put(packet, l4 + 4, (l4_len as u16).to_be_bytes());
-            (GSO_UDP_L4, UDP_CHECKSUM)
-        } else {
-            packet[l4 + 13] |= self.end_flags;
-            let ecn = if packet[l4 + 13] & TCP_CWR != 0 { GSO_ECN } else { GSO_NONE };
-            (ecn | if headers.is_ipv4() { GSO_TCPV4 } else { GSO_TCPV6 }, TCP_CHECKSUM)
-        };
-        put(packet, l4 + field, fold(pseudo + l4_len).to_be_bytes());
-        self.vnet = VnetHdr {
-            flags: NEEDS_CSUM,
-            gso_type,
-            hdr_len: headers.payload_offset() as u16,
-            gso_size: self.size,
-            csum_start: headers.l4_offset,
-            csum_offset: field as u16,
-        };
-    }
-}
-
-fn same(old: &[u8], new: &[u8], range: std::ops::Range<usize>) -> bool {
-    match (old.get(range.clone()), new.get(range)) {
-        (Some(old), Some(new)) => old == new,
-        (_, _) => false,
-    }
-}
-
-fn be32(packet: &[u8], headers: &Headers, at: usize) -> u32 {
-    headers
-        .transport(packet)
-        .get(at..)
-        .and_then(|bytes| bytes.first_chunk())
-        .map_or(0, |b| u32::from_be_bytes(*b))
-}
-
-/// The flows whose last frame is still open. A flow that finds no place pushes out the oldest of its set,
-/// whose frame is then closed: nothing is lost but a join.
-#[derive(Debug)]
-struct Table {
-    sets: [[u16; WAYS]; SETS],
-}
-
-const SETS: usize = 64;
-const WAYS: usize = 4;
-
-impl Table {
-    fn new() -> Table {
-        Table { sets: [[NONE; WAYS]; SETS] }
-    }
-
-    fn clear(&mut self) {
-        self.sets = [[NONE; WAYS]; SETS];
-    }
-
-    /// The flow's place, and its open frame.
-    fn find(&self, hash: u32, headers: &Headers, frames: &[Building]) -> Option<(usize, u16)> {
-        let set = hash as usize % SETS;
-        self.sets[set].iter().find_map(|&index| {
-            let frame = frames.get(usize::from(index))?;
-            (frame.hash == hash && same_flow(&frame.headers, headers)).then_some((set, index))
-        })
-    }
-
-    fn remember(&mut self, hash: u32, index: u16) {
-        let set = &mut self.sets[hash as usize % SETS];
-        set.rotate_right(1);
-        set[0] = index;
-    }
-
-    fn forget(&mut self, place: Option<(usize, u16)>) {
-        let Some((set, index)) = place else { return };
-        for way in &mut self.sets[set] {
-            if *way == index {
-                *way = NONE;
-            }
-        }
-    }
-}
-
-fn same_flow(a: &Headers, b: &Headers) -> bool {
-    a.protocol == b.protocol
-        && a.ports() == b.ports()
-        && a.source == b.source
-        && a.destination == b.destination
-}
-
-/// Spreads flows over the table. Not seeded: who aims at a place only stops packets of this batch from
-/// being joined.
-fn flow_hash(headers: &Headers) -> u32 {
-    let (source, destination) = headers.ports().unwrap_or((0, 0));
-    let ports = u64::from(source) << 24 | u64::from(destination) << 8 | u64::from(headers.protocol);
-    let addresses = match (headers.source, headers.destination) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            u64::from(source.to_bits()) << 32 | u64::from(destination.to_bits())
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            let (source, destination) = (source.to_bits(), destination.to_bits());
-            mix(
-                (source >> 64) as u64 ^ mix(source as u64, 1),
-                (destination >> 64) as u64 ^ mix(destination as u64, 0),
-            )
-        }
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => 0,
-    };
-    mix(addresses, ports) as u32
-}
-
-/// A wide multiplication, folded.
-fn mix(a: u64, b: u64) -> u64 {
-    // Odd constants with no pattern in their bits: the golden ratio and the square root of two.
-    let wide = u128::from(a ^ 0x9e37_79b9_7f4a_7c15) * u128::from(b ^ 0x6a09_e667_f3bc_c909);
-    (wide >> 64) as u64 ^ wide as u64
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::super::parse;
-    use super::super::segment::SuperPacket;
     use super::super::segment::kit::*;
+    use super::super::segment::{SuperPacket, TCP_ACK, TCP_CWR, TCP_ECE, TCP_FIN, TCP_PSH, put};
+    use super::super::vnet::{DATA_VALID, GSO_ECN, GSO_TCPV4, VnetHdr};
+    use super::frame::{be32, tcp_flags};
     use super::*;
     use proptest::prelude::*;
 
