@@ -153,7 +153,7 @@ impl Building {
         self.total_len += len;
         self.next_seq = self.next_seq.wrapping_add(len);
         self.end_flags = tcp_flags(headers) & (TCP_FIN | TCP_PSH);
-        len == self.size.into() && self.packets < MAX_SEGMENTS && !ends_frame(headers)
+        len == u32::from(self.size) && self.packets < MAX_SEGMENTS && !ends_frame(headers)
     }
 
     /// Whether the first packet's checksums are right.
