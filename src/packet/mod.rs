@@ -10,6 +10,8 @@ pub mod icmp;
 pub mod parse;
 pub mod rewrite;
 pub mod segment;
+#[cfg(test)]
+mod testing;
 pub mod vnet;
 
 pub use drop::DropReason;
