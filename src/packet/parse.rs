@@ -495,6 +495,7 @@ mod tests {
     #[test]
     fn tcp_over_ipv4() {
         let headers = parse(&SYN).unwrap();
+        assert!(checksum::verify_ipv4_header(&SYN));
         assert_eq!(headers.source.to_string(), "172.16.10.99");
         assert_eq!(headers.destination.to_string(), "172.16.10.12");
         assert_eq!((headers.l4_offset, headers.total_len, headers.hop_limit), (20, 60, 64));
@@ -553,6 +554,22 @@ mod tests {
         assert!(parse(&packet).is_ok(), "a routing header that is done");
         packet[40 + 8 + 3] = 1;
         assert_eq!(parse(&packet), Err(DropReason::SourceRouted));
+    }
+
+    #[test]
+    fn one_fragment_header_at_most() {
+        let mut packet = vec![0; 40 + 16];
+        (packet[0], packet[5], packet[6], packet[8], packet[24]) = (0x60, 16, FRAGMENT, 0x20, 0x20);
+        packet[40] = FRAGMENT;
+        packet[48] = 59;
+        assert_eq!(parse(&packet), Err(DropReason::MalformedHeader));
+        packet[40] = DESTINATION_OPTIONS;
+        assert_eq!(parse(&packet).map(|headers| headers.fragment), Ok(Fragment::None), "an atomic fragment");
+        packet[43] = 1;
+        assert_eq!(parse(&packet).map(|headers| headers.fragment), Ok(Fragment::First { id: 0 }));
+        packet[42] = 1;
+        let later = parse(&packet).unwrap();
+        assert_eq!((later.fragment, later.l4_offset), (Fragment::Later { id: 0 }, 48));
     }
 
     #[test]
