@@ -10,7 +10,11 @@ pub mod icmp;
 pub mod parse;
 pub mod rewrite;
 pub mod segment;
+#[cfg(test)]
+mod testing;
 pub mod vnet;
 
 pub use drop::DropReason;
+pub use icmp::{IcmpError, IcmpLimiter};
 pub use parse::{Fragment, Headers, L4, parse};
+pub use rewrite::{ChecksumState, Rewrite};
