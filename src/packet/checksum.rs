@@ -160,7 +160,8 @@ pub enum Verdict {
     Right,
     /// Computed and wrong.
     Wrong,
-    /// Not computed: a fragment, a protocol we only route, or SCTP, whose CRC is end to end.
+    /// Not computed: a fragment, a protocol we only route, SCTP, whose CRC is end to end, or UDP over
+    /// IPv6 that says it has none.
     Unknown,
 }
 
@@ -174,8 +175,9 @@ pub fn check_transport(packet: &[u8], headers: &Headers) -> Verdict {
         L4::Tcp { .. } => transport,
         L4::Udp { .. } => match udp(transport) {
             Some((0, _)) if headers.is_ipv4() => return Verdict::Right,
-            // RFC 8200 section 8.1: IPv6's UDP has a checksum.
-            Some((0, _)) | None => return Verdict::Wrong,
+            // Over IPv6 only tunnels may leave it out (RFC 6935), which their receiver must know of.
+            Some((0, _)) => return Verdict::Unknown,
+            None => return Verdict::Wrong,
             Some((_, datagram)) => datagram,
         },
         L4::Icmp { .. } => transport,
@@ -185,7 +187,8 @@ pub fn check_transport(packet: &[u8], headers: &Headers) -> Verdict {
     if fold(total) == 0xffff { Verdict::Right } else { Verdict::Wrong }
 }
 
-/// Whether the transport checksum was computed and is right; UDP without one over IPv4 is.
+/// Whether the transport checksum is known to be right ([`Verdict::Right`]). False is no reason to
+/// drop a packet, only not to vouch for it: ask [`check_transport`] whether it is wrong.
 #[inline]
 pub fn verify_transport(packet: &[u8], headers: &Headers) -> bool {
     check_transport(packet, headers) == Verdict::Right

@@ -125,7 +125,7 @@ pub struct Head<'a> {
     pub index: usize,
     /// Where it is.
     pub piece: Piece,
-    /// What [`super::parse`] said of it.
+    /// What [`super::parse()`] said of it.
     pub headers: &'a Headers,
     /// How many packets the frame is made of.
     pub packets: u16,
@@ -192,7 +192,7 @@ impl TunBatch {
         self.items.len() >= self.capacity
     }
 
-    /// Adds the packet at `offset`, of which [`super::parse`] said `headers`.
+    /// Adds the packet at `offset`, of which [`super::parse()`] said `headers`.
     pub fn push(
         &mut self,
         region: Region,

@@ -351,3 +351,172 @@ fn write_address(hasher: &mut SipHasher13, address: IpAddr) {
         IpAddr::V6(a) => hasher.write(&a.octets()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::packet::checksum::{verify_ipv4_header, verify_transport};
+    use crate::packet::parse;
+    use crate::packet::testing::{Kind, Piece, Sample, icmp_error, samples, tcp_kinds};
+
+    const ERRORS: [IcmpError; 6] = [
+        IcmpError::NetUnreachable,
+        IcmpError::HostUnreachable,
+        IcmpError::PortUnreachable,
+        IcmpError::AdminProhibited,
+        IcmpError::TooBig { mtu: 1412 },
+        IcmpError::TimeExceeded,
+    ];
+
+    fn udp(source: &str, destination: &str, payload: usize) -> Sample {
+        Sample {
+            source: source.parse().unwrap(),
+            destination: destination.parse().unwrap(),
+            ports: (4000, 53),
+            kind: Kind::Udp,
+            extensions: false,
+            hop_limit: 1,
+            payload: vec![7; payload],
+        }
+    }
+
+    #[test]
+    fn types_and_codes() {
+        let v4 = [(3, 0), (3, 1), (3, 3), (3, 13), (3, 4), (11, 0)];
+        let v6 = [(1, 0), (1, 3), (1, 4), (1, 1), (2, 0), (3, 0)];
+        for (sample, expected) in
+            [(udp("10.0.0.1", "10.0.0.2", 900), v4), (udp("fd00::1", "fd00::2", 1300), v6)]
+        {
+            let packet = sample.whole();
+            let headers = parse(&packet).unwrap();
+            for (error, expected) in ERRORS.into_iter().zip(expected) {
+                let mut out = [0; MAX_ANSWER];
+                let len = build_error(&mut out, error, sample.destination, &packet, &headers).unwrap();
+                assert_eq!(len, if sample.is_ipv4() { 576 } else { 1280 }, "as much as may be quoted");
+                let answer = parse(&out[..len]).unwrap();
+                let L4::Icmp { kind, code, .. } = answer.l4 else { panic!("not ICMP") };
+                assert_eq!((kind, code), expected, "{error:?}");
+                let mtu = &out[answer.payload_offset() - 4..answer.payload_offset()];
+                let too_big = matches!(error, IcmpError::TooBig { .. });
+                assert_eq!(mtu, if too_big { 1412u32 } else { 0 }.to_be_bytes());
+            }
+        }
+    }
+
+    #[test]
+    fn a_small_buffer_is_left_alone() {
+        let packet = udp("10.0.0.1", "10.0.0.2", 10).whole();
+        let headers = parse(&packet).unwrap();
+        let source = headers.destination;
+        let full = build_error(&mut [0; 600], IcmpError::TimeExceeded, source, &packet, &headers);
+        assert_eq!(full, Some(28 + packet.len()));
+        for len in 0..28 + packet.len() {
+            let mut out = vec![0; len];
+            assert_eq!(build_error(&mut out, IcmpError::TimeExceeded, source, &packet, &headers), None);
+        }
+        let other = "fd00::1".parse().unwrap();
+        assert_eq!(build_error(&mut [0; 600], IcmpError::TimeExceeded, other, &packet, &headers), None);
+    }
+
+    #[test]
+    fn about_what_nothing_may_be_said() {
+        let may = |packet: &[u8]| may_answer(&parse(packet).unwrap());
+        assert!(may(&udp("10.0.0.1", "10.0.0.2", 0).whole()));
+        for destination in ["224.0.0.251", "255.255.255.255", "240.0.0.1"] {
+            assert!(!may(&udp("10.0.0.1", destination, 0).whole()), "{destination}");
+        }
+        assert!(!may(&udp("241.0.0.1", "10.0.0.2", 0).whole()));
+        assert!(!may(&udp("fd00::1", "ff02::fb", 0).whole()));
+        for (a, b) in [("10.0.0.1", "10.0.0.2"), ("fd00::1", "fd00::2")] {
+            let sample = udp(a, b, 64);
+            assert!(!may(&icmp_error(sample.source, sample.destination, &sample.whole())));
+            assert!(may(&Sample { kind: Kind::EchoRequest, ..sample.clone() }.whole()));
+            assert!(may(&sample.fragment(Piece { offset: 0, len: 16, more: true, id: 1 })));
+            assert!(!may(&sample.fragment(Piece { offset: 16, len: 16, more: true, id: 1 })));
+        }
+    }
+
+    #[test]
+    fn limits_each_receiver_and_all_together() {
+        #[allow(clippy::disallowed_methods)] // any instant does; only differences count
+        let start = Instant::now();
+        let mut limiter = IcmpLimiter::new(IcmpRates::default(), 1, start);
+        let about = |source: [u8; 4], destination: [u8; 4]| {
+            let mut headers = parse(&udp("10.0.0.1", "10.0.0.2", 0).whole()).unwrap();
+            (headers.source, headers.destination) = (source.into(), destination.into());
+            headers
+        };
+        let (refused, too_big) = (IcmpError::PortUnreachable, IcmpError::TooBig { mtu: 1400 });
+        let one = about([10, 0, 0, 1], [10, 0, 0, 2]);
+        let count = |limiter: &mut IcmpLimiter, error, headers: &Headers, now, times: usize| {
+            (0..times).filter(|_| limiter.allow(error, headers, now)).count()
+        };
+        assert_eq!(count(&mut limiter, refused, &one, start, 20), 6);
+        assert_eq!(count(&mut limiter, too_big, &one, start, 20), 6, "apart from the others");
+        let path = about([10, 0, 0, 1], [10, 0, 0, 3]);
+        assert_eq!(count(&mut limiter, refused, &path, start, 20), 0, "the same receiver");
+        assert_eq!(count(&mut limiter, too_big, &path, start, 20), 6, "another path");
+        let second = start + Duration::from_secs(1);
+        assert_eq!(count(&mut limiter, refused, &one, second, 20), 1);
+        let later = start + Duration::from_secs(60);
+        let crowd = (0..250).filter(|i| limiter.allow(refused, &about([10, 1, 0, *i], [10, 0, 0, 2]), later));
+        assert_eq!(crowd.count(), 50, "all together");
+        assert!(!limiter.allow(refused, &about([10, 2, 0, 1], [10, 0, 0, 2]), later));
+        let moment = later + Duration::from_millis(2);
+        assert!(limiter.allow(refused, &about([10, 2, 0, 1], [10, 0, 0, 2]), moment));
+        // A clock that steps back neither panics nor locks anyone out for long.
+        let before = limiter.allow(refused, &about([10, 3, 0, 1], [10, 0, 0, 2]), start);
+        assert!(!before);
+    }
+
+    proptest! {
+        #[test]
+        fn errors_are_right_and_quote_what_they_are_about(sample in samples(), which in 0..ERRORS.len()) {
+            let packet = sample.whole();
+            let headers = parse(&packet).unwrap();
+            let mut out = [0; MAX_ANSWER];
+            let len =
+                build_error(&mut out, ERRORS[which], sample.destination, &packet, &headers).unwrap();
+            let out = &out[..len];
+            let answer = parse(out).unwrap();
+            prop_assert_eq!((answer.source, answer.destination), (sample.destination, sample.source));
+            prop_assert!(verify_transport(out, &answer));
+            prop_assert!(!sample.is_ipv4() || verify_ipv4_header(out));
+            prop_assert!(!may_answer(&answer), "an error about an error");
+            let quote = quoted(out, &answer).unwrap();
+            prop_assert!(out[usize::from(quote.start)..] == packet[..len - usize::from(quote.start)]);
+            prop_assert_eq!(quote.headers, headers);
+        }
+
+        #[test]
+        fn resets_are_right((sample, kind) in (samples(), tcp_kinds())) {
+            let sample = Sample { kind, ..sample };
+            let Kind::Tcp { syn, ack, fin, .. } = kind else { panic!("not TCP") };
+            let packet = sample.whole();
+            let headers = parse(&packet).unwrap();
+            let mut out = [0; MAX_ANSWER];
+            let len = build_reset(&mut out, &packet, &headers).unwrap();
+            let answer = parse(&out[..len]).unwrap();
+            prop_assert_eq!((answer.source, answer.destination), (sample.destination, sample.source));
+            prop_assert!(verify_transport(&out[..len], &answer));
+            prop_assert_eq!(build_reset(&mut [0; MAX_ANSWER], &out[..len], &answer), None);
+            let sliced = SlicedPacket::from_ip(&out[..len]).unwrap();
+            if let Some(NetSlice::Ipv4(ip)) = &sliced.net {
+                prop_assert_eq!(ip.header().header_checksum(), ip.header().to_header().calc_header_checksum());
+            }
+            let Some(TransportSlice::Tcp(tcp)) = sliced.transport else { panic!("not TCP") };
+            prop_assert!(tcp.rst() && !tcp.syn() && !tcp.fin());
+            prop_assert_eq!((tcp.source_port(), tcp.destination_port()), (sample.ports.1, sample.ports.0));
+            if ack {
+                prop_assert_eq!((tcp.sequence_number(), tcp.ack()), (77, false));
+            } else {
+                let len = sample.payload.len() as u32 + u32::from(syn) + u32::from(fin);
+                prop_assert_eq!((tcp.sequence_number(), tcp.ack()), (0, true));
+                prop_assert_eq!(tcp.acknowledgment_number(), 0x8000_0001 + len);
+            }
+        }
+    }
+}

@@ -12,7 +12,7 @@ use super::{DropReason, Fragment, Headers, L4};
 ///
 /// An ICMP echo has one identifier in place of two ports: a request takes it from the source, a
 /// reply from the destination. Where there is no port (later fragments, other protocols), the new
-/// one is not used.
+/// one is not used; protocols that we only route get new addresses, no new checksum.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rewrite {
     /// New source: address, and port if that changes too.
@@ -64,7 +64,7 @@ pub fn rewrite_quoted(
     Ok(())
 }
 
-/// Counts the hop limit down as a router does, and fails where the packet must die here.
+/// Counts the hop limit of a parsed packet down as a router does, and fails where it must die here.
 pub fn decrement_hop_limit(packet: &mut [u8]) -> Result<(), DropReason> {
     match packet {
         [first, ..] if *first >> 4 == 6 => match packet.get_mut(7) {
@@ -286,5 +286,242 @@ fn read16(packet: &[u8], at: usize) -> Option<u16> {
 fn write16(packet: &mut [u8], at: usize, value: u16) {
     if let Some(field) = packet.get_mut(at..).and_then(<[u8]>::first_chunk_mut::<2>) {
         *field = value.to_be_bytes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::packet::parse::parse_quoted;
+    use crate::packet::testing::{
+        Kind, Piece, Sample, icmp_error, samples, samples_and_addresses, tcp_kinds,
+    };
+    use crate::packet::{icmp, parse};
+
+    /// What a rewrite makes of a sample; bytes are then built anew.
+    fn changed(sample: &Sample, change: &Rewrite) -> Sample {
+        let mut new = sample.clone();
+        if let Some((address, port)) = change.source {
+            new.source = address;
+            new.ports.0 = port.unwrap_or(new.ports.0);
+        }
+        if let Some((address, port)) = change.destination {
+            new.destination = address;
+            new.ports.1 = port.unwrap_or(new.ports.1);
+        }
+        match new.kind {
+            Kind::EchoRequest => new.ports.1 = new.ports.0,
+            Kind::EchoReply => new.ports.0 = new.ports.1,
+            Kind::Tcp { .. } | Kind::Udp | Kind::UdpUnsummed | Kind::Sctp | Kind::Other => {}
+        }
+        new
+    }
+
+    fn changes(source: IpAddr, destination: IpAddr) -> impl Strategy<Value = Rewrite> {
+        (any::<(bool, bool)>(), any::<(Option<u16>, Option<u16>)>()).prop_map(move |(which, ports)| Rewrite {
+            source: which.0.then_some((source, ports.0)),
+            destination: which.1.then_some((destination, ports.1)),
+        })
+    }
+
+    fn cases() -> impl Strategy<Value = (Sample, Rewrite)> {
+        samples_and_addresses()
+            .prop_flat_map(|(sample, source, destination)| (Just(sample), changes(source, destination)))
+    }
+
+    /// The same packet with its checksum left to be completed.
+    fn partial(mut packet: Vec<u8>, headers: &Headers) -> Vec<u8> {
+        let at = usize::from(headers.l4_offset) + transport_field(headers).unwrap();
+        let (source, destination) = (headers.source, headers.destination);
+        let sum = checksum::pseudo_header(source, destination, headers.protocol, headers.l4_len() as u32);
+        packet[at..at + 2].copy_from_slice(&checksum::fold(sum).to_be_bytes());
+        packet
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn rewriting_is_building_anew((sample, change) in cases()) {
+            let mut packet = sample.whole();
+            let mut headers = parse(&packet).unwrap();
+            rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete).unwrap();
+            prop_assert_eq!(&packet, &changed(&sample, &change).whole());
+            prop_assert_eq!(Ok(headers), parse(&packet));
+        }
+
+        #[test]
+        fn there_and_back((sample, change) in cases(), damage in any::<(u8, u8)>()) {
+            let mut packet = sample.whole();
+            // Damage to the payload survives too: nothing is repaired on the way.
+            if let Some(at) = usize::from(damage.0).checked_rem(sample.payload.len()) {
+                let at = packet.len() - 1 - at;
+                packet[at] ^= damage.1;
+            }
+            let before = packet.clone();
+            let mut headers = parse(&packet).unwrap();
+            rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete).unwrap();
+            let back = Rewrite {
+                source: Some((sample.source, Some(sample.ports.0))),
+                destination: Some((sample.destination, Some(sample.ports.1))),
+            };
+            rewrite(&mut packet, &mut headers, &back, ChecksumState::Complete).unwrap();
+            prop_assert_eq!(packet, before);
+        }
+
+        #[test]
+        fn fragments_follow_their_datagram((mut sample, change) in cases(), cut in 8..20usize) {
+            let cut = cut * 8;
+            sample.payload.resize(sample.payload.len().max(cut + 1), 7);
+            let len = sample.whole().len() - sample.l4_offset();
+            let new = changed(&sample, &change);
+            for piece in [
+                Piece { offset: 0, len: cut, more: true, id: 3 },
+                Piece { offset: cut, len: len - cut, more: false, id: 3 },
+            ] {
+                let mut packet = sample.fragment(piece);
+                let mut headers = parse(&packet).unwrap();
+                let before = packet.clone();
+                match rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete) {
+                    Ok(()) => prop_assert_eq!(&packet, &new.fragment(piece)),
+                    Err(reason) => {
+                        prop_assert_eq!(reason, DropReason::Untranslatable);
+                        prop_assert!(sample.kind == Kind::Sctp && new.ports != sample.ports);
+                        prop_assert_eq!(&packet, &before);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn partial_checksums_stay_partial((sample, change) in cases()) {
+            let kind = if let Kind::Tcp { .. } = sample.kind { sample.kind } else { Kind::Udp };
+            let sample = Sample { kind, ..sample };
+            let packet = sample.whole();
+            let mut headers = parse(&packet).unwrap();
+            let mut packet = partial(packet, &headers);
+            rewrite(&mut packet, &mut headers, &change, ChecksumState::Partial).unwrap();
+            let expected = partial(changed(&sample, &change).whole(), &headers);
+            prop_assert_eq!(packet, expected);
+        }
+
+        #[test]
+        fn quotes_follow((sample, change) in cases(), router in 0..2usize, cut in 8..300usize) {
+            let whole = sample.whole();
+            prop_assume!(whole.len() - sample.l4_offset() >= 8);
+            let cut = (sample.l4_offset() + cut).min(whole.len());
+            let to = [sample.source, sample.destination][router];
+            let mut error = icmp_error(sample.destination, to, &whole[..cut]);
+            let headers = parse(&error).unwrap();
+            let mut quoted = icmp::quoted(&error, &headers).unwrap();
+            rewrite_quoted(&mut error, &headers, &mut quoted, &change).unwrap();
+            let mut expected = changed(&sample, &change).whole();
+            let (at, len) = match sample.kind {
+                Kind::Tcp { .. } => (sample.l4_offset() + 16, 2),
+                Kind::Sctp => (sample.l4_offset() + 8, 4),
+                Kind::Udp | Kind::UdpUnsummed | Kind::EchoRequest | Kind::EchoReply | Kind::Other => (0, 0),
+            };
+            // Half of a checksum is not changed to anything meaningful; the sums around it still hold.
+            prop_assume!(!(at + 1..at + len).contains(&cut));
+            expected.truncate(cut);
+            prop_assert_eq!(error, icmp_error(sample.destination, to, &expected));
+            prop_assert_eq!((quoted.headers.source, quoted.headers.ports()), {
+                let new = changed(&sample, &change);
+                let ports = matches!(sample.kind, Kind::Tcp { .. } | Kind::Udp | Kind::UdpUnsummed | Kind::Sctp);
+                (new.source, ports.then_some(new.ports))
+            });
+        }
+
+        #[test]
+        fn hop_limits_count_down(sample in samples()) {
+            let mut packet = sample.whole();
+            let expected = match sample.hop_limit {
+                0 | 1 => Err(DropReason::HopLimit),
+                limit => Ok(Sample { hop_limit: limit - 1, ..sample.clone() }.whole()),
+            };
+            prop_assert_eq!(decrement_hop_limit(&mut packet).map(|()| packet), expected);
+        }
+
+        #[test]
+        fn mss_is_clamped((sample, kind) in (samples(), tcp_kinds()), most in any::<u16>()) {
+            let sample = Sample { kind, ..sample };
+            let Kind::Tcp { syn, ack, fin, mss, odd } = kind else { panic!("not TCP") };
+            let mut packet = sample.whole();
+            let headers = parse(&packet).unwrap();
+            let lowered = syn && mss.is_some_and(|mss| mss > most);
+            prop_assert_eq!(clamp_mss(&mut packet, &headers, most, ChecksumState::Complete), lowered);
+            let expected = Kind::Tcp { syn, ack, fin, odd, mss: if lowered { Some(most) } else { mss } };
+            prop_assert_eq!(packet, Sample { kind: expected, ..sample }.whole());
+        }
+
+        #[test]
+        fn nothing_panics(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            start in prop_oneof![Just(0x45), Just(0x46), Just(0x60), any::<u8>()],
+            next in prop_oneof![Just(6u8), Just(17), Just(132), Just(1), Just(58), Just(44), Just(43), Just(0)],
+            change in samples_and_addresses().prop_flat_map(|(_, a, b)| changes(a, b)),
+            mss in any::<u16>(),
+        ) {
+            let len = bytes.len();
+            if len >= 40 {
+                bytes[0] = start;
+                bytes[if start == 0x60 { 6 } else { 9 }] = next;
+                let claimed = if start == 0x60 { len - 40 } else { len } as u16;
+                let at = if start == 0x60 { 4 } else { 2 };
+                bytes[at..at + 2].copy_from_slice(&claimed.to_be_bytes());
+                (bytes[6], bytes[7]) = if start == 0x60 { (next, 64) } else { (0x40, 0) };
+            }
+            let _ = parse_quoted(&bytes);
+            let Ok(mut headers) = parse(&bytes) else { return Ok(()) };
+            let mut out = [0; icmp::MAX_ANSWER];
+            let error = icmp::IcmpError::TooBig { mtu: mss };
+            let _ = icmp::build_error(&mut out, error, headers.destination, &bytes, &headers);
+            let _ = icmp::build_reset(&mut out, &bytes, &headers);
+            let _ = checksum::check_transport(&bytes, &headers);
+            checksum::fill_transport(&mut bytes.clone(), &headers);
+            let _ = clamp_mss(&mut bytes, &headers, mss, ChecksumState::Complete);
+            let _ = decrement_hop_limit(&mut bytes);
+            if let Some(mut quoted) = icmp::quoted(&bytes, &headers) {
+                let _ = rewrite_quoted(&mut bytes, &headers, &mut quoted, &change);
+            }
+            let _ = rewrite(&mut bytes, &mut headers, &change, ChecksumState::Complete);
+        }
+    }
+
+    #[test]
+    fn a_udp_checksum_never_becomes_none() {
+        // The port is chosen so that the sum comes out as zero.
+        let source = IpAddr::from([10, 0, 0, 1]);
+        let destination = IpAddr::from([10, 0, 0, 2]);
+        let mut sample = Sample {
+            source,
+            destination,
+            ports: (0, 9),
+            kind: Kind::Udp,
+            extensions: false,
+            hop_limit: 64,
+            payload: vec![],
+        };
+        let packet = sample.whole();
+        let sum = u16::from_be_bytes([packet[26], packet[27]]);
+        let mut packet = sample.whole();
+        let mut headers = parse(&packet).unwrap();
+        let change = Rewrite { source: Some((source, Some(sum))), destination: None };
+        rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete).unwrap();
+        sample.ports.0 = sum;
+        assert_eq!(packet, sample.whole());
+        assert_eq!(packet[26..28], [0xff, 0xff]);
+    }
+
+    #[test]
+    fn the_other_family_is_refused() {
+        let mut packet = icmp_error([10, 0, 0, 1].into(), [10, 0, 0, 2].into(), &[]);
+        let before = packet.clone();
+        let mut headers = parse(&packet).unwrap();
+        let change = Rewrite { source: None, destination: Some(("fd00::1".parse().unwrap(), None)) };
+        let refused = rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete);
+        assert_eq!((refused, packet), (Err(DropReason::Untranslatable), before));
     }
 }

@@ -74,7 +74,7 @@ pub fn owes_checksum(vnet: &VnetHdr) -> bool {
 }
 
 impl<'a> SuperPacket<'a> {
-    /// Checks the virtio header against the packet. `headers` is what [`super::parse`] said of `packet`.
+    /// Checks the virtio header against the packet. `headers` is what [`super::parse()`] said of `packet`.
     pub fn new(vnet: &VnetHdr, packet: &'a [u8], headers: &Headers) -> Result<SuperPacket<'a>, DropReason> {
         let packet = packet.get(..headers.total_len as usize).ok_or(DropReason::Truncated)?;
         // Other flags and types belong to features that were not asked for: such a header is not ours.
