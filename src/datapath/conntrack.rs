@@ -23,35 +23,30 @@ mod entry;
 mod flow;
 mod key;
 mod memory;
+mod rebuild;
+mod room;
 mod state;
 
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 pub use flow::{FlowCounters, FlowRecord, FlowRef, Rewrite, Sighting, Tracked, Translation, Untracked};
 pub use key::{FlowKey, Seed};
 pub use memory::{AttachError, BYTES_PER_FLOW, FlowMemory, MAX_CAPACITY};
 pub use state::{Direction, FlowState, Timeouts};
 
-use entry::{
-    FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, original_key, reply_key, unpack_peer, write,
-};
-use key::{PackedKey, family, protocol};
+use entry::{FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
+use key::PackedKey;
 use memory::{Entry, Layout, Slab, head, shard};
-use state::{Rank, Step};
+use room::slot_index;
+use state::Step;
 
 /// Silence (ms) after which a full table may give up an established flow: as long as kube-proxy lets a
 /// half-closed connection be silent (its --conntrack-tcp-timeout-close-wait, one hour).
 pub const IDLE_ENOUGH: u64 = 3_600_000;
 
-/// Entries that a full table looks at to find the one worth least.
-const SAMPLE: u32 = 16;
-/// And at most, when all so far were worth more than the newcomer.
-const SAMPLE_MOST: u32 = 64;
-/// An unanswered flow this old (ms) is given up without looking further.
-const STALE: u64 = 1_000;
 /// A UDP flow that is answered for this long is a stream. Linux says two seconds
 /// (net/netfilter/nf_conntrack_proto_udp.c); ours is counted in whole ones.
 const STREAM_AFTER: u64 = 3;
@@ -149,12 +144,9 @@ impl FlowTable {
 
         let _home = self.lock(home)?;
         let _away = if away == home { None } else { Some(self.lock(away)?) };
-        for (key, hash) in [(&original, hash), (&reply, reply_hash)] {
-            match self.probe(key, hash) {
-                Probe::Hit(_) => return Err(Untracked::Taken),
-                Probe::Miss => {}
-                Probe::Busy => return Err(self.busy()),
-            }
+        self.vacant(now, &original, hash)?;
+        if reply_hash != hash {
+            self.vacant(now, &reply, reply_hash)?;
         }
 
         let shard = self.slab.shard_of_bucket(home);
@@ -174,6 +166,13 @@ impl FlowTable {
         if !linked {
             self.forget(flow, |_| true);
             return Err(full());
+        }
+        // Another lane in need of room may have taken the entry before it was in the index.
+        fence(Ordering::SeqCst);
+        if entry[entry::SEQUENCE].load(Ordering::Relaxed) != sequence {
+            self.unlink(index, hash);
+            self.unlink(index, reply_hash);
+            return Err(self.busy());
         }
         let rewrite =
             translation.map(|t| Rewrite { to: t.reply.reversed(), service: t.service, endpoint: t.endpoint });
@@ -203,23 +202,6 @@ impl FlowTable {
             }
         }
         None
-    }
-
-    /// Looks at the next `budget` entries and forgets those that have expired; returns how many.
-    pub fn sweep(&self, now: u64, budget: u32) -> u32 {
-        let capacity = self.slab.layout().capacity();
-        let start = self.slab.head(head::CURSOR).fetch_add(budget.into(), Ordering::Relaxed);
-        let mut gone = 0;
-        for step in 0..budget.min(capacity) {
-            let index = ((start + u64::from(step)) % u64::from(capacity)) as u32;
-            if self.was_used(index)
-                && let Some(candidate) = self.candidate(index)
-                && self.expire(now, &candidate)
-            {
-                gone += 1;
-            }
-        }
-        gone
     }
 
     /// The counters, summed over the shards.
@@ -351,6 +333,19 @@ impl FlowTable {
         }
     }
 
+    /// Whether no living flow has this key.
+    fn vacant(&self, now: u64, key: &PackedKey, hash: u64) -> Result<(), Untracked> {
+        match self.probe(key, hash) {
+            Probe::Hit(hit) => {
+                let candidate = self.candidate(hit.flow.index);
+                let over = candidate.is_some_and(|candidate| self.expire(now, &candidate));
+                if over { Ok(()) } else { Err(Untracked::Taken) }
+            }
+            Probe::Miss => Ok(()),
+            Probe::Busy => Err(self.busy()),
+        }
+    }
+
     fn lock(&self, bucket: u32) -> Result<BucketLock<'_>, Untracked> {
         const TRIES: usize = 32;
         let (lock, _) = self.slab.bucket(bucket);
@@ -361,171 +356,6 @@ impl FlowTable {
             std::hint::spin_loop();
         }
         Err(self.busy())
-    }
-
-    /// A free entry of a shard, if need be one that is given up for it.
-    fn take(&self, now: u64, shard: u32, hash: u64) -> Option<u32> {
-        if let Some(index) = self.slab.take(shard) {
-            return Some(index);
-        }
-        let used = u64::from(self.slab.used(shard).max(1));
-        let base = shard * self.slab.layout().per_shard;
-        // Places far from each other (by the golden ratio): flows that came together lie together.
-        let stride = (used * 633 / 1024) | 1;
-        let mut best: Option<Candidate> = None;
-        for step in 0..u64::from(SAMPLE_MOST) {
-            if best.is_some() && step >= u64::from(SAMPLE) {
-                break;
-            }
-            let place = ((hash & 0xffff_ffff) + step * stride) % used;
-            let Some(candidate) = self.candidate(base + place as u32) else { continue };
-            if self.expire(now, &candidate) {
-                return self.slab.take(shard);
-            }
-            let stale = candidate.rank == Rank::HalfOpen && candidate.idle(now) >= STALE;
-            if candidate.may_go(now) && best.as_ref().is_none_or(|best| candidate.worth() < best.worth()) {
-                best = Some(candidate);
-            }
-            if stale {
-                break;
-            }
-        }
-        self.evict(&best?).then(|| self.slab.take(shard)).flatten()
-    }
-
-    /// Puts an entry into a bucket whose lock we hold; if it is full, its least flow goes.
-    fn link(&self, now: u64, bucket: u32, hash: u64, index: u32) -> bool {
-        let (_, slots) = self.slab.bucket(bucket);
-        let word = (hash & 0xffff_ffff) << 32 | u64::from(index + 1);
-        let put = || {
-            let free = slots.iter().find(|slot| slot.load(Ordering::Relaxed) == 0);
-            free.inspect(|slot| slot.store(word, Ordering::Release)).is_some()
-        };
-        if put() {
-            return true;
-        }
-        let victim = slots
-            .iter()
-            .filter_map(|slot| (slot.load(Ordering::Relaxed) as u32).checked_sub(1))
-            .filter(|other| *other != index)
-            .filter_map(|other| self.candidate(other))
-            .filter(|candidate| candidate.may_go(now))
-            .min_by_key(Candidate::worth);
-        victim.is_some_and(|victim| self.evict(&victim)) && put()
-    }
-
-    // --- remove ----------------------------------------------------------------------------------
-
-    /// A flow in this entry, as someone who wants its place sees it.
-    fn candidate(&self, index: u32) -> Option<Candidate> {
-        let entry = self.slab.entry(index)?;
-        let (sequence, tail, word) = memory::read_entry(entry, |entry, sequence| {
-            let load = |place: usize| entry[place].load(Ordering::Relaxed);
-            (sequence, load(entry::TAIL), load(entry::STATE))
-        })?;
-        if family(tail) == 0 {
-            return None;
-        }
-        let state = StateWord::unpack(word)?;
-        let ends = self.life_end(&state, protocol(tail));
-        let rank = state.state.rank(state.replied());
-        Some(Candidate { flow: FlowRef { index, sequence }, word, seen: state.seen, ends, rank })
-    }
-
-    fn expire(&self, now: u64, candidate: &Candidate) -> bool {
-        let gone = candidate.ends <= now && self.forget(candidate.flow, |word| word == candidate.word);
-        if gone {
-            self.count_gone(candidate.flow.index, shard::EXPIRED);
-        }
-        gone
-    }
-
-    fn evict(&self, candidate: &Candidate) -> bool {
-        let gone = self.forget(candidate.flow, |word| word == candidate.word);
-        if gone {
-            self.count_gone(candidate.flow.index, shard::EVICTED);
-        }
-        gone
-    }
-
-    /// Takes a flow out of the index and frees its entry, if it is still that flow and its state word still passes.
-    fn forget(&self, flow: FlowRef, still: impl FnOnce(u64) -> bool) -> bool {
-        let Some(entry) = self.slab.entry(flow.index) else { return false };
-        if flow.sequence & 1 != 0 || !memory::claim(entry, flow.sequence) {
-            return false;
-        }
-        // Free entries have sequences that no reference ever had; but nothing depends on it.
-        if family(entry[entry::TAIL].load(Ordering::Relaxed)) == 0
-            || !still(entry[entry::STATE].load(Ordering::Relaxed))
-        {
-            memory::unclaim(entry, flow.sequence);
-            return false;
-        }
-        for key in [original_key(entry), reply_key(entry)] {
-            let hash = key.hash(self.seed);
-            let word = (hash & 0xffff_ffff) << 32 | u64::from(flow.index + 1);
-            for slot in self.slab.bucket(self.slab.bucket_of(hash)).1 {
-                // Nobody can put the same word in again before the entry is free.
-                let _ = exchange(slot, word, 0);
-            }
-        }
-        entry[entry::TAIL].store(0, Ordering::Relaxed);
-        memory::end_write(entry, 0);
-        self.slab.shard(self.slab.shard_of(flow.index), shard::LIVE).fetch_sub(1, Ordering::Relaxed);
-        self.slab.give_back(flow.index);
-        true
-    }
-
-    // --- attach ----------------------------------------------------------------------------------
-
-    /// Looks through all entries that were ever used: live ones go into a fresh index, the rest becomes free.
-    fn rebuild(&self, now: u64) {
-        for shard in 0..self.slab.layout().shards {
-            let base = shard * self.slab.layout().per_shard;
-            for index in base..base + self.slab.used(shard) {
-                if self.revive(now, index) {
-                    self.slab.shard(shard, shard::LIVE).fetch_add(1, Ordering::Relaxed);
-                } else {
-                    self.slab.give_back(index);
-                }
-            }
-        }
-    }
-
-    fn revive(&self, now: u64, index: u32) -> bool {
-        let Some(entry) = self.slab.entry(index) else { return false };
-        let torn = entry[entry::SEQUENCE].load(Ordering::Relaxed) & 1 != 0;
-        let free = family(entry[entry::TAIL].load(Ordering::Relaxed)) == 0;
-        if free && !torn {
-            return false;
-        }
-        let whole = (!torn).then(|| self.read_record(index)).flatten().filter(|record| record.seen <= now);
-        let alive = whole.as_ref().is_some_and(|record| record.expires > now);
-        if alive && self.relink(now, index, entry) {
-            return true;
-        }
-        if whole.is_none() {
-            self.slab.head(head::RECOVERED).fetch_add(1, Ordering::Relaxed);
-        }
-        memory::begin_write(entry);
-        entry[entry::TAIL].store(0, Ordering::Relaxed);
-        memory::end_write(entry, 0);
-        false
-    }
-
-    fn relink(&self, now: u64, index: u32, entry: &Entry) -> bool {
-        let (original, reply) = (original_key(entry), reply_key(entry));
-        let (hash, reply_hash) = (original.hash(self.seed), reply.hash(self.seed));
-        let free = |hash| {
-            let (_, slots) = self.slab.bucket(self.slab.bucket_of(hash));
-            slots.iter().filter(|slot| slot.load(Ordering::Relaxed) == 0).count() >= 2
-        };
-        let alone = [(&original, hash), (&reply, reply_hash)]
-            .into_iter()
-            .all(|(key, hash)| matches!(self.probe(key, hash), Probe::Miss) && free(hash));
-        alone
-            && self.link(now, self.slab.bucket_of(hash), hash, index)
-            && (reply_hash == hash || self.link(now, self.slab.bucket_of(reply_hash), reply_hash, index))
     }
 
     // --- helpers ---------------------------------------------------------------------------------
@@ -539,10 +369,6 @@ impl FlowTable {
     fn was_used(&self, index: u32) -> bool {
         let shard = self.slab.shard_of(index);
         index - shard * self.slab.layout().per_shard < self.slab.used(shard)
-    }
-
-    fn count_gone(&self, index: u32, place: usize) {
-        self.slab.shard(self.slab.shard_of(index), place).fetch_add(1, Ordering::Relaxed);
     }
 
     fn busy(&self) -> Untracked {
@@ -568,29 +394,6 @@ enum Probe {
     Busy,
 }
 
-/// A flow whose place someone wants.
-struct Candidate {
-    flow: FlowRef,
-    word: u64,
-    seen: u64,
-    ends: u64,
-    rank: Rank,
-}
-
-impl Candidate {
-    fn idle(&self, now: u64) -> u64 {
-        now.saturating_sub(self.seen)
-    }
-
-    fn may_go(&self, now: u64) -> bool {
-        self.rank < Rank::Established || self.idle(now) >= IDLE_ENOUGH
-    }
-
-    fn worth(&self) -> (Rank, u64) {
-        (self.rank, self.seen)
-    }
-}
-
 /// Held while a bucket gets a new slot.
 struct BucketLock<'a>(&'a AtomicU64);
 
@@ -598,9 +401,4 @@ impl Drop for BucketLock<'_> {
     fn drop(&mut self) {
         self.0.store(0, Ordering::Release);
     }
-}
-
-/// The entry that a slot names, if its tag is the hash's.
-fn slot_index(word: u64, hash: u64) -> Option<u32> {
-    if (word >> 32) as u32 == hash as u32 { (word as u32).checked_sub(1) } else { None }
 }

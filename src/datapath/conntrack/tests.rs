@@ -223,6 +223,12 @@ fn translations_never_share_a_reply() {
     let late = FlowKey { source_port: 9, ..client };
     assert_eq!(table.insert(T0, &sighting(late, ACK), Some(&moved)), Err(Untracked::Invalid));
     assert_eq!(table.counters().entries, 2);
+
+    // Once the direct connection is forgotten its key is free, swept or not.
+    let again = FlowKey { source_port: 10, ..client };
+    let much_later = T0 + 500_000_000;
+    table.insert(much_later, &sighting(again, SYN), Some(&translation)).unwrap();
+    assert_eq!(table.counters().expired, 1);
 }
 
 #[test]
@@ -392,12 +398,28 @@ fn lanes_that_fight_over_a_full_table_lose_no_entry() {
                 for n in 0..60_000u32 {
                     let now = T0 + u64::from(n);
                     let key = key(17, n.wrapping_mul(2_654_435_761 + lane) % 1500);
-                    if let Ok(tracked) = table.track(now, &sighting(key, 0)) {
+                    let mut expected = key.reversed();
+                    let packet = sighting(key, 0);
+                    // Every seventh destination is a Service.
+                    let tracked = if key.source_port % 7 == 0 {
+                        expected.source = [10, 244, 3, 3].into();
+                        let translation = Translation { reply: expected, service: 1, endpoint: 2 };
+                        match table.lookup(now, &packet) {
+                            Ok(None) => table.insert(now, &packet, Some(&translation)),
+                            found => found.map(|found| found.unwrap()),
+                        }
+                    } else {
+                        table.track(now, &packet)
+                    };
+                    if let Ok(tracked) = tracked {
                         if n % 5 == 0 {
                             table.remove(tracked.flow);
                         }
                         if let Some(record) = table.record(tracked.flow) {
-                            assert_eq!((record.original, record.reply), (key, key.reversed()));
+                            assert_eq!((record.original, record.reply), (key, expected));
+                        }
+                        if let Some(rewrite) = tracked.rewrite {
+                            assert_eq!(rewrite.to, expected.reversed());
                         }
                     }
                     if n % 64 == 0 {
