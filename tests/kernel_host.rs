@@ -52,6 +52,7 @@ fn apply_makes_everything_and_twice_changes_nothing() {
             ("nft list table bridge warren", "meta pkttype set host"),
         ] {
             let shown = sh(command);
+            let shown = shown.replace(" linkdown", "");
             assert!(shown.contains(expected), "`{command}` lacks `{expected}`:\n{shown}");
         }
         assert!(!sh("ip -6 addr show dev warren0").contains("fe80"), "link-local address in the tunnel");
@@ -212,7 +213,10 @@ fn cleanup_leaves_nothing() {
         drop(network);
         let removed = host::cleanup("warren0", Some(&file)).await.unwrap();
         assert_eq!(everything(), before, "removed only {removed:?}");
-        assert!(removed.iter().any(|what| what.contains("sysctl net.ipv4.ip_forward back to 0")), "{removed:?}");
+        assert!(
+            removed.iter().any(|what| what.contains("sysctl net.ipv4.ip_forward back to 0")),
+            "{removed:?}"
+        );
         assert!(!file.exists());
         assert!(host::cleanup("warren0", Some(&file)).await.unwrap().is_empty());
     });
@@ -224,19 +228,19 @@ fn a_foreign_chain_that_drops_lets_pod_traffic_through() {
     node.run(async {
         iptables_policy_drop();
         sh("nft add table inet firewall");
-        sh("nft 'add chain inet firewall fwd { type filter hook forward priority 10; policy accept; }'");
-        sh("nft add rule inet firewall fwd ct state established accept");
-        sh("nft add rule inet firewall fwd counter reject");
+        sh("nft 'add chain inet firewall forwarding { type filter hook forward priority 10; policy accept; }'");
+        sh("nft add rule inet firewall forwarding ct state established accept");
+        sh("nft add rule inet firewall forwarding counter reject");
         sh("nft add table inet fine");
-        sh("nft 'add chain inet fine fwd { type filter hook forward priority 20; policy accept; }'");
+        sh("nft 'add chain inet fine forwarding { type filter hook forward priority 20; policy accept; }'");
         let mut network = HostNetwork::open(None).unwrap();
         network.apply(&config()).await.unwrap();
         let count = |listing: &str| listing.matches("warren: pod traffic").count();
         // The tunnel and the bridge, in and out.
         assert_eq!(count(&sh("nft list chain ip filter FORWARD")), 4);
-        assert_eq!(count(&sh("nft list chain inet firewall fwd")), 4);
-        assert_eq!(count(&sh("nft list chain inet fine fwd")), 0);
-        let listing = sh("nft list chain inet firewall fwd");
+        assert_eq!(count(&sh("nft list chain inet firewall forwarding")), 4);
+        assert_eq!(count(&sh("nft list chain inet fine forwarding")), 0);
+        let listing = sh("nft list chain inet firewall forwarding");
         assert!(listing.find("warren:").unwrap() < listing.find("reject").unwrap(), "{listing}");
         // iptables must still understand its own table, and its save and restore keep ours known.
         let rules = sh("iptables -S FORWARD");
@@ -413,8 +417,13 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool, shown: impl Fn() -> 
     assert!(waited.await.is_ok(), "{what} took more than two seconds:\n{}", shown());
 }
 
-/// All that the watcher answers for.
+/// All that the watcher answers for. Chains and sets one by one: what came back stands last in its
+/// table, which means nothing.
 fn state() -> String {
+    const RULES: &str = "for chain in prerouting output redirects leak pods; do
+        nft list chain inet warren $chain | sed 's/packets [0-9]* bytes [0-9]*//'; done
+        for set in pods4 pods6 cluster4 cluster6; do nft list set inet warren $set; done
+        nft list chain bridge warren prerouting";
     [
         "ip -br addr show dev warren0",
         "ip -o link show dev warren0 | sed 's/^[0-9]*//'",
@@ -422,7 +431,7 @@ fn state() -> String {
         "ip -6 route show table all proto 87 | sort",
         "ip rule",
         "ip -6 rule",
-        "nft list ruleset | sed 's/packets [0-9]* bytes [0-9]*//'",
+        RULES,
         "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.warren0.rp_filter",
     ]
     .map(shell)

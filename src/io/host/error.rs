@@ -34,7 +34,9 @@ pub enum HostError {
     #[error("the kernel has no nftables (CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET): load module nf_tables")]
     NoNftables,
     /// A kernel setting is wrong and cannot be changed from here.
-    #[error("sysctl {key} must be {value} and cannot be written ({source}): set it on the host, e.g. `sysctl -w {key}={value}`, or mount /proc/sys writable")]
+    #[error(
+        "sysctl {key} must be {value} and cannot be written ({source}): set it on the host, e.g. `sysctl -w {key}={value}`, or mount /proc/sys writable"
+    )]
     Sysctl {
         /// Its dotted name.
         key: String,

@@ -124,9 +124,7 @@ pub(super) fn legacy_warning(config: &HostConfig) -> Option<String> {
 fn wanted(config: &HostConfig, bridges: &[PodBridge]) -> BTreeSet<Accept> {
     let interfaces = std::iter::once(config.tun.as_str()).chain(bridges.iter().map(|b| b.name.as_str()));
     interfaces
-        .flat_map(|name| {
-            [true, false].map(|inbound| Accept { inbound, interface: name.to_owned() })
-        })
+        .flat_map(|name| [true, false].map(|inbound| Accept { inbound, interface: name.to_owned() }))
         .collect()
 }
 

@@ -1,7 +1,7 @@
 //! The tunnel device and the pod bridges: what there is, and the device brought up with its
 //! addresses and MTU.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
@@ -25,12 +25,13 @@ pub(super) struct Link {
 }
 
 /// An interface that holds an address of this node's pod ranges: where its pods are.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PodBridge {
     pub(super) name: String,
-    pub(super) index: u32,
     /// Set when it is a bridge: same-node frames cross it without meeting the IP stack.
     pub(super) bridge_mac: Option<[u8; 6]>,
+    /// The pods behind it, as far as its own addresses tell.
+    pub(super) subnets: Vec<IpNet>,
 }
 
 /// All interfaces and addresses at one moment.
@@ -68,22 +69,21 @@ impl Interfaces {
 
     /// The interfaces, other than `tun`, that hold an address of the pod ranges, sorted by name.
     pub(super) fn pod_bridges(&self, tun: &str, pod_ranges: &[IpNet]) -> Vec<PodBridge> {
-        let by_index: HashMap<u32, &Link> = self.links.iter().map(|link| (link.index, link)).collect();
-        let mut found: Vec<PodBridge> = self
-            .addresses
-            .iter()
-            .filter(|(_, address, _, _)| pod_ranges.iter().any(|range| range.contains(address)))
-            .filter_map(|(index, _, _, _)| by_index.get(index))
-            .filter(|link| link.name != tun)
-            .map(|link| PodBridge {
+        let mut found: BTreeMap<&str, PodBridge> = BTreeMap::new();
+        for (index, address, prefix, _) in &self.addresses {
+            let Some(range) = pod_ranges.iter().find(|range| range.contains(address)) else { continue };
+            let Some(link) = self.links.iter().find(|l| l.index == *index && l.name != tun) else { continue };
+            let bridge = found.entry(&link.name).or_insert_with(|| PodBridge {
                 name: link.name.clone(),
-                index: link.index,
                 bridge_mac: link.mac.filter(|_| link.kind == Some(InfoKind::Bridge)),
-            })
-            .collect();
-        found.sort();
-        found.dedup();
-        found
+                subnets: Vec::new(),
+            });
+            // A gateway with a host prefix says nothing of the pods behind it.
+            let subnet = IpNet::new(*address, *prefix).map(|net| net.trunc());
+            let wide = subnet.ok().filter(|net| net.prefix_len() < net.max_prefix_len());
+            bridge.subnets.push(wide.filter(|net| range.contains(net)).unwrap_or(*range).trunc());
+        }
+        found.into_values().collect()
     }
 
     fn on(&self, index: u32) -> impl Iterator<Item = &(u32, IpAddr, u8, AddressMessage)> {
@@ -91,8 +91,25 @@ impl Interfaces {
     }
 }
 
-/// Sets MTU and addresses and brings the device up. Addresses come before routes: a route's
-/// preferred source must already be local.
+/// Sets the MTU. First of all: below 1,280 the device has no IPv6, nor any IPv6 setting.
+pub(super) async fn apply_mtu(
+    handle: &Handle,
+    tun: &Link,
+    mtu: u32,
+    report: &mut Report,
+) -> Result<(), HostError> {
+    if tun.mtu == mtu {
+        return Ok(());
+    }
+    let message = LinkUnspec::new_with_index(tun.index).mtu(mtu).build();
+    let doing = format!("set the MTU of {} to {mtu}", tun.name);
+    handle.link().set(message).execute().await.map_err(|e| HostError::netlink(doing, e))?;
+    report.changed(format!("MTU of {} from {} to {mtu}", tun.name, tun.mtu));
+    Ok(())
+}
+
+/// Brings the device up with its addresses. They come before routes: a route's preferred source must
+/// already be local.
 pub(super) async fn apply(
     handle: &Handle,
     interfaces: &Interfaces,
@@ -100,12 +117,6 @@ pub(super) async fn apply(
     config: &HostConfig,
     report: &mut Report,
 ) -> Result<(), HostError> {
-    if tun.mtu != config.mtu {
-        let message = LinkUnspec::new_with_index(tun.index).mtu(config.mtu).build();
-        let doing = format!("set the MTU of {} to {}", tun.name, config.mtu);
-        handle.link().set(message).execute().await.map_err(|e| HostError::netlink(doing, e))?;
-        report.changed(format!("MTU of {} from {} to {}", tun.name, tun.mtu, config.mtu));
-    }
     if !tun.up {
         let message = LinkUnspec::new_with_index(tun.index).up().build();
         let doing = format!("bring {} up", tun.name);

@@ -184,8 +184,8 @@ impl HostNetwork {
     /// Opens the sockets, in the calling thread's network namespace. `state` is the file that
     /// remembers the node's earlier settings for [`cleanup`]. Call it inside a tokio runtime.
     pub fn open(state: Option<PathBuf>) -> Result<Self, HostError> {
-        let (connection, route, _) = rtnetlink::new_connection()
-            .map_err(|e| HostError::io("open a route netlink socket", e))?;
+        let (connection, route, _) =
+            rtnetlink::new_connection().map_err(|e| HostError::io("open a route netlink socket", e))?;
         tokio::spawn(connection);
         Ok(Self {
             route,
@@ -214,8 +214,9 @@ impl HostNetwork {
         let interfaces = Interfaces::read(&self.route).await?;
         let tun = interfaces.by_name(&config.tun).ok_or_else(|| no_tun(&config.tun))?;
         sysctl::apply_node(&self.route, &interfaces, config, &mut self.saved, &mut report).await?;
-        sysctl::apply_device(&self.route, tun, config, &mut report).await?;
         let before = report.changes.len();
+        links::apply_mtu(&self.route, tun, config.mtu, &mut report).await?;
+        sysctl::apply_device(&self.route, tun, config, &mut report).await?;
         links::apply(&self.route, &interfaces, tun, config, &mut report).await?;
         // A link or address that was wrong took routes with it.
         if routes || report.changes.len() > before {
@@ -265,7 +266,11 @@ impl HostNetwork {
 
     async fn nft_generation(&self) -> Result<u32, HostError> {
         self.nft.generation().await.map_err(|e| {
-            if nft::unsupported(&e) { HostError::NoNftables } else { HostError::nft("read the nft generation", e) }
+            if nft::unsupported(&e) {
+                HostError::NoNftables
+            } else {
+                HostError::nft("read the nft generation", e)
+            }
         })
     }
 }

@@ -21,9 +21,10 @@
 use ipnet::IpNet;
 use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig};
 use nlink::netlink::nftables::{
-    BaseChain, CmpOp, CtDirection, CtKey, Expr, Family, Field, FilterHook, Match, MetaKey, NFTA_NAT_FAMILY,
+    BaseChain, CtDirection, CtKey, Expr, Family, Field, FilterHook, Match, MetaKey, NFTA_NAT_FAMILY,
     NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_TYPE, NatHook, PacketField,
-    PayloadBase, PayloadCsum, PktType, Policy, Priority, RawExpr, Register, Rule, SetElement, SetKeyType, Value,
+    PayloadBase, PayloadCsum, PktType, Policy, Priority, RawExpr, Register, Rule, SetElement, SetKeyType,
+    Value,
 };
 use nlink::netlink::{Connection, Nftables};
 
@@ -118,8 +119,11 @@ pub(super) fn inet_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftables
 
 /// `table bridge warren`, or its absence when nothing needs it.
 pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> NftablesConfig {
-    let bridged: Vec<(&str, [u8; 6])> =
-        bridges.iter().filter_map(|b| Some((b.name.as_str(), b.bridge_mac?))).collect();
+    let bridged: Vec<(IpNet, [u8; 6])> = bridges
+        .iter()
+        .filter_map(|bridge| Some((bridge, bridge.bridge_mac?)))
+        .flat_map(|(bridge, mac)| bridge.subnets.iter().map(move |subnet| (*subnet, mac)))
+        .collect();
     if !config.services || bridged.is_empty() {
         return NftablesConfig::new().absent_table(NAME, Family::Bridge);
     }
@@ -128,25 +132,22 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
             let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
             chain.base(base.policy(Policy::Accept)).exclusive()
         });
-        for (name, mac) in bridged {
-            for v6 in [false, true] {
-                if config.pod_ranges.iter().any(|range| range.addr().is_ipv6() == v6) {
-                    table = table.rule("prerouting", |rule| take_up(rule, name, mac, v6));
-                }
-            }
+        for (subnet, mac) in bridged {
+            table = table.rule("prerouting", |rule| take_up(rule, subnet, mac));
         }
         table
     })
 }
 
 /// A frame from pod to pod of this node is handed to the IP stack instead of being bridged.
-/// `other` leaves out broadcast and multicast; ARP and ND have no pod source or are multicast.
-fn take_up(rule: Rule, bridge: &str, mac: [u8; 6], v6: bool) -> Rule {
-    let (saddr, daddr) = addresses(v6);
-    rule.expr(Expr::Meta { dreg: Register::R0, key: MetaKey::BriIifName })
-        .expr(Expr::Cmp { sreg: Register::R0, op: CmpOp::Eq, data: interface_name(bridge) })
-        .then(Match::eq(Field::PktType, PktType::OtherHost))
-        .match_in_set(saddr, set_name("pods", v6))
+/// `other` leaves out broadcast and multicast; ARP and ND have no pod source or are multicast. The
+/// source's subnet says which bridge it is: `meta ibrname` needs CONFIG_NFT_BRIDGE_META, which not
+/// every kernel has.
+fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
+    let v6 = subnet.addr().is_ipv6();
+    let (_, daddr) = addresses(v6);
+    rule.then(Match::eq(Field::PktType, PktType::OtherHost))
+        .match_saddr(subnet.addr(), subnet.prefix_len())
         .match_in_set(daddr, set_name("pods", v6))
         .expr(Expr::Immediate { dreg: Register::R0, data: vec![PktType::Host as u8] })
         .expr(Expr::MetaSet { key: MetaKey::PktType, sreg: Register::R0 })
@@ -330,11 +331,4 @@ fn address_set(table: DeclaredTableBuilder, base: &str, ranges: &[IpNet]) -> Dec
         .set(set_name(base, true), |set| {
             set.key_type(SetKeyType::Ipv6Addr).interval().elements(of(true).collect::<Vec<_>>())
         })
-}
-
-/// An interface name as nft compares it: IFNAMSIZ bytes, padded with zeros.
-fn interface_name(name: &str) -> Vec<u8> {
-    let mut bytes = name.as_bytes().to_vec();
-    bytes.resize(libc::IFNAMSIZ, 0);
-    bytes
 }

@@ -193,7 +193,12 @@ fn set(key: &str, value: &str, report: &mut Report) -> io::Result<()> {
 }
 
 /// One IPv4 setting of one device, by netlink.
-async fn device_setting(handle: &Handle, index: u32, number: u16, value: u32) -> Result<(), rtnetlink::Error> {
+async fn device_setting(
+    handle: &Handle,
+    index: u32,
+    number: u16,
+    value: u32,
+) -> Result<(), rtnetlink::Error> {
     let conf = DefaultNla::new(IFLA_INET_CONF | NESTED, attribute(number, &value.to_ne_bytes()));
     let spec = AfSpecUnspec::Inet(vec![AfSpecInet::Other(conf)]);
     let message = LinkUnspec::new_with_index(index)
