@@ -15,12 +15,12 @@
 
 pub mod annotations;
 //TMP pub mod checkpoint;
-//TMP pub mod compile;
+pub mod compile;
 pub mod convert;
-//TMP pub mod desired;
+pub mod desired;
 //TMP pub mod durable;
 //TMP pub mod keys;
-//TMP pub mod ownership;
+pub mod ownership;
 pub mod problem;
 //TMP pub mod publish;
 //TMP pub mod run;
