@@ -14,14 +14,14 @@
 //! 6. [`publish`]: what this node tells the others. [`checkpoint`], [`keys`]: what survives a restart.
 
 pub mod annotations;
-//TMP pub mod checkpoint;
+pub mod checkpoint;
 pub mod compile;
 pub mod convert;
 pub mod desired;
-//TMP pub mod durable;
-//TMP pub mod keys;
+pub mod durable;
+pub mod keys;
 pub mod ownership;
 pub mod problem;
-//TMP pub mod publish;
+pub mod publish;
 //TMP pub mod run;
 pub mod source;

@@ -67,6 +67,13 @@ pub fn parse(bytes: &[u8], json: bool) -> Manifest {
     manifest
 }
 
+/// The objects of a List (or the one object) that is there as a value already.
+pub fn from_value(value: Value) -> Manifest {
+    let mut manifest = Manifest { documents: 1, ..Manifest::default() };
+    manifest.take(value, 0, None);
+    manifest
+}
+
 fn parse_yaml(text: &str, manifest: &mut Manifest) {
     for (line, piece) in documents(text) {
         if manifest.full(line) {
