@@ -7,35 +7,35 @@ use std::collections::BTreeSet;
 
 /// One token and the line it stands on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Token {
+pub(crate) struct Token {
     /// An identifier, `::`, or one character of punctuation.
-    pub text: String,
+    pub(crate) text: String,
     /// From 1.
-    pub line: usize,
+    pub(crate) line: usize,
 }
 
 /// A path that the source names, such as `crate::packet::parse`, and the line it stands on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Named {
+pub(crate) struct Named {
     /// Its parts; `super` and `self` at the front are resolved to `crate::...`.
-    pub parts: Vec<String>,
+    pub(crate) parts: Vec<String>,
     /// From 1.
-    pub line: usize,
+    pub(crate) line: usize,
 }
 
 /// Tokens of the code that ships: without what `#[cfg(test)]` guards.
-pub fn shipped(text: &str) -> Vec<Token> {
+pub(crate) fn shipped(text: &str) -> Vec<Token> {
     without_tests(&tokens(text)).0
 }
 
 /// Modules that `#[cfg(test)] mod NAME;` declares, with the file that `#[path]` gives them, if it does.
-pub fn test_modules(text: &str) -> Vec<String> {
+pub(crate) fn test_modules(text: &str) -> Vec<String> {
     without_tests(&tokens(text)).1
 }
 
 /// Splits source into identifiers and punctuation; comments, strings, characters and numbers vanish, but
 /// the text of a string stays in one place: as the token behind `path =`, for `#[path = "..."]`.
-pub fn tokens(text: &str) -> Vec<Token> {
+pub(crate) fn tokens(text: &str) -> Vec<Token> {
     let chars: Vec<char> = text.chars().collect();
     let mut out: Vec<Token> = Vec::new();
     let (mut at, mut line) = (0, 1);
@@ -76,7 +76,7 @@ pub fn tokens(text: &str) -> Vec<Token> {
 
 /// Every path of two parts or more, and every path that a `use` names. `module` is the file's own path below
 /// the crate, so that `super` can be followed.
-pub fn paths(tokens: &[Token], module: &[String]) -> Vec<Named> {
+pub(crate) fn paths(tokens: &[Token], module: &[String]) -> Vec<Named> {
     let mut out = Vec::new();
     let mut inline: Vec<(String, usize)> = Vec::new();
     let (mut depth, mut at) = (0, 0);
@@ -234,12 +234,12 @@ fn attribute_end(tokens: &[Token], at: usize) -> Option<usize> {
 }
 
 /// Words that are no names.
-pub fn is_word(text: &str) -> bool {
+pub(crate) fn is_word(text: &str) -> bool {
     text.starts_with(|c: char| c.is_alphabetic() || c == '_')
 }
 
 /// All words of some tokens.
-pub fn words(tokens: &[Token]) -> BTreeSet<&str> {
+pub(crate) fn words(tokens: &[Token]) -> BTreeSet<&str> {
     tokens.iter().map(|token| token.text.as_str()).filter(|text| is_word(text)).collect()
 }
 
