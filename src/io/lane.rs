@@ -138,8 +138,18 @@ impl<K: Kernel> LaneLoop<K> {
         }
     }
 
+    /// The offloads in use.
+    pub fn offloads(&self) -> LaneOffloads {
+        self.offloads
+    }
+
+    /// The kernel, to give it another TUN queue.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
     /// Runs until asked to stop; an error is the end of the data path.
-    pub fn run(mut self) -> io::Result<()> {
+    pub fn run(&mut self) -> io::Result<()> {
         let mut last_work = self.kernel.now();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let now = self.kernel.now();
@@ -184,6 +194,8 @@ impl<K: Kernel> LaneLoop<K> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 // Down, but not gone: whoever repairs the interface sets it up again.
                 Err(e) if e.raw_os_error() == Some(libc::EIO) => break,
+                // Gone: the caller opens it again.
+                Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Err(e),
                 Err(e) => return Err(io::Error::new(e.kind(), format!("reading the TUN: {e}"))),
             }
             frames += 1;
