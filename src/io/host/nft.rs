@@ -23,8 +23,8 @@ use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig};
 use nlink::netlink::nftables::{
     BaseChain, CtDirection, CtKey, Expr, Family, Field, FilterHook, Match, MetaKey, NFTA_NAT_FAMILY,
     NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_TYPE, NatHook, PacketField,
-    PayloadBase, PayloadCsum, PktType, Policy, Priority, RawExpr, Register, Rule, SetElement, SetKeyType,
-    Value,
+    PayloadBase, PayloadCsum, PktType, Policy, Priority, RangeOp, RawExpr, Register, Rule, SetElement,
+    SetKeyType, Value,
 };
 use nlink::netlink::{Connection, Nftables};
 
@@ -48,6 +48,11 @@ const BRIDGE_DSTNAT: i32 = -300;
 /// ICMP_REDIRECT (RFC 792) and NDISC_REDIRECT (RFC 4861 section 4.5).
 const ICMP_REDIRECT: u8 = 5;
 const ND_REDIRECT: u8 = 137;
+/// IPPROTO_ICMPV6, RFC 4443.
+const IPPROTO_ICMPV6: u8 = 58;
+/// All of neighbour discovery: router solicitation (133) to redirect (RFC 4861 section 4).
+const ND_FIRST: u8 = 133;
+const ND_LAST: u8 = ND_REDIRECT;
 
 /// Another commit can land between comparing and committing; then we compare again, so often.
 const ATTEMPTS: usize = 8;
@@ -132,6 +137,26 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
             let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
             chain.base(base.policy(Policy::Accept)).exclusive()
         });
+        if config.has_v6() {
+            // Neighbours answer from pod to pod, unicast; a router in between would spoil it (hop
+            // limit 255, RFC 4861 section 7.1).
+            table = table.rule("prerouting", |rule| {
+                rule.match_l4proto(IPPROTO_ICMPV6)
+                    .expr(Expr::Payload {
+                        dreg: Register::R0,
+                        base: PayloadBase::Transport,
+                        offset: 0,
+                        len: 1,
+                    })
+                    .expr(Expr::Range {
+                        sreg: Register::R0,
+                        op: RangeOp::Eq,
+                        from: vec![ND_FIRST],
+                        to: vec![ND_LAST],
+                    })
+                    .accept()
+            });
+        }
         for (subnet, mac) in bridged {
             table = table.rule("prerouting", |rule| take_up(rule, subnet, mac));
         }
@@ -140,8 +165,7 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
 }
 
 /// A frame from pod to pod of this node is handed to the IP stack instead of being bridged.
-/// `other` leaves out broadcast and multicast; ARP and ND have no pod source or are multicast. The
-/// source's subnet says which bridge it is: `meta ibrname` needs CONFIG_NFT_BRIDGE_META, which not
+/// `other` leaves out broadcast and multicast. The source's subnet says which bridge it is: `meta ibrname` needs CONFIG_NFT_BRIDGE_META, which not
 /// every kernel has.
 fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
     let v6 = subnet.addr().is_ipv6();
