@@ -96,8 +96,14 @@ fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
 
 #[test]
 fn same_node_replies_come_up_from_the_bridge_when_services_need_them() {
-    for services in [true, false] {
+    for (services, br_netfilter) in [(true, 1), (true, 0), (false, 1)] {
         let stage = Stage::new(false);
+        stage.node.0.enter(|| {
+            for family in ["ip", "ip6"] {
+                // Absent where the kernel has no br_netfilter: then it is like 0.
+                shell(&format!("sysctl -w net.bridge.bridge-nf-call-{family}tables={br_netfilter}"));
+            }
+        });
         stage.apply(&HostConfig { services, ..config() });
         for family in FAMILIES {
             let client = stage.pods[0].udp(family.pods[0], 5000);

@@ -116,7 +116,7 @@ pub(super) fn inet_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftables
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = sets(table, config);
         let table = marks(table, config);
-        let table = redirects(table, bridges);
+        let table = redirects(table, config, bridges);
         let table = leak(table, config);
         pods(table, config, bridges)
     })
@@ -227,14 +227,21 @@ fn mark_reply(rule: Rule) -> Rule {
 
 /// Packets that the loop sends back out of the bridge they came from make the kernel tell the pod a
 /// "better" way that goes round the loop. IPv6 has no sysctl against it.
-fn redirects(table: DeclaredTableBuilder, bridges: &[PodBridge]) -> DeclaredTableBuilder {
+fn redirects(
+    table: DeclaredTableBuilder,
+    config: &HostConfig,
+    bridges: &[PodBridge],
+) -> DeclaredTableBuilder {
     let mut table = table.chain("redirects", |chain| {
         chain.base(BaseChain::filter(FilterHook::Output, Priority::Filter).policy(Policy::Accept)).exclusive()
     });
     for bridge in bridges {
         table = table
-            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmp_type(ICMP_REDIRECT).drop())
-            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmpv6_type(ND_REDIRECT).drop());
+            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmp_type(ICMP_REDIRECT).drop());
+        if config.has_v6() {
+            table = table
+                .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmpv6_type(ND_REDIRECT).drop());
+        }
     }
     table
 }
@@ -250,7 +257,7 @@ fn leak(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
     if !config.encrypted {
         return table;
     }
-    for v6 in [false, true] {
+    for v6 in families(config) {
         let (_, daddr) = addresses(v6);
         table = table.rule("leak", |rule| {
             rule.match_in_set(daddr, set_name("cluster", v6))
@@ -271,7 +278,7 @@ fn pods(table: DeclaredTableBuilder, config: &HostConfig, bridges: &[PodBridge])
     let priority = Priority::Custom(Priority::SrcNat.to_i32() - 5);
     let mut table =
         table.chain("pods", |chain| chain.base(BaseChain::nat(NatHook::Postrouting, priority)).exclusive());
-    for v6 in [false, true] {
+    for v6 in families(config) {
         let (saddr, daddr) = addresses(v6);
         let from_pod = |rule: Rule| {
             rule.match_in_set(saddr, set_name("pods", v6))
@@ -322,6 +329,11 @@ fn keep_source(rule: Rule, v6: bool) -> Rule {
         .expr(RawExpr::new("nat", sent).echo(shown))
 }
 
+/// IPv6 rules only where there is IPv6: a kernel built without it refuses them.
+fn families(config: &HostConfig) -> impl Iterator<Item = bool> {
+    std::iter::once(false).chain(config.has_v6().then_some(true))
+}
+
 fn addresses(v6: bool) -> (PacketField, PacketField) {
     if v6 {
         (PacketField::Ip6Saddr, PacketField::Ip6Daddr)
@@ -355,4 +367,72 @@ fn address_set(table: DeclaredTableBuilder, base: &str, ranges: &[IpNet]) -> Dec
         .set(set_name(base, true), |set| {
             set.key_type(SetKeyType::Ipv6Addr).interval().elements(of(true).collect::<Vec<_>>())
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::TunnelRoute;
+    use super::*;
+
+    fn config(v6: bool) -> HostConfig {
+        let all = ["10.244.0.0/16", "10.244.1.0/24", "fd00::/16", "fd00:1::/64"];
+        let ranges = |wanted: [usize; 2]| -> Vec<IpNet> {
+            wanted
+                .iter()
+                .map(|i| all[*i].parse().unwrap())
+                .filter(|r: &IpNet| v6 || r.addr().is_ipv4())
+                .collect()
+        };
+        let routes = ranges([0, 2]);
+        HostConfig {
+            tun: "warren0".to_owned(),
+            mtu: 1420,
+            node_addresses: Vec::new(),
+            loop_v4: std::net::Ipv4Addr::new(169, 254, 77, 1),
+            loop_v6: std::net::Ipv6Addr::LOCALHOST,
+            pod_ranges: ranges([1, 3]),
+            tunnel_routes: routes
+                .iter()
+                .map(|range| TunnelRoute { range: *range, source: None, mtu: 1400 })
+                .collect(),
+            cluster_ranges: routes,
+            masquerade: true,
+            encrypted: true,
+            services: true,
+        }
+    }
+
+    fn bridge() -> PodBridge {
+        let subnets = vec!["10.244.1.0/24".parse().unwrap()];
+        PodBridge { name: "cbr0".to_owned(), bridge_mac: Some([2, 0, 0, 0, 0, 1]), subnets }
+    }
+
+    #[test]
+    fn the_tables_are_valid_and_have_ipv6_only_where_there_is_any() {
+        for v6 in [false, true] {
+            let config = config(v6);
+            for table in [inet_table(&config, &[bridge()]), bridge_table(&config, &[bridge()])] {
+                table.validate().unwrap();
+                let rules = table.tables()[0].rules();
+                let six = |rule: &Rule| rule.nft_syntax().is_some_and(|text| text.contains("v6 "));
+                assert!(v6 || !rules.iter().any(|rule| six(rule.body())), "IPv6 in an IPv4 cluster");
+            }
+        }
+    }
+
+    #[test]
+    fn without_services_or_a_bridge_there_is_no_bridge_table() {
+        let with = config(true);
+        let without = HostConfig { services: false, ..config(true) };
+        let routed = PodBridge { bridge_mac: None, ..bridge() };
+        for table in [
+            bridge_table(&without, &[bridge()]),
+            bridge_table(&with, &[]),
+            // The `ptp` plugin's: an interface per pod, nothing to bridge.
+            bridge_table(&with, &[routed]),
+        ] {
+            assert!(table.tables().is_empty());
+            assert_eq!(table.absent_tables(), [(Family::Bridge, NAME.to_owned())]);
+        }
+    }
 }
