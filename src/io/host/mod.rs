@@ -240,7 +240,7 @@ impl HostNetwork {
         if self.generation == Some(generation) && self.bridges == bridges {
             return Ok(());
         }
-        nft::apply(&self.nft, &nft::inet_table(config, &bridges), report)
+        nft::apply(&self.nft, &nft::inet_table(config), report)
             .await
             .map_err(|e| HostError::nft("write nft table inet warren", e))?;
         if self.bridge_family {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `prerouting` | filter, mangle | remember flows that came out of the tunnel; mark their replies |
 //! | `output` | route, mangle | mark replies of the node's own processes, and route them again |
-//! | `redirects` | filter output | no ICMP redirect towards a pod bridge |
+//! | `redirects` | filter output | no ICMP redirect to a pod of this node |
 //! | `leak` | filter postrouting | cluster packets leave by the tunnel or not at all (encrypted mode) |
 //! | `pods` | nat postrouting, srcnat - 5 | pods keep their address in the cluster, are masqueraded to the world |
 //!
@@ -112,13 +112,13 @@ pub(super) fn unsupported(error: &nlink::Error) -> bool {
 }
 
 /// `table inet warren`, complete.
-pub(super) fn inet_table(config: &HostConfig, bridges: &[PodBridge]) -> NftablesConfig {
+pub(super) fn inet_table(config: &HostConfig) -> NftablesConfig {
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = sets(table, config);
         let table = marks(table, config);
-        let table = redirects(table, config, bridges);
+        let table = redirects(table, config);
         let table = leak(table, config);
-        pods(table, config, bridges)
+        pods(table, config)
     })
 }
 
@@ -189,7 +189,9 @@ fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
 
 fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
     let table = address_set(table, "pods", &config.pod_ranges);
-    address_set(table, "cluster", &config.cluster_ranges)
+    // This node's pods are of the cluster even if nobody said so yet.
+    let cluster = [config.cluster_ranges.as_slice(), &config.pod_ranges].concat();
+    address_set(table, "cluster", &cluster)
 }
 
 /// A flow that came out of the tunnel is remembered in the connection's mark; its replies, and only
@@ -227,23 +229,21 @@ fn mark_reply(rule: Rule) -> Rule {
 
 /// Packets that the loop sends back out of the bridge they came from make the kernel tell the pod a
 /// "better" way that goes round the loop. IPv6 has no sysctl against it.
-fn redirects(
-    table: DeclaredTableBuilder,
-    config: &HostConfig,
-    bridges: &[PodBridge],
-) -> DeclaredTableBuilder {
-    let mut table = table.chain("redirects", |chain| {
-        chain.base(BaseChain::filter(FilterHook::Output, Priority::Filter).policy(Policy::Accept)).exclusive()
-    });
-    for bridge in bridges {
-        table = table
-            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmp_type(ICMP_REDIRECT).drop());
-        if config.has_v6() {
-            table = table
-                .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmpv6_type(ND_REDIRECT).drop());
-        }
+fn redirects(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
+    let table = table
+        .chain("redirects", |chain| {
+            let base = BaseChain::filter(FilterHook::Output, Priority::Filter);
+            chain.base(base.policy(Policy::Accept)).exclusive()
+        })
+        .rule("redirects", |rule| {
+            rule.match_in_set(PacketField::Ip4Daddr, "pods4").match_icmp_type(ICMP_REDIRECT).drop()
+        });
+    if !config.has_v6() {
+        return table;
     }
-    table
+    table.rule("redirects", |rule| {
+        rule.match_in_set(PacketField::Ip6Daddr, "pods6").match_icmpv6_type(ND_REDIRECT).drop()
+    })
 }
 
 /// A packet for another node's pods that finds no way into the tunnel (device gone, route gone) would
@@ -274,7 +274,7 @@ fn leak(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
 
 /// Source translation of pods. Within one hook the first chain that binds a source wins, so this
 /// stands before srcnat (100), where the `bridge` plugin's ipMasq and kube-proxy have theirs.
-fn pods(table: DeclaredTableBuilder, config: &HostConfig, bridges: &[PodBridge]) -> DeclaredTableBuilder {
+fn pods(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
     let priority = Priority::Custom(Priority::SrcNat.to_i32() - 5);
     let mut table =
         table.chain("pods", |chain| chain.base(BaseChain::nat(NatHook::Postrouting, priority)).exclusive());
@@ -290,13 +290,7 @@ fn pods(table: DeclaredTableBuilder, config: &HostConfig, bridges: &[PodBridge])
                 keep_source(from_pod(rule).match_in_set(daddr, set_name("cluster", v6)), v6)
             });
         if config.masquerade {
-            table = table.rule("pods", |mut rule| {
-                rule = from_pod(rule);
-                for bridge in bridges {
-                    rule = rule.match_oif_not(&bridge.name);
-                }
-                no_multicast(rule, v6).masquerade()
-            });
+            table = table.rule("pods", |rule| no_multicast(from_pod(rule), v6).masquerade());
         }
     }
     table
@@ -411,7 +405,7 @@ mod tests {
     fn the_tables_are_valid_and_have_ipv6_only_where_there_is_any() {
         for v6 in [false, true] {
             let config = config(v6);
-            for table in [inet_table(&config, &[bridge()]), bridge_table(&config, &[bridge()])] {
+            for table in [inet_table(&config), bridge_table(&config, &[bridge()])] {
                 table.validate().unwrap();
                 let rules = table.tables()[0].rules();
                 let six = |rule: &Rule| rule.nft_syntax().is_some_and(|text| text.contains("v6 "));
