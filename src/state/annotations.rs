@@ -21,6 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use siphasher::sip::SipHasher24;
 
 use super::problem::{nearest, quote};
 use crate::snapshot::{Encap, MAX_LANES, PeerLane, PublicKey};
@@ -173,6 +174,12 @@ pub fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
+/// The inner MAC address that goes with a node's first key: the same after every restart, and its own.
+pub fn mac_of(key: &PublicKey) -> [u8; 6] {
+    let [a, b, c, d, e, ..] = SipHasher24::new().hash(key).to_le_bytes();
+    [2, a, b, c, d, e] // 2: locally administered (IEEE 802), of one device
+}
+
 /// The special range that this one overlaps, if any: no node, pod or Service has its address there.
 pub fn special(range: IpNet) -> Option<IpNet> {
     SPECIAL.into_iter().find(|special| special.contains(&range) || range.contains(special))
@@ -303,7 +310,8 @@ fn endpoints(text: &str) -> Result<Vec<SocketAddr>, String> {
     Ok(endpoints)
 }
 
-fn endpoint(text: &str) -> Result<SocketAddr, String> {
+/// Checks one endpoint.
+pub fn endpoint(text: &str) -> Result<SocketAddr, String> {
     let address: SocketAddr = text.parse().map_err(|_| {
         format!("{} is not an address and port (192.0.2.1:51820 or [2001:db8::1]:51820)", quote(text))
     })?;
@@ -314,7 +322,8 @@ fn endpoint(text: &str) -> Result<SocketAddr, String> {
     Ok(address)
 }
 
-fn location(text: &str) -> Result<String, String> {
+/// Checks a location.
+pub fn location(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
     if text.len() <= 63 && text.chars().all(allowed) {
         Ok(text.to_owned())
