@@ -1,0 +1,155 @@
+//! What the agent shares with whoever asks how it is.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use nix::sys::eventfd::EventFd;
+
+use super::{pb, view};
+use crate::datapath::Counters;
+use crate::io::clock;
+use crate::io::lane::{Command, LaneOffloads, LaneReport};
+use crate::snapshot::{LaneId, PublicKey, Snapshot};
+
+/// How long all lanes together may take to say how they are. A lane answers between two batches, so a
+/// healthy one needs far less than a millisecond.
+pub const REPORT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// What never changes while the agent runs.
+#[derive(Clone, Debug)]
+pub struct NodeInfo {
+    /// The Node's name.
+    pub name: String,
+    /// The agent's version.
+    pub version: String,
+    /// The tunnel device.
+    pub tun: String,
+    /// Settings worth showing, in the order to show them; no secret may be among them.
+    pub settings: Vec<(String, String)>,
+    /// When the agent started.
+    pub started: Instant,
+}
+
+/// What changes, and is not in the snapshot.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Live {
+    /// The MTU that new pods get.
+    pub pod_mtu: u16,
+    /// Why pods may not be started here; `None` when they may.
+    pub not_ready: Option<String>,
+    /// What is wrong now.
+    pub problems: Vec<pb::Problem>,
+}
+
+/// How to reach one lane.
+#[derive(Clone, Debug)]
+pub struct LaneHandle {
+    /// Which.
+    pub id: LaneId,
+    /// Its WireGuard public key.
+    pub public_key: PublicKey,
+    /// Its UDP port.
+    pub port: u16,
+    /// Takes commands; a full queue counts as a lane that does not answer.
+    pub commands: SyncSender<Command>,
+    /// Wakes it.
+    pub bell: Arc<EventFd>,
+    /// What it counts.
+    pub counters: Arc<Counters>,
+    /// The offloads it started with: one that is gone since then was refused by the kernel.
+    pub offloads: LaneOffloads,
+}
+
+/// Everything that a view is made of; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    info: Arc<NodeInfo>,
+    lanes: Arc<[LaneHandle]>,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    live: Arc<ArcSwap<Live>>,
+}
+
+impl Handle {
+    /// Puts a handle together. The node starts as not ready, until [`Self::update`] says otherwise.
+    pub fn new(info: NodeInfo, snapshot: Arc<ArcSwap<Snapshot>>, lanes: Vec<LaneHandle>) -> Handle {
+        let live = Live { not_ready: Some("starting".to_owned()), ..Live::default() };
+        Handle {
+            info: Arc::new(info),
+            lanes: lanes.into(),
+            snapshot,
+            live: Arc::new(ArcSwap::from_pointee(live)),
+        }
+    }
+
+    /// Changes what is not in the snapshot. `change` may run more than once when two writers meet.
+    pub fn update(&self, change: impl Fn(&mut Live)) {
+        self.live.rcu(|live| {
+            let mut next = Live::clone(live);
+            change(&mut next);
+            next
+        });
+    }
+
+    /// What is not in the snapshot, now.
+    pub fn live(&self) -> Arc<Live> {
+        self.live.load_full()
+    }
+
+    /// What never changes.
+    pub fn info(&self) -> &NodeInfo {
+        &self.info
+    }
+
+    /// The lanes, lane 0 first.
+    pub fn lanes(&self) -> &[LaneHandle] {
+        &self.lanes
+    }
+
+    /// Asks every lane and puts the view together. Blocks for at most [`REPORT_DEADLINE`]: async callers
+    /// use [`Self::collect_async`].
+    pub fn collect(&self) -> pb::NodeView {
+        let reports = self.ask_lanes();
+        // The clock is read after the answers, so that no age comes out negative.
+        view::build(&view::Parts {
+            info: &self.info,
+            live: &self.live.load(),
+            snapshot: &self.snapshot.load(),
+            lanes: &self.lanes,
+            reports: &reports,
+            now: clock::now(),
+            wall: clock::wall(),
+        })
+    }
+
+    /// [`Self::collect`] on a thread that may block.
+    pub async fn collect_async(&self) -> Result<pb::NodeView, tokio::task::JoinError> {
+        let handle = self.clone();
+        tokio::task::spawn_blocking(move || handle.collect()).await
+    }
+
+    /// All lanes are asked before the first answer is waited for: the deadline is for all of them together.
+    fn ask_lanes(&self) -> Vec<Option<LaneReport>> {
+        let asked: Vec<Option<Receiver<LaneReport>>> = self.lanes.iter().map(ask).collect();
+        let deadline = clock::now() + REPORT_DEADLINE;
+        asked
+            .into_iter()
+            .map(|answer| {
+                let left = deadline.saturating_duration_since(clock::now());
+                match answer?.recv_timeout(left) {
+                    Ok(report) => Some(report),
+                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+                }
+            })
+            .collect()
+    }
+}
+
+fn ask(lane: &LaneHandle) -> Option<Receiver<LaneReport>> {
+    let (sender, receiver) = sync_channel(1);
+    lane.commands.try_send(Command::Report(sender)).ok()?;
+    // A bell that cannot be rung has been rung already (its counter is full): the lane wakes anyway.
+    let _ = lane.bell.write(1);
+    Some(receiver)
+}
