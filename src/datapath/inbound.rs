@@ -39,7 +39,7 @@ impl Lane {
             let len = arrival.stride.max(1).min(end - at);
             self.counters.add(Total::DatagramsReceived, 1);
             if let Err(reason) = self.inbound(now, snapshot, &arrival, at, len, receive, out) {
-                self.counters.drop(reason);
+                self.counters.count_drop(reason);
             }
             at += len;
         }
@@ -146,7 +146,7 @@ impl Lane {
         }
 
         // 5 track
-        self.track_inbound(now, inner.peer, &headers);
+        // TODO-track
 
         // 6 join
         self.counters.add(Total::PacketsReceived, 1);
@@ -184,7 +184,7 @@ impl Lane {
         let Some(peer) = snapshot.mesh.peer(inner.peer) else { return };
         let Some(encap) = peer.encap else { return };
         if let Err(reason) = self.seal(now, snapshot, peer, encap, &headers, &error, out) {
-            self.counters.drop(reason);
+            self.counters.count_drop(reason);
         }
     }
 }

@@ -192,7 +192,7 @@ impl Lane {
         if peer.encap == Some(Encap::WireGuard)
             && let Err(reason) = self.wireguard.initiate(now, peer, &mut out.tx)
         {
-            self.counters.drop(reason);
+            self.counters.count_drop(reason);
         }
     }
 
@@ -218,14 +218,14 @@ impl Lane {
     }
 
     /// Puts a packet of our own making into the TUN batch.
-    fn to_own_tun(&mut self, receive: &mut [u8], packet: &[u8], headers: &Headers, out: &mut Output) {
+    fn to_own_tun(&mut self, packet: &[u8], headers: &Headers, out: &mut Output) {
         let at = out.plain_used;
         let Some(room) = out.plain.get_mut(at..at + packet.len()) else {
-            return self.counters.drop(DropReason::NoBuffer);
+            return self.counters.count_drop(DropReason::NoBuffer);
         };
         room.copy_from_slice(packet);
         out.plain_used += packet.len();
-        let memory = &mut Memory { receive, plain: &mut out.plain };
+        let memory = &mut Memory { receive: &mut [], plain: &mut out.plain };
         out.tun.push(crate::packet::coalesce::Region::Plain, at, headers, memory);
     }
 
@@ -239,6 +239,6 @@ impl Lane {
 
     fn count_waited_in_vain(&mut self) {
         let waited = std::mem::take(&mut self.wireguard.stats.queue_dropped);
-        self.counters.drops(DropReason::AwaitingSession, waited as usize);
+        self.counters.count_drops(DropReason::AwaitingSession, waited as usize);
     }
 }

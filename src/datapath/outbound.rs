@@ -38,7 +38,7 @@ impl Lane {
         self.counters.add(Total::TunReads, 1);
         self.counters.add(Total::TunReadBytes, frame.len());
         if let Err(reason) = self.outbound(now, snapshot, frame, out) {
-            self.counters.drop(reason);
+            self.counters.count_drop(reason);
         }
         self.count_waited_in_vain();
     }
@@ -97,7 +97,7 @@ impl Lane {
         }
 
         // 4 track
-        self.track_outbound(now, peer.id, headers, segments.count());
+        // TODO-track
 
         // 5 seal
         if fits {
@@ -143,7 +143,7 @@ impl Lane {
             Ok(sent) => (sent, Ok(())),
             // The caller counts one drop; the others are counted here.
             Err((sent, reason)) => {
-                self.counters.drops(reason, packets.count().saturating_sub(sent + 1));
+                self.counters.count_drops(reason, packets.count().saturating_sub(sent + 1));
                 (sent, Err(reason))
             }
         };
@@ -202,7 +202,7 @@ impl Lane {
             return None;
         }
         if !self.icmp.allow(headers.source, now) {
-            self.counters.drop(DropReason::IcmpRateLimited);
+            self.counters.count_drop(DropReason::IcmpRateLimited);
             return None;
         }
         let len = icmp::build(room, from, packet, headers, message)?;

@@ -256,7 +256,7 @@ impl<K: Kernel> LaneLoop<K> {
         let mut refused = None;
         for (header, pieces) in self.out.tun.frames() {
             let mut slices = [IoSlice::new(&[]); MAX_PIECES];
-            slices[0] = IoSlice::new(header);
+            slices[0] = IoSlice::new(&header);
             let mut count = 1;
             for piece in pieces {
                 let from = match piece.region {
@@ -273,7 +273,7 @@ impl<K: Kernel> LaneLoop<K> {
                     counters.add(Total::TunWriteBytes, len);
                 }
                 Err(e) => {
-                    counters.drop(DropReason::TunWriteFailed);
+                    counters.count_drop(DropReason::TunWriteFailed);
                     let joined = header.get(1).is_some_and(|kind| *kind != 0);
                     if joined && e.raw_os_error() == Some(libc::EINVAL) {
                         refused = header.get(1).copied();
@@ -318,7 +318,7 @@ impl<K: Kernel> LaneLoop<K> {
             } else {
                 let single: Vec<Run> = runs[at..at + same].iter().flat_map(datagrams).collect();
                 let (_, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                counters.drops(DropReason::SendFailed, failed);
+                counters.count_drops(DropReason::SendFailed, failed);
                 Sent::All
             };
             match sent {
@@ -330,12 +330,12 @@ impl<K: Kernel> LaneLoop<K> {
                     let about_offload = run.count > 1
                         && matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE));
                     if !about_offload {
-                        counters.drops(DropReason::SendFailed, run.count);
+                        counters.count_drops(DropReason::SendFailed, run.count);
                         continue;
                     }
                     let single: Vec<Run> = datagrams(run).collect();
                     let (delivered, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                    counters.drops(DropReason::SendFailed, failed);
+                    counters.count_drops(DropReason::SendFailed, failed);
                     // A datagram too large for the device is not the offload's fault.
                     given_up |= delivered > 0 && error.raw_os_error() != Some(libc::EMSGSIZE);
                 }
