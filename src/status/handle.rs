@@ -153,3 +153,53 @@ fn ask(lane: &LaneHandle) -> Option<Receiver<LaneReport>> {
     let _ = lane.bell.write(1);
     Some(receiver)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::fake;
+
+    #[test]
+    fn every_lane_is_asked() {
+        let view = fake::living_handle().collect();
+        assert!(view.ready && view.lanes.iter().all(|lane| lane.answered));
+        assert_eq!(view.peers.iter().find(|p| p.name == "node-b").unwrap().sessions, 2);
+    }
+
+    #[test]
+    fn lanes_that_do_not_answer_cost_one_deadline_together_and_are_shown() {
+        let (handle, mut receivers) = fake::handle();
+        let start = clock::now();
+        let view = handle.collect();
+        let took = clock::now() - start;
+        assert!(took >= REPORT_DEADLINE && took < REPORT_DEADLINE * 2, "{took:?}");
+        assert!(view.lanes.iter().all(|lane| !lane.answered));
+        // What needs no answer is there all the same.
+        assert_eq!(view.drops.iter().map(|d| d.count).sum::<u64>(), 7);
+        assert_eq!(view.peers.len(), 3);
+        assert_eq!(handle.lanes()[0].bell.read().unwrap(), 1, "the bell was rung");
+
+        // Lane 1 comes back; lane 0's queue is full now, which is as good as no answer, at once.
+        fake::answer_as(1, receivers.pop().unwrap());
+        let start = clock::now();
+        let view = handle.collect();
+        assert_eq!([false, true], [view.lanes[0].answered, view.lanes[1].answered]);
+        assert!(clock::now() - start < REPORT_DEADLINE);
+    }
+
+    #[test]
+    fn a_lane_that_has_ended_is_shown_at_once() {
+        let (handle, receivers) = fake::handle();
+        drop(receivers);
+        let start = clock::now();
+        assert!(handle.collect().lanes.iter().all(|lane| !lane.answered));
+        assert!(clock::now() - start < REPORT_DEADLINE);
+    }
+
+    #[test]
+    fn a_node_is_not_ready_before_it_is_said_to_be() {
+        let (handle, _receivers) = fake::handle();
+        let fresh = Handle::new(handle.info().clone(), Arc::clone(&handle.snapshot), Vec::new());
+        assert_eq!(fresh.collect().not_ready_reason, "starting");
+    }
+}

@@ -9,6 +9,8 @@
 //! Nothing here holds a private key, so nothing here can give one away.
 
 pub mod client;
+#[cfg(test)]
+mod fake;
 pub mod handle;
 pub mod meaning;
 pub mod render;
