@@ -192,8 +192,12 @@ pub(super) fn peers_of(view: &pb::NodeView) -> pb::PeersResponse {
 
 /// A handle whose lanes are the receivers that come with it.
 pub(super) fn handle() -> (Handle, Vec<Receiver<Command>>) {
+    handle_of(snapshot())
+}
+
+fn handle_of(snapshot: Snapshot) -> (Handle, Vec<Receiver<Command>>) {
     let (lanes, receivers) = lanes();
-    let handle = Handle::new(info(clock::now()), Arc::new(ArcSwap::from_pointee(snapshot())), lanes);
+    let handle = Handle::new(info(clock::now()), Arc::new(ArcSwap::from_pointee(snapshot)), lanes);
     handle.update(|live| {
         live.pod_mtu = 1420;
         live.not_ready = None;
@@ -217,7 +221,12 @@ pub(super) fn answer_as(index: usize, commands: Receiver<Command>) {
 
 /// A handle whose lanes answer.
 pub(super) fn living_handle() -> Handle {
-    let (handle, receivers) = handle();
+    living_handle_of(snapshot())
+}
+
+/// The same with another cluster.
+pub(super) fn living_handle_of(snapshot: Snapshot) -> Handle {
+    let (handle, receivers) = handle_of(snapshot);
     for (index, commands) in receivers.into_iter().enumerate() {
         answer_as(index, commands);
     }

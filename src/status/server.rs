@@ -102,3 +102,79 @@ impl StatusService for Answers {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+    use crate::status::client::{ClientError, fetch_peers, fetch_view};
+    use crate::status::fake;
+
+    #[tokio::test]
+    async fn the_whole_way_round() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = socket_path(dir.path());
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let socket = bind(dir.path()).unwrap();
+        let task = tokio::spawn(serve(socket, fake::living_handle(), async {
+            let _ = stopped.await;
+        }));
+
+        let view = fetch_view(&path).await.unwrap();
+        assert_eq!((view.node.as_str(), view.peers.len(), view.lanes.len()), ("node-a", 3, 2));
+        assert!(view.ready && view.lanes.iter().all(|lane| lane.answered));
+        let peers = fetch_peers(&path, "node-c").await.unwrap();
+        assert_eq!(peers.peers.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["node-c"]);
+        assert_eq!(fetch_peers(&path, "").await.unwrap().peers.len(), 3);
+        let json = serde_json::to_value(&view).unwrap();
+        assert_eq!(json["peers"][0]["name"], "node-b");
+        assert_eq!(json["peers"][2]["handshake_age_ms"], serde_json::Value::Null);
+
+        // A client that says nothing does not keep the server from ending.
+        let _silent = UnixStream::connect(&path).unwrap();
+        stop.send(()).unwrap();
+        tokio::time::timeout(FAREWELL * 3, task).await.unwrap().unwrap().unwrap();
+        assert!(!path.exists());
+        assert!(matches!(fetch_view(&path).await, Err(ClientError::NotRunning { .. })));
+    }
+
+    #[tokio::test]
+    async fn thousands_of_peers_fit_into_an_answer() {
+        let mut snapshot = fake::snapshot();
+        let peers = (0..5000).map(|id| {
+            let like = fake::peer(id % 100, &format!("a-node-with-quite-a-long-name.example-{id}"));
+            Some(std::sync::Arc::new(crate::snapshot::Peer { id: crate::snapshot::PeerId(id), ..like }))
+        });
+        snapshot.mesh =
+            std::sync::Arc::new(crate::snapshot::Mesh { peers: peers.collect(), ..Default::default() });
+        let handle = fake::living_handle_of(snapshot);
+        let dir = tempfile::tempdir().unwrap();
+        let socket = bind(dir.path()).unwrap();
+        let task = tokio::spawn(serve(socket, handle, std::future::pending()));
+        assert_eq!(fetch_view(&socket_path(dir.path())).await.unwrap().peers.len(), 5000);
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn no_agent_is_told_with_the_socket_and_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = socket_path(dir.path());
+        for stale in [false, true] {
+            if stale {
+                drop(UnixListener::bind(&path).unwrap());
+            }
+            let error = fetch_view(&path).await.unwrap_err();
+            assert!(matches!(error, ClientError::NotRunning { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(&path.display().to_string()) && text.contains("warren agent"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_second_agent_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = bind(dir.path()).unwrap();
+        assert!(matches!(bind(dir.path()), Err(SocketError::InUse { .. })));
+    }
+}

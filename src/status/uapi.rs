@@ -220,3 +220,132 @@ fn hex(base64: &str) -> Option<String> {
         out
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::status::fake;
+
+    #[test]
+    fn the_answer_in_full() {
+        let at = fake::WALL_MS - 31_000;
+        let expected = format!(
+            "\
+listen_port=51820
+public_key=0202020202020202020202020202020202020202020202020202020202020202
+protocol_version=1
+endpoint=192.0.2.2:51820
+last_handshake_time_sec={}
+last_handshake_time_nsec=250000000
+tx_bytes=2097152
+rx_bytes=1024
+persistent_keepalive_interval=25
+allowed_ip=10.244.2.0/24
+allowed_ip=fd00:2::/64
+allowed_ip=192.0.2.2/32
+allowed_ip=10.244.2.0/32
+public_key=0505050505050505050505050505050505050505050505050505050505050505
+protocol_version=1
+endpoint=[2001:db8::4]:7
+tx_bytes=300
+rx_bytes=0
+persistent_keepalive_interval=25
+allowed_ip=10.244.5.0/24
+allowed_ip=fd00:5::/64
+allowed_ip=192.0.2.5/32
+allowed_ip=10.244.5.0/32
+errno=0
+
+",
+            at / 1000
+        );
+        assert_eq!(answer(&fake::view()), expected);
+    }
+
+    #[test]
+    fn a_node_without_key_or_endpoint_is_left_out_or_bare() {
+        let mut view = fake::view();
+        view.lanes.clear();
+        view.peers[0].public_key.clear();
+        view.peers[2].endpoint.clear();
+        let text = answer(&view);
+        assert!(!text.contains("private_key") && !text.contains("listen_port"), "{text}");
+        assert!(text.starts_with("public_key=05") && !text.contains("endpoint="), "{text}");
+        assert_eq!(answer(&pb::NodeView::default()), "errno=0\n\n");
+    }
+
+    /// A served socket; everything ends with the guard.
+    async fn serving() -> (tempfile::TempDir, PathBuf, tokio::task::JoinHandle<io::Result<()>>) {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = bind(&dir.path().join("wireguard"), "warren0").unwrap();
+        let path = socket.path().to_owned();
+        let task = tokio::spawn(serve(socket, fake::living_handle(), std::future::pending()));
+        (dir, path, task)
+    }
+
+    async fn ask(path: &Path, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(path).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn requests_are_answered_each_on_its_own() {
+        let (_dir, path, task) = serving().await;
+        let get = ask(&path, b"get=1\n\n").await;
+        assert!(get.starts_with("listen_port=51820\n") && get.ends_with("errno=0\n\n"), "{get}");
+        assert_eq!(ask(&path, b"set=1\nprivate_key=00\n\n").await, "errno=-95\n\n");
+        assert_eq!(ask(&path, b"hello\n\nget=1\n\n").await, "errno=-22\n\n");
+        let both = ask(&path, b"set=1\n\nget=1\n\n").await;
+        assert!(both.starts_with("errno=-95\n\nlisten_port") && both.ends_with("errno=0\n\n"), "{both}");
+        assert_eq!(ask(&path, b"get=1\n").await, "", "a request without its end is none");
+        assert_eq!(ask(&path, &[0xff; 5000]).await, "");
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_large_change_is_read_to_its_end_and_a_huge_one_is_not() {
+        let (_dir, path, task) = serving().await;
+        let mut request = b"set=1\n".to_vec();
+        request.extend(b"public_key=00\n".repeat(100_000));
+        request.push(b'\n');
+        assert_eq!(ask(&path, &request).await, "errno=-95\n\n");
+
+        let mut stream = UnixStream::connect(&path).await.unwrap();
+        let huge = b"public_key=00\n".repeat(1_000_000);
+        // The other end answers and hangs up before it is through.
+        assert!(stream.write_all(&huge).await.is_err());
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn silent_clients_do_not_keep_others_out() {
+        let (_dir, path, task) = serving().await;
+        let mut silent = Vec::new();
+        for _ in 0..MAX_CLIENTS * 2 {
+            silent.push(UnixStream::connect(&path).await.unwrap());
+        }
+        // Two rounds of silent clients are ahead in the queue.
+        let answer = timeout(PATIENCE * 3, ask(&path, b"get=1\n\n")).await.unwrap();
+        assert!(answer.ends_with("errno=0\n\n"), "{answer}");
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn the_socket_goes_with_the_server_and_a_stale_one_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = socket_path(dir.path(), "warren0");
+        drop(UnixListener::bind(&path).unwrap());
+        let socket = bind(dir.path(), "warren0").unwrap();
+        assert!(matches!(bind(dir.path(), "warren0"), Err(SocketError::InUse { .. })));
+        serve(socket, fake::living_handle(), std::future::ready(())).await.unwrap();
+        assert!(!path.exists());
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}

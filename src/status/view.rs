@@ -312,3 +312,102 @@ fn peer_state(
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::snapshot::Mesh;
+    use crate::status::fake;
+
+    #[test]
+    fn lanes_are_summed_and_lane_0_says_where_packets_go() {
+        let view = fake::view();
+        let b = &view.peers[0];
+        assert_eq!((b.name.as_str(), b.state.as_str(), b.why.as_str()), ("node-b", "up", ""));
+        assert_eq!((b.rx_bytes, b.tx_bytes, b.rx_packets, b.tx_packets), (1024, 2 << 20, 3, 4));
+        assert_eq!((b.sessions, b.sessions_established, b.lanes), (2, 2, 2));
+        assert_eq!((b.endpoint.as_str(), b.handshake_age_ms), ("192.0.2.2:51820", Some(31_000)));
+        assert_eq!((b.last_received_age_ms, b.last_sent_age_ms), (Some(2000), Some(0)));
+        assert_eq!(view.collected_unix_ms, fake::WALL_MS);
+        assert_eq!(
+            view.drops.iter().map(|d| (d.name.as_str(), d.count)).collect::<Vec<_>>(),
+            [("no-route", 5), ("hop-limit", 2)]
+        );
+        assert_eq!(
+            view.lanes[0].totals.iter().find(|c| c.name == "wireguard-initiations-sent").unwrap().value,
+            4
+        );
+    }
+
+    #[test]
+    fn a_roamed_endpoint_is_shown_and_an_unproven_candidate_is_not() {
+        let peer = fake::peer(0, "b");
+        let used = fake::session(0, 0, [2; 32], "203.0.113.9:40000");
+        let candidate = SessionReport {
+            established: false,
+            handshake_age: None,
+            ..fake::session(0, 0, [2; 32], "203.0.113.66:6666")
+        };
+        let other_lane = fake::session(0, 1, [102; 32], "203.0.113.9:40001");
+        let held = [(0, &candidate), (1, &other_lane), (0, &used)];
+        assert_eq!(wireguard_endpoint(&peer, &held).as_deref(), Some("203.0.113.9:40000"));
+        assert_eq!(wireguard_endpoint(&peer, &[(1, &other_lane)]).as_deref(), Some("192.0.2.2:51820"));
+    }
+
+    #[test]
+    fn every_state_has_its_reason() {
+        let s = |secs| Some(Duration::from_secs(secs));
+        let peer = fake::peer(0, "b");
+        let up = fake::session(0, 0, [2; 32], "192.0.2.2:1");
+        let old = SessionReport { handshake_age: s(200), ..up.clone() };
+        let unanswered = SessionReport { established: false, handshake_age: None, ..up.clone() };
+        let wg = |sessions: &[&SessionReport], sent| {
+            let held: Vec<Held<'_>> = sessions.iter().map(|s| (0, *s)).collect();
+            peer_state(&peer, &held, None, sent, "192.0.2.2:1").0
+        };
+        assert_eq!(wg(&[], None), "idle");
+        assert_eq!(wg(&[&up], None), "up");
+        assert_eq!(wg(&[&unanswered, &up], s(0)), "up");
+        assert_eq!(wg(&[&unanswered], s(0)), "connecting");
+        assert_eq!(wg(&[&old], s(100)), "idle");
+        assert_eq!(wg(&[&old], s(1)), "silent");
+
+        let vxlan = Peer {
+            encap: Some(Encap::Vxlan),
+            vxlan: fake::snapshot().mesh.peers[1].as_ref().unwrap().vxlan.clone(),
+            ..peer.clone()
+        };
+        let state = |peer: &Peer, received, sent| peer_state(peer, &[], received, sent, "192.0.2.2:8472");
+        assert_eq!(state(&vxlan, s(5), s(1)).0, "up");
+        assert_eq!(state(&vxlan, None, s(1)).0, "silent");
+        assert_eq!(state(&vxlan, None, None).0, "idle");
+
+        let hopeless = [
+            Peer { encap: None, ..peer.clone() },
+            Peer { lanes: Vec::new(), ..peer.clone() },
+            Peer { vxlan: None, ..vxlan },
+        ];
+        for peer in &hopeless {
+            let (state, why) = state(peer, s(1), s(1));
+            assert!(state == "unusable" && !why.is_empty(), "{state}");
+        }
+        assert_eq!(peer_state(&peer, &[], None, None, "").0, "unusable");
+    }
+
+    #[test]
+    fn reports_older_than_the_snapshot_do_no_harm() {
+        let mut snapshot = fake::snapshot();
+        let now = crate::io::clock::now() + Duration::from_secs(10_000);
+        let reports: Vec<_> = fake::reports(now).into_iter().map(Some).collect();
+        // Sessions and traffic of peers that are gone, and a new peer that no report knows.
+        let peers = vec![None, None, None, None, Some(Arc::new(fake::peer(4, "node-e")))];
+        snapshot.mesh = Arc::new(Mesh { peers, ..Mesh::default() });
+        let peers = super::peers(&snapshot, &reports, now);
+        assert_eq!(
+            peers.iter().map(|p| (p.name.as_str(), p.state.as_str())).collect::<Vec<_>>(),
+            [("node-e", "idle")]
+        );
+    }
+}
