@@ -75,7 +75,7 @@ async fn shows() {
         &format!("peer: {KEY_B_TEXT}"),
         "endpoint: 192.0.2.2:51820",
         "allowed ips: 10.244.2.0/24, fd00:2::/64, 192.0.2.2/32",
-        "latest handshake: 1 minute, ",
+        "latest handshake: 1 minute",
         "transfer: 3.00 KiB received, 5.00 KiB sent",
         "persistent keepalive: every 25 seconds",
         &format!("peer: {KEY_C_TEXT}"),

@@ -12,6 +12,7 @@ use crate::datapath::{Counters, PeerTraffic, Total};
 use crate::io::lane::{LaneOffloads, LaneReport};
 use crate::packet::DropReason;
 use crate::snapshot::{Encap, LaneId, Peer, PeerId, PublicKey, Snapshot};
+use crate::state::problem::Problem;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
 
 /// A WireGuard session carries no data when its handshake is older (REJECT_AFTER_TIME, WireGuard paper
@@ -67,6 +68,18 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         drops: drops(all),
         totals: totals(all),
         problems: live.problems.clone(),
+    }
+}
+
+impl From<&Problem> for pb::Problem {
+    fn from(problem: &Problem) -> pb::Problem {
+        let Problem { kind, subject, field, reason } = problem;
+        pb::Problem {
+            kind: kind.name().to_owned(),
+            subject: subject.clone(),
+            field: field.clone(),
+            reason: reason.clone(),
+        }
     }
 }
 
