@@ -1,0 +1,475 @@
+//! What is shown: each kind of traffic that a cluster's users know, run for real, in plain words.
+
+use std::collections::HashSet;
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::symlink;
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+
+use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
+use serde::de::DeserializeOwned;
+
+use super::report::{Check, Figure, Report};
+use super::sandbox::{self, FOLDER};
+use super::traffic::{Answer, Protocol, RoundTrips, Sunk};
+use super::world::{Pod, Process, World, ourselves};
+use super::{DemoError, DemoOptions, agents};
+use crate::io::clock;
+use crate::snapshot::Encap;
+
+/// Only inside a pod: no other pod can reach it.
+const SIDECAR_PORT: u16 = 9000;
+/// How long a throughput measurement sends.
+const THROUGHPUT_MS: u64 = 3000;
+/// How long a latency measurement asks.
+const LATENCY_MS: u64 = 1000;
+/// Where there is a way, an answer takes no longer, tunnel set-up included.
+const ANSWER_WITHIN_MS: u64 = 8000;
+/// Where there is none, we wait no longer to say so.
+const SILENCE_MS: u64 = 500;
+/// How often we look whether a process has ended.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Builds the world and plays all scenes in it; what the stage process does.
+pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
+    let mut report = Report::new(options.json, clock::now());
+    report.headline(&format!(
+        "Warren demo: {} nodes with two pods each, in network namespaces of this machine.",
+        options.nodes
+    ));
+    let world = World::build(options, |what| report.waiting(&format!("making {what}"), clock::now()))?;
+    agents::write_nodes(&world)?;
+    let mut stage = Stage { world, report };
+    stage.introduce();
+    stage.without_warren()?;
+    stage.inside_one_pod()?;
+    stage.on_one_node()?;
+    let shown = options.encap.shown();
+    for (turn, &encap) in shown.iter().enumerate() {
+        stage.start_agents(encap)?;
+        stage.across_nodes(encap)?;
+        if turn == 0 {
+            stage.pod_replaced()?;
+        }
+        stage.measure(encap)?;
+        agents::all_there(&mut stage.world)?;
+    }
+    stage.compare();
+    let all_well = stage.report.finish(clock::now());
+    if options.keep {
+        if let Some(&first) = shown.first().filter(|_| shown.len() > 1) {
+            stage.start_agents(first)?;
+        }
+        stage.keep(all_well)?;
+    }
+    Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+struct Stage {
+    world: World,
+    report: Report,
+}
+
+/// Who asks: a name to say and a process whose namespaces to join.
+#[derive(Clone)]
+struct Asker {
+    name: String,
+    holder: u32,
+    v4: IpAddr,
+    v6: IpAddr,
+}
+
+impl Asker {
+    fn pod(pod: &Pod) -> Asker {
+        Asker { name: pod.name.clone(), holder: pod.holder.pid(), v4: pod.v4.into(), v6: pod.v6.into() }
+    }
+
+    /// A second container of the same pod: it talks over loopback.
+    fn beside(pod: &Pod) -> Asker {
+        Asker { v4: Ipv4Addr::LOCALHOST.into(), v6: Ipv6Addr::LOCALHOST.into(), ..Asker::pod(pod) }
+    }
+
+    fn address(&self, v6: bool) -> IpAddr {
+        if v6 { self.v6 } else { self.v4 }
+    }
+}
+
+impl Stage {
+    fn introduce(&mut self) {
+        let v6 = self.world.v6;
+        if !v6 {
+            self.report.say("  (this kernel has no IPv6: IPv4 only)");
+        }
+        for node in &self.world.nodes {
+            let pods: Vec<_> = node.pods.iter().map(|pod| pod.name.as_str()).collect();
+            self.report.node(&format!(
+                "{:7} {}   pods {} in {}",
+                node.name,
+                node.address(false),
+                pods.join(", "),
+                node.pod_ranges(v6).join(", ")
+            ));
+        }
+    }
+
+    fn without_warren(&mut self) -> Result<(), DemoError> {
+        self.open(
+            "Before Warren: the nodes reach each other, their pods do not",
+            "The network between the nodes knows nothing of pods, as in most clouds and homes.",
+        );
+        let (node, far) = (self.node(0)?, self.node(1)?);
+        let from = Asker {
+            name: node.name.clone(),
+            holder: node.holder.pid(),
+            v4: node.address(false),
+            v6: node.address(true),
+        };
+        let (name, target) = (far.name.clone(), SocketAddr::new(far.address(false), super::traffic::PORT));
+        self.must_answer(&from, Protocol::Tcp, target, &name)?;
+        let from = Asker::pod(self.pod(0, 0)?);
+        for v6 in self.families() {
+            let (name, target) = self.whom(1, 0, v6)?;
+            self.must_not_answer(&from, target, &name, "no reply or unreachable")?;
+        }
+        Ok(())
+    }
+
+    fn inside_one_pod(&mut self) -> Result<(), DemoError> {
+        self.open(
+            "Two containers of one pod talk over localhost",
+            "They share the pod's network; nothing of Warren is in between, and no other pod can listen in.",
+        );
+        let pod = self.pod(0, 0)?;
+        let (from, name) = (Asker::beside(pod), format!("{}'s sidecar", pod.name));
+        let holder = pod.holder.pid();
+        let on: Vec<_> = self.families().map(|v6| SocketAddr::new(from.address(v6), SIDECAR_PORT)).collect();
+        let _sidecar = Process::serve(&name, holder, &on, false)?;
+        for &target in &on {
+            self.must_answer(&from, Protocol::Tcp, target, &name)?;
+            self.must_answer(&from, Protocol::Udp, target, &name)?;
+        }
+        let neighbour = Asker::pod(self.pod(0, 1)?);
+        let outside = SocketAddr::new(self.pod(0, 0)?.address(false), SIDECAR_PORT);
+        self.must_not_answer(&neighbour, outside, &name, "connection refused")
+    }
+
+    fn on_one_node(&mut self) -> Result<(), DemoError> {
+        self.open(
+            "Two pods of one node talk over the node's bridge",
+            "The kernel carries it from veth to veth; it never enters userspace.",
+        );
+        self.all_protocols((0, 0), (0, 1))
+    }
+
+    fn across_nodes(&mut self, encap: Encap) -> Result<(), DemoError> {
+        let (title, explanation) = match encap {
+            Encap::WireGuard => (
+                "Pods on different nodes talk through WireGuard",
+                "Encrypted by Warren in userspace. No NAT: the server sees the client pod's own address.",
+            ),
+            Encap::Vxlan => (
+                "Pods on different nodes talk through VXLAN",
+                "Plain, for networks that are trusted. No NAT here either.",
+            ),
+        };
+        self.open(title, explanation);
+        self.all_protocols((0, 0), (1, 0))?;
+        let nodes = self.world.nodes.len();
+        for from in 1..nodes {
+            let to = (from + 1) % nodes;
+            let asker = Asker::pod(self.pod(from, 1)?);
+            let (name, target) = self.whom(to, 1, self.world.v6 && from % 2 == 1)?;
+            self.must_answer(&asker, Protocol::Tcp, target, &name)?;
+        }
+        Ok(())
+    }
+
+    fn pod_replaced(&mut self) -> Result<(), DemoError> {
+        self.open(
+            "A pod is killed and replaced",
+            "As a Deployment would do it: the old address falls silent, the new pod answers on a new one.",
+        );
+        let from = Asker::pod(self.pod(0, 0)?);
+        let (name, target) = self.whom(1, 1, false)?;
+        self.must_answer(&from, Protocol::Tcp, target, &name)?;
+        self.world.kill_pod(1, 1)?;
+        self.must_not_answer(&from, target, &format!("{name}, killed,"), "no reply or unreachable")?;
+        self.world.add_pod(1)?;
+        for v6 in self.families() {
+            let (name, target) = self.whom(1, 1, v6)?;
+            self.must_answer(&from, Protocol::Tcp, target, &name)?;
+        }
+        let back = Asker::pod(self.pod(1, 1)?);
+        let (name, target) = self.whom(0, 0, false)?;
+        self.must_answer(&back, Protocol::Udp, target, &name)
+    }
+
+    /// Throughput and latency; the first time of the bare underlay too, for comparison.
+    fn measure(&mut self, encap: Encap) -> Result<(), DemoError> {
+        let title = match encap {
+            Encap::WireGuard => "How fast is that through WireGuard?",
+            Encap::Vxlan => "How fast is that through VXLAN?",
+        };
+        let seconds = (THROUGHPUT_MS + LATENCY_MS) / 1000;
+        self.open(
+            title,
+            &format!("One TCP connection, all nodes on this one machine; {seconds} s a measurement."),
+        );
+        if !self.report.has_figures() {
+            let (near, far) = (self.node(0)?, self.node(1)?);
+            let (holder, target) =
+                (near.holder.pid(), SocketAddr::new(far.address(false), super::traffic::PORT));
+            self.measure_path("node to node, bare", holder, target, self.world.options.mtu)?;
+        }
+        let (_, target) = self.whom(1, 0, false)?;
+        let (holder, mtu) = (self.pod(0, 0)?.holder.pid(), self.node(0)?.pod_mtu);
+        self.measure_path(&format!("pod to pod, {}", encap.name()), holder, target, mtu)
+    }
+
+    fn measure_path(
+        &mut self,
+        path: &str,
+        holder: u32,
+        target: SocketAddr,
+        mtu: u16,
+    ) -> Result<(), DemoError> {
+        let waiting = format!("measuring {path}");
+        let words =
+            |tool: &str, ms: u64| [tool.into(), target.to_string(), "--for-ms".into(), ms.to_string()];
+        let sunk: Result<Sunk, String> = self.tool(holder, &words("throughput", THROUGHPUT_MS), &waiting)?;
+        let trips: Result<RoundTrips, String> = self.tool(holder, &words("latency", LATENCY_MS), &waiting)?;
+        let (seen, ok) = match (&sunk, &trips) {
+            (Ok(sunk), Ok(trips)) => {
+                let figure = Figure {
+                    path: path.into(),
+                    gbit_per_second: sunk.bytes as f64 * 8.0 / 1000.0 / sunk.micros.max(1) as f64,
+                    round_trip_p50_us: trips.p50 as f64 / 1000.0,
+                    round_trip_p99_us: trips.p99 as f64 / 1000.0,
+                    mtu,
+                };
+                let seen = format!(
+                    "{:.2} Gbit/s, {:.0} us there and back",
+                    figure.gbit_per_second, figure.round_trip_p50_us
+                );
+                self.report.figure(figure);
+                (seen, sunk.bytes > 0)
+            }
+            (Err(error), _) | (_, Err(error)) => (error.clone(), false),
+        };
+        let check = Check { what: path.into(), expected: "a figure".into(), seen, ok };
+        self.report.check(check, clock::now());
+        Ok(())
+    }
+
+    fn compare(&mut self) {
+        self.report.say("");
+        self.report.headline("What the tunnel costs, beside the bare network between the nodes");
+        self.report.say_figures();
+    }
+
+    fn start_agents(&mut self, encap: Encap) -> Result<(), DemoError> {
+        let report = &mut self.report;
+        let restart = self.world.nodes.iter().any(|node| node.agent.is_some());
+        let verb = if restart { "restart with" } else { "start:" };
+        report.say("");
+        report.say(&format!("The agents {verb} `warren agent --encap {}`, one per node.", encap.name()));
+        agents::stop(&mut self.world, || report.waiting("waiting for the agents to stop", clock::now()))?;
+        agents::start(&mut self.world, encap, || report.waiting("waiting for the agents", clock::now()))
+    }
+
+    fn keep(&mut self, all_well: bool) -> Result<(), DemoError> {
+        let (first, far) = (self.pod(0, 0)?, self.pod(1, 0)?);
+        let lines = [
+            String::new(),
+            "The nodes and pods stay up. From another terminal:".into(),
+            format!("  warren demo enter {}                      a shell in that pod", first.name),
+            format!("  warren demo enter {} ping {}      if ping is installed", first.name, far.v4),
+            format!("  warren demo enter {} warren demo internal ask tcp {}", first.name, far.socket(false)),
+            "  warren demo enter node1                       a shell on that node; try: ip route; warren status".into(),
+            format!("  warren demo enter node1 cat {FOLDER}/nodes/node1/agent.log"),
+            format!("  warren demo enter node1 ls {FOLDER}/cluster    what the agents watch"),
+            "Remove it with Ctrl-C here, or: warren demo stop".into(),
+        ];
+        for line in lines {
+            self.report.say(&line);
+        }
+        let bin = format!("{FOLDER}/bin");
+        std::fs::create_dir_all(&bin).map_err(|e| DemoError::system(format!("making {bin}"), e))?;
+        // The first process of the PID namespace is us: the program is there even if its file is not.
+        symlink("/proc/1/exe", format!("{bin}/warren"))
+            .map_err(|e| DemoError::system("linking warren", e))?;
+        sandbox::report_kept(all_well);
+        loop {
+            std::thread::sleep(Duration::from_millis(500));
+            if let Err(error) = agents::all_there(&mut self.world) {
+                self.report.say(&format!("{error}"));
+                self.world.nodes.iter_mut().for_each(drop_ended_agent);
+            }
+            reap_strangers(&self.world);
+        }
+    }
+
+    fn all_protocols(&mut self, from: (usize, usize), to: (usize, usize)) -> Result<(), DemoError> {
+        let asker = Asker::pod(self.pod(from.0, from.1)?);
+        for v6 in self.families() {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
+                let (name, target) = self.whom(to.0, to.1, v6)?;
+                let ok = self.must_answer(&asker, protocol, target, &name);
+                if from.0 != to.0 && self.report.last_ok() {
+                    self.report.cross_node_reply(clock::now());
+                }
+                ok?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The named server has to answer, and to have seen the asker's own address.
+    fn must_answer(
+        &mut self,
+        from: &Asker,
+        protocol: Protocol,
+        target: SocketAddr,
+        name: &str,
+    ) -> Result<(), DemoError> {
+        let own = from.address(target.is_ipv6());
+        let heard = self.ask(from, protocol, target, ANSWER_WITHIN_MS)?;
+        let ok = heard.as_ref().is_ok_and(|answer| answer.by == name && answer.saw == own);
+        let seen = match &heard {
+            Ok(answer) if ok => {
+                format!("server saw {} ({:.1} ms)", answer.saw, answer.micros as f64 / 1000.0)
+            }
+            Ok(answer) => format!("{} answered, and saw {}", answer.by, answer.saw),
+            Err(error) => error.clone(),
+        };
+        let what = format!("{:4} {} -> {}", protocol.name(), from.name, place(protocol, target, name));
+        let expected = format!("{name} answers, and saw {own}");
+        self.report.check(Check { what, expected, seen, ok }, clock::now());
+        Ok(())
+    }
+
+    /// Nobody may answer there.
+    fn must_not_answer(
+        &mut self,
+        from: &Asker,
+        target: SocketAddr,
+        name: &str,
+        expected: &str,
+    ) -> Result<(), DemoError> {
+        let heard = self.ask(from, Protocol::Tcp, target, 0)?;
+        let ok = heard.as_ref().is_err_and(|error| expected.contains(error.as_str()));
+        let seen = match heard {
+            Ok(answer) => format!("{} answered", answer.by),
+            Err(error) if ok => format!("{error}, as it should be"),
+            Err(error) => error,
+        };
+        let what = format!("TCP  {} -> {}", from.name, place(Protocol::Tcp, target, name));
+        self.report.check(Check { what, expected: expected.into(), seen, ok }, clock::now());
+        Ok(())
+    }
+
+    fn ask(
+        &mut self,
+        from: &Asker,
+        protocol: Protocol,
+        target: SocketAddr,
+        retry_ms: u64,
+    ) -> Result<Result<Answer, String>, DemoError> {
+        let timeout = if retry_ms == 0 { SILENCE_MS } else { 1000 };
+        let words = [
+            "ask".into(),
+            protocol.flag().into(),
+            target.to_string(),
+            "--timeout-ms".into(),
+            timeout.to_string(),
+            "--retry-ms".into(),
+            retry_ms.to_string(),
+        ];
+        self.tool(from.holder, &words, &format!("{} asks {target}", from.name))
+    }
+
+    /// Runs one of our small programs in a pod or node and reads what it says.
+    fn tool<T: DeserializeOwned>(
+        &mut self,
+        holder: u32,
+        words: &[String],
+        waiting: &str,
+    ) -> Result<Result<T, String>, DemoError> {
+        let doing = || format!("running {}", words.join(" "));
+        let child = ourselves(Some(holder))
+            .args(words)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|e| DemoError::system(doing(), e))?;
+        let mut process = Process(child);
+        // What it says is shorter than a pipe is long: it can end before we read.
+        while process.0.try_wait().map_err(|e| DemoError::system(doing(), e))?.is_none() {
+            self.report.waiting(waiting, clock::now());
+            std::thread::sleep(PAUSE);
+        }
+        let mut line = String::new();
+        if let Some(out) = process.0.stdout.as_mut() {
+            out.read_to_string(&mut line).map_err(|e| DemoError::system(doing(), e))?;
+        }
+        serde_json::from_str(&line).map_err(|_| DemoError::Process {
+            who: doing(),
+            what: "gave no answer that can be read".into(),
+            log: line,
+        })
+    }
+
+    fn open(&mut self, title: &str, explanation: &str) {
+        self.report.scene(title, explanation, clock::now());
+    }
+
+    fn families(&self) -> impl Iterator<Item = bool> + use<> {
+        [false, true].into_iter().take(if self.world.v6 { 2 } else { 1 })
+    }
+
+    fn whom(&self, node: usize, pod: usize, v6: bool) -> Result<(String, SocketAddr), DemoError> {
+        let pod = self.pod(node, pod)?;
+        Ok((pod.name.clone(), pod.socket(v6)))
+    }
+
+    fn node(&self, index: usize) -> Result<&super::world::Node, DemoError> {
+        self.world.nodes.get(index).ok_or_else(|| DemoError::Usage(format!("there is no node {}", index + 1)))
+    }
+
+    fn pod(&self, node: usize, pod: usize) -> Result<&Pod, DemoError> {
+        let missing = || DemoError::Usage(format!("node {} has no such pod", node + 1));
+        self.node(node)?.pods.get(pod).ok_or_else(missing)
+    }
+}
+
+fn place(protocol: Protocol, target: SocketAddr, name: &str) -> String {
+    match protocol {
+        Protocol::Tcp | Protocol::Udp => format!("{name} {target}"),
+        Protocol::Icmp => format!("{name} {}", target.ip()),
+    }
+}
+
+fn drop_ended_agent(node: &mut super::world::Node) {
+    if node.agent.as_mut().is_some_and(|agent| !matches!(agent.0.try_wait(), Ok(None))) {
+        node.agent = None;
+    }
+}
+
+/// We are the first process of the namespace: orphans of shells that entered it end up with us.
+fn reap_strangers(world: &World) {
+    let agents: HashSet<i32> = world
+        .nodes
+        .iter()
+        .filter_map(|node| node.agent.as_ref())
+        .filter_map(|agent| i32::try_from(agent.0.id()).ok())
+        .collect();
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while let Ok(status) = waitid(Id::All, look) {
+        let Some(pid) = status.pid() else { return };
+        // An agent's end is for `all_there` to find.
+        if agents.contains(&pid.as_raw()) || waitpid(pid, Some(WaitPidFlag::WNOHANG)).is_err() {
+            return;
+        }
+    }
+}
