@@ -67,9 +67,11 @@ pub(super) struct End<'a> {
 pub(super) struct Links(Handle);
 
 impl Links {
-    /// Makes a bridge, up, no spanning tree, as `cbr0` of the `bridge` plugin is.
-    pub(super) async fn add_bridge(&self, name: &str, mtu: u16) -> Result<(), DemoError> {
-        let message = LinkBridge::new(name).mtu(mtu.into()).up().build();
+    /// Makes a bridge, up, no spanning tree, as `cbr0` of the `bridge` plugin is. Its MAC is ours to choose, as
+    /// there: left alone it is the lowest of its ports', and changes under everyone's feet when a pod goes
+    /// (`br_stp_recalculate_bridge_id` in the kernel's net/bridge/br_stp_if.c).
+    pub(super) async fn add_bridge(&self, name: &str, mac: [u8; 6], mtu: u16) -> Result<(), DemoError> {
+        let message = LinkBridge::new(name).mtu(mtu.into()).address(mac.to_vec()).up().build();
         self.0.link().add(message).execute().await.map_err(wrong(format!("adding bridge {name}")))
     }
 

@@ -20,6 +20,8 @@ use super::{DemoError, DemoOptions};
 pub(super) const CLUSTER_RANGES: &str = "10.244.0.0/16,fd00:10:244::/48";
 /// The bridge of the pods, as kubenet and the `bridge` plugin's examples call it.
 const POD_BRIDGE: &str = "cbr0";
+/// The outside world's address on the underlay, every node's default gateway.
+const UNDERLAY_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 /// The bridge that joins the nodes.
 const UNDERLAY: &str = "underlay";
 
@@ -119,7 +121,7 @@ impl World {
         prepare(&underlay, v6, false)?;
         let mtu = options.mtu;
         configure(&underlay, async |links| {
-            links.add_bridge(UNDERLAY, mtu).await?;
+            links.add_bridge(UNDERLAY, mac_of(UNDERLAY_GATEWAY), mtu).await?;
             for (address, length) in underlay_gateways(v6) {
                 links.add_address(UNDERLAY, address, length).await?;
             }
@@ -214,7 +216,7 @@ impl World {
             for (gateway, _) in underlay_gateways(v6) {
                 links.add_default_route(gateway).await?;
             }
-            links.add_bridge(POD_BRIDGE, mtu).await?;
+            links.add_bridge(POD_BRIDGE, mac_of(pod_address_v4(number, 1)), mtu).await?;
             for (address, length) in node.bridge_addresses(v6) {
                 links.add_address(POD_BRIDGE, address, length).await?;
             }
@@ -374,7 +376,7 @@ fn open_namespace(process: &str) -> Result<File, DemoError> {
 }
 
 fn underlay_gateways(v6: bool) -> Vec<(IpAddr, u8)> {
-    let mut gateways = vec![(Ipv4Addr::new(10, 99, 0, 1).into(), 24)];
+    let mut gateways = vec![(UNDERLAY_GATEWAY.into(), 24)];
     gateways.extend(v6.then(|| (Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 1).into(), 64)));
     gateways
 }
@@ -385,6 +387,12 @@ fn pod_address_v4(node: u8, host: u8) -> Ipv4Addr {
 
 fn pod_address_v6(node: u8, host: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x10, 0x244, reads_as(node), 0, 0, 0, reads_as(host))
+}
+
+/// A locally administered MAC that says whose it is: 0a:58 and the IPv4 address, as kubenet's bridge had.
+fn mac_of(address: Ipv4Addr) -> [u8; 6] {
+    let [a, b, c, d] = address.octets();
+    [0x0a, 0x58, a, b, c, d]
 }
 
 /// The number whose hexadecimal form reads as `decimal` does: node 12 has fd00:10:244:12::/64.
