@@ -398,7 +398,7 @@ fn mac_of(address: Ipv4Addr) -> [u8; 6] {
 /// The number whose hexadecimal form reads as `decimal` does: node 12 has fd00:10:244:12::/64.
 fn reads_as(decimal: u8) -> u16 {
     let decimal = u16::from(decimal);
-    (decimal / 100) << 8 | (decimal / 10 % 10) << 4 | decimal % 10
+    ((decimal / 100) << 8) | ((decimal / 10 % 10) << 4) | (decimal % 10)
 }
 
 fn any_address(v6: bool) -> SocketAddr {
