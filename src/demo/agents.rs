@@ -101,23 +101,27 @@ pub(super) fn all_there(world: &mut World) -> Result<(), DemoError> {
 }
 
 fn start_one(node: &Node, encap: Encap) -> Result<Process, DemoError> {
-    let folder = node.folder();
     // A stale one would tell us of the agent before this one.
-    let _ = fs::remove_file(folder.join("run").join("ready"));
+    let _ = fs::remove_file(ready_path(node));
     let log = File::options()
         .create(true)
         .append(true)
         .open(log_path(node))
         .map_err(|e| DemoError::system(format!("opening the log of {}", node.name), e))?;
     let log_too = log.try_clone().map_err(|e| DemoError::system("duplicating a log", e))?;
-    let child = ourselves(Some(node.holder.pid()))
+    let mut command = ourselves(Some(node.holder.pid()));
+    // The agents are the demo's: what is set for another one must not reach them.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"WARREN_")) {
+        command.env_remove(name);
+    }
+    let child = command
         .args(["exec", OURSELVES, "agent", "--node", &node.name, "--encap", encap.name()])
         .arg("--source")
         .arg(format!("dir:{}", cluster_folder().display()))
         .arg("--state-dir")
-        .arg(folder.join("state"))
-        .arg("--run-dir")
-        .arg(folder.join("run"))
+        .arg(node.folder().join("state"))
+        // In the node's own /run, where `warren status` looks.
+        .args(["--run-dir", "/run/warren"])
         .args(["--port", &PORT.to_string(), "--cluster-cidr", CLUSTER_RANGES])
         .stdin(Stdio::null())
         .stdout(log)
@@ -128,7 +132,7 @@ fn start_one(node: &Node, encap: Encap) -> Result<Process, DemoError> {
 }
 
 fn read_ready(node: &Node) -> Option<Ready> {
-    serde_json::from_slice(&fs::read(node.folder().join("run").join("ready")).ok()?).ok()
+    serde_json::from_slice(&fs::read(ready_path(node)).ok()?).ok()
 }
 
 fn still_there(node: &mut Node) -> Result<(), DemoError> {
@@ -142,6 +146,10 @@ fn still_there(node: &mut Node) -> Result<(), DemoError> {
 
 fn failed(node: &Node, what: String) -> DemoError {
     DemoError::Process { who: format!("the agent of {}", node.name), what, log: log_tail(&log_path(node)) }
+}
+
+fn ready_path(node: &Node) -> PathBuf {
+    node.folder().join("run/warren/ready")
 }
 
 fn log_path(node: &Node) -> PathBuf {

@@ -32,7 +32,7 @@ enum Part {
     Hold {
         /// Pod or node.
         name: String,
-        /// A node's run folder, mounted at /run/warren.
+        /// A node's own /run.
         #[arg(long)]
         run_folder: Option<PathBuf>,
     },

@@ -8,8 +8,8 @@
 //!    anonymous namespaces, their devices, nft tables and the tmpfs that holds the files are gone.
 //! 2. [`world`]: the stage builds the underlay, the nodes and the pods with [`link`], and starts one
 //!    [`agents`] process per node, fed from a folder of Kubernetes YAML.
-//! 3. [`scenes`]: what is shown, in plain words through [`report`]; the packets come from [`traffic`], a tiny
-//!    server and client that run inside the pods.
+//! 3. [`scenes`]: what is shown, on the [`stage`], in plain words through [`report`]; the packets come from
+//!    [`traffic`], a tiny server and client that run inside the pods.
 //! 4. [`attach`]: `warren demo enter POD` and `warren demo stop`, for a demo that was started with `--keep`.
 
 mod agents;
@@ -19,6 +19,7 @@ mod link;
 mod report;
 mod sandbox;
 mod scenes;
+mod stage;
 mod traffic;
 mod world;
 
@@ -28,7 +29,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use crate::snapshot::Encap;
 
-/// What `warren demo` understands.
+/// Several nodes with pods on this one machine, in network namespaces; no Kubernetes needed.
 #[derive(Args, Clone, Debug)]
 #[command(
     args_conflicts_with_subcommands = true,

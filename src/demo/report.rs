@@ -188,6 +188,15 @@ impl Report {
         }
     }
 
+    /// The demo cannot go on: that fails the scene which is on.
+    pub(super) fn broke_off(&mut self, why: &str, now: Instant) {
+        if self.scenes.is_empty() {
+            self.scene("Before the first scene", "", now);
+        }
+        let (what, expected) = ("the demo broke off".into(), "it goes on".into());
+        self.check(Check { what, expected, seen: why.into(), ok: false }, now);
+    }
+
     /// Ends the last scene, says how it all went, prints the document; whether all is well.
     pub(super) fn finish(&mut self, now: Instant) -> bool {
         self.close_scene(now);

@@ -66,7 +66,7 @@ pub(super) fn settle() -> Result<(), DemoError> {
     fs::create_dir_all(FOLDER).map_err(|e| DemoError::system(format!("making {FOLDER}"), e))
 }
 
-/// What a process that keeps a pod's or a node's namespaces alive does first.
+/// What a process that keeps a pod's or a node's namespaces alive does first; `run_folder` becomes its /run.
 pub(super) fn settle_in_place(name: &str, run_folder: Option<&Path>) -> Result<(), DemoError> {
     let spaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWUTS;
     unshare(spaces).map_err(|e| refused("namespaces for a pod", e))?;
@@ -75,9 +75,7 @@ pub(super) fn settle_in_place(name: &str, run_folder: Option<&Path>) -> Result<(
     // So that /sys/class/net shows this namespace's devices; some sandboxes forbid it, and nothing needs it.
     let _ = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, none);
     if let Some(folder) = run_folder {
-        // The agent's default run folder, so that `warren status` finds this node's agent.
-        mount(Some(folder), "/run/warren", none, MsFlags::MS_BIND, none)
-            .map_err(|e| DemoError::system("mounting /run/warren", e))?;
+        own_run(folder).map_err(|e| DemoError::system(format!("giving {name} a /run of its own"), e))?;
     }
     Ok(())
 }
@@ -88,6 +86,13 @@ pub(super) fn report_kept(all_well: bool) {
         // Nobody to tell means the supervisor is gone, and we with it.
         let _ = UnixStream::from(line).write_all(&[u8::from(all_well)]);
     }
+}
+
+/// Every node has its own /run, as machines do (sockets, locks); the demo's folder is seen through it.
+fn own_run(folder: &Path) -> nix::Result<()> {
+    let none = None::<&str>;
+    mount(Some(FOLDER), &folder.join("warren-demo"), none, MsFlags::MS_BIND, none)?;
+    mount(Some(folder), "/run", none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
 }
 
 /// The stage, killed with everything in its PID namespace when this goes.
@@ -184,8 +189,9 @@ fn own_pid_namespace() -> Result<(), DemoError> {
         Err(Errno::EPERM) => {}
         Err(e) => return Err(refused("a PID namespace", e)),
     }
-    let (user, group) = (geteuid(), getegid());
-    unshare(CloneFlags::CLONE_NEWUSER).map_err(|e| refused("a user namespace", e))?;
+    // Asked before: in a user namespace without a map nobody is root.
+    let (user, group, root) = (geteuid(), getegid(), is_real_root());
+    unshare(CloneFlags::CLONE_NEWUSER).map_err(|e| refused_to(root, "a user namespace", e))?;
     // user_namespaces(7): an unprivileged process may map its own ids only, and its group only without setgroups.
     for (file, content) in [
         ("/proc/self/setgroups", "deny".to_string()),
@@ -193,11 +199,11 @@ fn own_pid_namespace() -> Result<(), DemoError> {
         ("/proc/self/gid_map", format!("0 {group} 1")),
     ] {
         fs::write(file, content).map_err(|e| match e.raw_os_error() {
-            Some(code) => refused("a user namespace", Errno::from_raw(code)),
+            Some(code) => refused_to(root, "a user namespace", Errno::from_raw(code)),
             None => DemoError::system(format!("writing {file}"), e),
         })?;
     }
-    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| refused("a PID namespace", e))
+    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| refused_to(root, "a PID namespace", e))
 }
 
 fn check_tun_device() -> Result<(), DemoError> {
@@ -225,6 +231,10 @@ fn tun_refused(error: &io::Error) -> DemoError {
 
 /// Says which setting forbids it. Debian's switch, the kernel's limit, Ubuntu's AppArmor rule, then containers.
 fn refused(what: &str, error: Errno) -> DemoError {
+    refused_to(is_real_root(), what, error)
+}
+
+fn refused_to(root: bool, what: &str, error: Errno) -> DemoError {
     let forbidden = |fix: String| DemoError::Forbidden {
         what: format!("this machine does not let you make {what}: {}", io::Error::from(error)),
         fix,
@@ -233,8 +243,15 @@ fn refused(what: &str, error: Errno) -> DemoError {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         fs::read_to_string(path).ok().and_then(|value| value.trim().parse::<i64>().ok())
     };
-    explain(error, geteuid().is_root(), &setting)
+    explain(error, root, &setting)
         .map_or_else(|| DemoError::system(format!("making {what}"), error), forbidden)
+}
+
+/// Root of the machine or container, not of a user namespace that we made (user_namespaces(7): there the map
+/// of the first one covers every id).
+fn is_real_root() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    geteuid().is_root() && map.split_whitespace().nth(2).is_none_or(|count| count != "1")
 }
 
 fn explain(error: Errno, root: bool, setting: &dyn Fn(&str) -> Option<i64>) -> Option<String> {

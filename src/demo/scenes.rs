@@ -1,19 +1,18 @@
 //! What is shown: each kind of traffic that a cluster's users know, run for real, in plain words.
 
 use std::collections::HashSet;
-use std::io::Read;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
-use std::process::{ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
-use serde::de::DeserializeOwned;
 
 use super::report::{Check, Figure, Report};
 use super::sandbox::{self, FOLDER};
-use super::traffic::{Answer, Protocol, RoundTrips, Sunk};
-use super::world::{Pod, Process, World, ourselves};
+use super::stage::{Asker, Stage};
+use super::traffic::{PORT, Protocol, RoundTrips, Sunk};
+use super::world::{Node, Process, World};
 use super::{DemoError, DemoOptions, agents};
 use crate::io::clock;
 use crate::snapshot::Encap;
@@ -24,12 +23,6 @@ const SIDECAR_PORT: u16 = 9000;
 const THROUGHPUT_MS: u64 = 3000;
 /// How long a latency measurement asks.
 const LATENCY_MS: u64 = 1000;
-/// Where there is a way, an answer takes no longer, tunnel set-up included.
-const ANSWER_WITHIN_MS: u64 = 8000;
-/// Where there is none, we wait no longer to say so.
-const SILENCE_MS: u64 = 500;
-/// How often we look whether a process has ended.
-const PAUSE: Duration = Duration::from_millis(5);
 
 /// Builds the world and plays all scenes in it; what the stage process does.
 pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
@@ -42,60 +35,35 @@ pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
     agents::write_nodes(&world)?;
     let mut stage = Stage { world, report };
     stage.introduce();
-    stage.without_warren()?;
-    stage.inside_one_pod()?;
-    stage.on_one_node()?;
-    let shown = options.encap.shown();
-    for (turn, &encap) in shown.iter().enumerate() {
-        stage.start_agents(encap)?;
-        stage.across_nodes(encap)?;
-        if turn == 0 {
-            stage.pod_replaced()?;
-        }
-        stage.measure(encap)?;
-        agents::all_there(&mut stage.world)?;
+    // What went well until then is said too, and in the document.
+    if let Err(error) = stage.play_all(options) {
+        stage.report.broke_off(&error.to_string(), clock::now());
     }
-    stage.compare();
     let all_well = stage.report.finish(clock::now());
     if options.keep {
-        if let Some(&first) = shown.first().filter(|_| shown.len() > 1) {
-            stage.start_agents(first)?;
-        }
-        stage.keep(all_well)?;
+        stage.keep(options, all_well)?;
     }
     Ok(if all_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-struct Stage {
-    world: World,
-    report: Report,
-}
-
-/// Who asks: a name to say and a process whose namespaces to join.
-#[derive(Clone)]
-struct Asker {
-    name: String,
-    holder: u32,
-    v4: IpAddr,
-    v6: IpAddr,
-}
-
-impl Asker {
-    fn pod(pod: &Pod) -> Asker {
-        Asker { name: pod.name.clone(), holder: pod.holder.pid(), v4: pod.v4.into(), v6: pod.v6.into() }
-    }
-
-    /// A second container of the same pod: it talks over loopback.
-    fn beside(pod: &Pod) -> Asker {
-        Asker { v4: Ipv4Addr::LOCALHOST.into(), v6: Ipv6Addr::LOCALHOST.into(), ..Asker::pod(pod) }
-    }
-
-    fn address(&self, v6: bool) -> IpAddr {
-        if v6 { self.v6 } else { self.v4 }
-    }
-}
-
 impl Stage {
+    fn play_all(&mut self, options: &DemoOptions) -> Result<(), DemoError> {
+        self.without_warren()?;
+        self.inside_one_pod()?;
+        self.on_one_node()?;
+        for (turn, &encap) in options.encap.shown().iter().enumerate() {
+            self.start_agents(encap)?;
+            self.across_nodes(encap)?;
+            if turn == 0 {
+                self.pod_replaced()?;
+            }
+            self.measure(encap)?;
+            agents::all_there(&mut self.world)?;
+        }
+        self.compare();
+        Ok(())
+    }
+
     fn introduce(&mut self) {
         let v6 = self.world.v6;
         if !v6 {
@@ -125,7 +93,7 @@ impl Stage {
             v4: node.address(false),
             v6: node.address(true),
         };
-        let (name, target) = (far.name.clone(), SocketAddr::new(far.address(false), super::traffic::PORT));
+        let (name, target) = (far.name.clone(), SocketAddr::new(far.address(false), PORT));
         self.must_answer(&from, Protocol::Tcp, target, &name)?;
         let from = Asker::pod(self.pod(0, 0)?);
         for v6 in self.families() {
@@ -218,8 +186,7 @@ impl Stage {
         );
         if !self.report.has_figures() {
             let (near, far) = (self.node(0)?, self.node(1)?);
-            let (holder, target) =
-                (near.holder.pid(), SocketAddr::new(far.address(false), super::traffic::PORT));
+            let (holder, target) = (near.holder.pid(), SocketAddr::new(far.address(false), PORT));
             self.measure_path("node to node, bare", holder, target, self.world.options.mtu)?;
         }
         let (_, target) = self.whom(1, 0, false)?;
@@ -278,13 +245,20 @@ impl Stage {
         agents::start(&mut self.world, encap, || report.waiting("waiting for the agents", clock::now()))
     }
 
-    fn keep(&mut self, all_well: bool) -> Result<(), DemoError> {
+    fn keep(&mut self, options: &DemoOptions, all_well: bool) -> Result<(), DemoError> {
+        if let [first, _, ..] = options.encap.shown() {
+            // Back to the default; a failure has been reported by the scenes.
+            if let Err(error) = self.start_agents(*first) {
+                self.report.say(&error.to_string());
+            }
+        }
         let (first, far) = (self.pod(0, 0)?, self.pod(1, 0)?);
         let lines = [
             String::new(),
             "The nodes and pods stay up. From another terminal:".into(),
             format!("  warren demo enter {}                      a shell in that pod", first.name),
-            format!("  warren demo enter {} ping {}      if ping is installed", first.name, far.v4),
+            format!("  warren demo enter {} ping {}      where ping is installed", first.name, far.v4),
+            format!("  warren demo enter {} curl http://{}      where curl is", first.name, far.socket(false)),
             format!("  warren demo enter {} warren demo internal ask tcp {}", first.name, far.socket(false)),
             "  warren demo enter node1                       a shell on that node; try: ip route; warren status".into(),
             format!("  warren demo enter node1 cat {FOLDER}/nodes/node1/agent.log"),
@@ -309,148 +283,9 @@ impl Stage {
             reap_strangers(&self.world);
         }
     }
-
-    fn all_protocols(&mut self, from: (usize, usize), to: (usize, usize)) -> Result<(), DemoError> {
-        let asker = Asker::pod(self.pod(from.0, from.1)?);
-        for v6 in self.families() {
-            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
-                let (name, target) = self.whom(to.0, to.1, v6)?;
-                let ok = self.must_answer(&asker, protocol, target, &name);
-                if from.0 != to.0 && self.report.last_ok() {
-                    self.report.cross_node_reply(clock::now());
-                }
-                ok?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The named server has to answer, and to have seen the asker's own address.
-    fn must_answer(
-        &mut self,
-        from: &Asker,
-        protocol: Protocol,
-        target: SocketAddr,
-        name: &str,
-    ) -> Result<(), DemoError> {
-        let own = from.address(target.is_ipv6());
-        let heard = self.ask(from, protocol, target, ANSWER_WITHIN_MS)?;
-        let ok = heard.as_ref().is_ok_and(|answer| answer.by == name && answer.saw == own);
-        let seen = match &heard {
-            Ok(answer) if ok => {
-                format!("server saw {} ({:.1} ms)", answer.saw, answer.micros as f64 / 1000.0)
-            }
-            Ok(answer) => format!("{} answered, and saw {}", answer.by, answer.saw),
-            Err(error) => error.clone(),
-        };
-        let what = format!("{:4} {} -> {}", protocol.name(), from.name, place(protocol, target, name));
-        let expected = format!("{name} answers, and saw {own}");
-        self.report.check(Check { what, expected, seen, ok }, clock::now());
-        Ok(())
-    }
-
-    /// Nobody may answer there.
-    fn must_not_answer(
-        &mut self,
-        from: &Asker,
-        target: SocketAddr,
-        name: &str,
-        expected: &str,
-    ) -> Result<(), DemoError> {
-        let heard = self.ask(from, Protocol::Tcp, target, 0)?;
-        let ok = heard.as_ref().is_err_and(|error| expected.contains(error.as_str()));
-        let seen = match heard {
-            Ok(answer) => format!("{} answered", answer.by),
-            Err(error) if ok => format!("{error}, as it should be"),
-            Err(error) => error,
-        };
-        let what = format!("TCP  {} -> {}", from.name, place(Protocol::Tcp, target, name));
-        self.report.check(Check { what, expected: expected.into(), seen, ok }, clock::now());
-        Ok(())
-    }
-
-    fn ask(
-        &mut self,
-        from: &Asker,
-        protocol: Protocol,
-        target: SocketAddr,
-        retry_ms: u64,
-    ) -> Result<Result<Answer, String>, DemoError> {
-        let timeout = if retry_ms == 0 { SILENCE_MS } else { 1000 };
-        let words = [
-            "ask".into(),
-            protocol.flag().into(),
-            target.to_string(),
-            "--timeout-ms".into(),
-            timeout.to_string(),
-            "--retry-ms".into(),
-            retry_ms.to_string(),
-        ];
-        self.tool(from.holder, &words, &format!("{} asks {target}", from.name))
-    }
-
-    /// Runs one of our small programs in a pod or node and reads what it says.
-    fn tool<T: DeserializeOwned>(
-        &mut self,
-        holder: u32,
-        words: &[String],
-        waiting: &str,
-    ) -> Result<Result<T, String>, DemoError> {
-        let doing = || format!("running {}", words.join(" "));
-        let child = ourselves(Some(holder))
-            .args(words)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| DemoError::system(doing(), e))?;
-        let mut process = Process(child);
-        // What it says is shorter than a pipe is long: it can end before we read.
-        while process.0.try_wait().map_err(|e| DemoError::system(doing(), e))?.is_none() {
-            self.report.waiting(waiting, clock::now());
-            std::thread::sleep(PAUSE);
-        }
-        let mut line = String::new();
-        if let Some(out) = process.0.stdout.as_mut() {
-            out.read_to_string(&mut line).map_err(|e| DemoError::system(doing(), e))?;
-        }
-        serde_json::from_str(&line).map_err(|_| DemoError::Process {
-            who: doing(),
-            what: "gave no answer that can be read".into(),
-            log: line,
-        })
-    }
-
-    fn open(&mut self, title: &str, explanation: &str) {
-        self.report.scene(title, explanation, clock::now());
-    }
-
-    fn families(&self) -> impl Iterator<Item = bool> + use<> {
-        [false, true].into_iter().take(if self.world.v6 { 2 } else { 1 })
-    }
-
-    fn whom(&self, node: usize, pod: usize, v6: bool) -> Result<(String, SocketAddr), DemoError> {
-        let pod = self.pod(node, pod)?;
-        Ok((pod.name.clone(), pod.socket(v6)))
-    }
-
-    fn node(&self, index: usize) -> Result<&super::world::Node, DemoError> {
-        self.world.nodes.get(index).ok_or_else(|| DemoError::Usage(format!("there is no node {}", index + 1)))
-    }
-
-    fn pod(&self, node: usize, pod: usize) -> Result<&Pod, DemoError> {
-        let missing = || DemoError::Usage(format!("node {} has no such pod", node + 1));
-        self.node(node)?.pods.get(pod).ok_or_else(missing)
-    }
 }
 
-fn place(protocol: Protocol, target: SocketAddr, name: &str) -> String {
-    match protocol {
-        Protocol::Tcp | Protocol::Udp => format!("{name} {target}"),
-        Protocol::Icmp => format!("{name} {}", target.ip()),
-    }
-}
-
-fn drop_ended_agent(node: &mut super::world::Node) {
+fn drop_ended_agent(node: &mut Node) {
     if node.agent.as_mut().is_some_and(|agent| !matches!(agent.0.try_wait(), Ok(None))) {
         node.agent = None;
     }

@@ -100,7 +100,7 @@ impl Node {
         ranges
     }
 
-    /// Its folder, with the agent's state, run folder and log.
+    /// Its folder: the agent's state and log, and `run`, which is the node's /run.
     pub(super) fn folder(&self) -> PathBuf {
         Path::new(FOLDER).join("nodes").join(&self.name)
     }

@@ -9,6 +9,7 @@
 //! | `pinged ID` | from which address the ICMP echo requests with that identifier came |
 //! | `sink` | reads until the end, then says how much came in how long |
 //! | `echo` | every byte back |
+//! | `GET ...` | as `who`, for curl and browsers |
 
 pub(super) mod client;
 pub(super) mod ping;

@@ -16,6 +16,8 @@ use crate::io::clock;
 const REMEMBERED_PINGS: usize = 64;
 /// Big enough that the reader is never the bottleneck.
 const CHUNK: usize = 256 * 1024;
+/// A request with more than that is cut off.
+const MOST_HEADER_LINES: usize = 256;
 /// A client that says nothing for so long has gone.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -91,8 +93,21 @@ fn answer_stream(mut stream: TcpStream, name: &str, pings: &Pings) -> io::Result
             stream.write_all(serde_json::to_string(&sunk)?.as_bytes())
         }
         ("echo", _) => echo(&mut stream),
+        ("GET", _) => answer_browser(&mut stream, &greeting(name, from)),
         (_, _) => Ok(()),
     }
+}
+
+/// So that curl and browsers can ask too. The rest of the request is read first: closing a socket with unread
+/// bytes resets the connection, and the answer may be lost.
+fn answer_browser(stream: &mut TcpStream, text: &str) -> io::Result<()> {
+    for _ in 0..MOST_HEADER_LINES {
+        if read_line(stream)?.trim_end().is_empty() {
+            break;
+        }
+    }
+    let length = text.len();
+    stream.write_all(format!("HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n{text}").as_bytes())
 }
 
 /// Byte by byte, so that nothing of what follows the line is swallowed.
