@@ -30,7 +30,7 @@ pub(super) struct Figure {
     pub path: String,
     /// TCP, one stream, 10^9 bit/s.
     pub gbit_per_second: f64,
-    /// One byte there and back, half were faster.
+    /// One byte there and back, half were faster; the best of a few runs.
     pub round_trip_p50_us: f64,
     /// One in a hundred was slower.
     pub round_trip_p99_us: f64,

@@ -22,7 +22,10 @@ const SIDECAR_PORT: u16 = 9000;
 /// How long a throughput measurement sends.
 const THROUGHPUT_MS: u64 = 3000;
 /// How long a latency measurement asks.
-const LATENCY_MS: u64 = 1000;
+const LATENCY_MS: u64 = 300;
+/// How often it is repeated. The best counts: where the scheduler happens to put the two ends (one core, two
+/// cores, one asleep) changes a round trip more than any tunnel does.
+const LATENCY_TRIES: usize = 5;
 
 /// Builds the world and plays all scenes in it; what the stage process does.
 pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
@@ -179,7 +182,7 @@ impl Stage {
             Encap::WireGuard => "How fast is that through WireGuard?",
             Encap::Vxlan => "How fast is that through VXLAN?",
         };
-        let seconds = (THROUGHPUT_MS + LATENCY_MS) / 1000;
+        let seconds = (THROUGHPUT_MS + LATENCY_MS * LATENCY_TRIES as u64).div_ceil(1000);
         self.open(
             title,
             &format!("One TCP connection, all nodes on this one machine; {seconds} s a measurement."),
@@ -201,13 +204,8 @@ impl Stage {
         target: SocketAddr,
         mtu: u16,
     ) -> Result<(), DemoError> {
-        let waiting = format!("measuring {path}");
-        let words =
-            |tool: &str, ms: u64| [tool.into(), target.to_string(), "--for-ms".into(), ms.to_string()];
-        let sunk: Result<Sunk, String> = self.tool(holder, &words("throughput", THROUGHPUT_MS), &waiting)?;
-        let trips: Result<RoundTrips, String> = self.tool(holder, &words("latency", LATENCY_MS), &waiting)?;
-        let (seen, ok) = match (&sunk, &trips) {
-            (Ok(sunk), Ok(trips)) => {
+        let (seen, ok) = match self.throughput_and_latency(path, holder, target)? {
+            Ok((sunk, trips)) => {
                 let figure = Figure {
                     path: path.into(),
                     gbit_per_second: sunk.bytes as f64 * 8.0 / 1000.0 / sunk.micros.max(1) as f64,
@@ -215,18 +213,39 @@ impl Stage {
                     round_trip_p99_us: trips.p99 as f64 / 1000.0,
                     mtu,
                 };
-                let seen = format!(
-                    "{:.2} Gbit/s, {:.0} us there and back",
-                    figure.gbit_per_second, figure.round_trip_p50_us
-                );
+                let (rate, trip) = (figure.gbit_per_second, figure.round_trip_p50_us);
                 self.report.figure(figure);
-                (seen, sunk.bytes > 0)
+                (format!("{rate:.2} Gbit/s, {trip:.0} us there and back"), sunk.bytes > 0)
             }
-            (Err(error), _) | (_, Err(error)) => (error.clone(), false),
+            Err(error) => (error, false),
         };
         let check = Check { what: path.into(), expected: "a figure".into(), seen, ok };
         self.report.check(check, clock::now());
         Ok(())
+    }
+
+    fn throughput_and_latency(
+        &mut self,
+        path: &str,
+        holder: u32,
+        target: SocketAddr,
+    ) -> Result<Result<(Sunk, RoundTrips), String>, DemoError> {
+        let waiting = format!("measuring {path}");
+        let words =
+            |tool: &str, ms: u64| [tool.into(), target.to_string(), "--for-ms".into(), ms.to_string()];
+        let sunk = match self.tool::<Sunk>(holder, &words("throughput", THROUGHPUT_MS), &waiting)? {
+            Ok(sunk) => sunk,
+            Err(error) => return Ok(Err(error)),
+        };
+        let mut best: Option<RoundTrips> = None;
+        for _ in 0..LATENCY_TRIES {
+            match self.tool::<RoundTrips>(holder, &words("latency", LATENCY_MS), &waiting)? {
+                Ok(new) if best.is_none_or(|best| new.p50 < best.p50) => best = Some(new),
+                Ok(_) => {}
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        Ok(best.map(|trips| (sunk, trips)).ok_or_else(|| "not measured".into()))
     }
 
     fn compare(&mut self) {

@@ -182,12 +182,11 @@ impl World {
     fn make_node(&self, number: u8) -> Result<Node, DemoError> {
         let name = format!("node{number}");
         let folder = Path::new(FOLDER).join("nodes").join(&name);
-        for sub in ["state", "run"] {
+        for sub in ["state", "run/warren", "run/warren-demo"] {
             let path = folder.join(sub);
             fs::create_dir_all(&path)
                 .map_err(|e| DemoError::system(format!("making {}", path.display()), e))?;
         }
-        fs::create_dir_all("/run/warren").map_err(|e| DemoError::system("making /run/warren", e))?;
         let holder = Holder::start(&name, Some(&folder.join("run")))?;
         prepare(&holder.network, self.v6, true)?;
         let (v6, mtu) = (self.v6, self.options.mtu);
