@@ -74,12 +74,12 @@ impl Default for Counters {
 
 impl Counters {
     /// Counts one drop.
-    pub fn drop(&self, reason: DropReason) {
-        self.drops(reason, 1);
+    pub fn count_drop(&self, reason: DropReason) {
+        self.count_drops(reason, 1);
     }
 
     /// Counts several drops of one reason.
-    pub fn drops(&self, reason: DropReason, count: usize) {
+    pub fn count_drops(&self, reason: DropReason, count: usize) {
         bump(&self.drops[reason as usize], count as u64);
     }
 

@@ -4,13 +4,11 @@ use std::time::Instant;
 
 use super::{Arrival, Exit, Lane, Output, Total};
 use crate::packet::coalesce::{Memory, Region};
-use crate::packet::icmp::Message;
-use crate::packet::{DropReason, parse, rewrite};
+use crate::packet::icmp::{IcmpError, MAX_ANSWER};
+use crate::packet::rewrite::{self, ChecksumState};
+use crate::packet::{DropReason, parse};
 use crate::snapshot::{Encap, PeerId, Snapshot};
 use crate::tunnel::{vxlan_link, wireguard};
-
-/// Bytes of the largest ICMP error: 1,280 for IPv6 (RFC 4443 section 2.4 c).
-const ICMP_ROOM: usize = 1280;
 
 /// A packet that came out of a tunnel, and where it stands.
 #[derive(Clone, Copy)]
@@ -39,7 +37,7 @@ impl Lane {
             let len = arrival.stride.max(1).min(end - at);
             self.counters.add(Total::DatagramsReceived, 1);
             if let Err(reason) = self.inbound(now, snapshot, &arrival, at, len, receive, out) {
-                self.counters.drop(reason);
+                self.counters.count_drop(reason);
             }
             at += len;
         }
@@ -134,33 +132,41 @@ impl Lane {
             Exit::LocalNode => {}
             Exit::LocalPod | Exit::Outside | Exit::Peer(_) => {
                 if headers.hop_limit <= 1 {
-                    self.tell_peer(now, snapshot, inner, Message::TimeExceeded, receive, out);
+                    self.tell_peer(now, snapshot, inner, IcmpError::TimeExceeded, receive, out);
                     return Err(DropReason::HopLimit);
                 }
-                rewrite::decrement_hop_limit(packet);
+                rewrite::decrement_hop_limit(packet)?;
                 headers.hop_limit -= 1;
             }
         }
         if let Some(peer) = snapshot.mesh.peer(inner.peer) {
-            self.clamp(packet, &headers, peer.mtu, false);
+            self.clamp(packet, &headers, peer.mtu, ChecksumState::Complete);
         }
 
-        // 5 track
-        self.track_inbound(now, inner.peer, &headers);
-
-        // 6 join
+        // 5 join
         self.counters.add(Total::PacketsReceived, 1);
         if let Some(traffic) = self.traffic.get_mut(inner.peer.0 as usize) {
             traffic.packets_received += 1;
             traffic.bytes_received += u64::from(headers.total_len);
             traffic.last_received = Some(now);
         }
-        let memory = &mut Memory { receive, plain: &mut out.plain };
         if inner.region == Region::Plain {
             out.plain_used += inner.len;
         }
-        out.tun.push(inner.region, inner.offset, &headers, memory);
+        let memory = &Memory { receive, plain: &mut out.plain };
+        out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
+        // What opens or ends a connection may hide behind the head of its frame.
+        self.track_control(now, &headers, inner.peer);
         Ok(())
+    }
+
+    /// Ends the TUN batch: tracks each frame's flow and completes the joined headers.
+    pub fn finish_tun(&mut self, now: Instant, snapshot: &Snapshot, receive: &mut [u8], out: &mut Output) {
+        for head in out.tun.heads() {
+            // 6 track
+            self.track_frame(now, snapshot, &head);
+        }
+        out.tun.finish(&mut Memory { receive, plain: &mut out.plain });
     }
 
     /// Answers the sender of a packet that came out of a tunnel with an ICMP error, through that tunnel.
@@ -169,22 +175,22 @@ impl Lane {
         now: Instant,
         snapshot: &Snapshot,
         inner: Inner,
-        message: Message,
+        error: IcmpError,
         receive: &[u8],
         out: &mut Output,
     ) {
-        let mut room = [0; ICMP_ROOM];
+        let mut room = [0; MAX_ANSWER];
         let packet = match inner.region {
             Region::Plain => &out.plain[inner.offset..inner.offset + inner.len],
             Region::Receive => &receive[inner.offset..inner.offset + inner.len],
         };
         let Ok(headers) = parse(packet) else { return };
-        let Some(error) = self.icmp_error(now, snapshot, packet, &headers, message, &mut room) else { return };
-        let Ok(headers) = parse(error) else { return };
+        let Some(answer) = self.icmp_error(now, snapshot, packet, &headers, error, &mut room) else { return };
+        let Ok(headers) = parse(answer) else { return };
         let Some(peer) = snapshot.mesh.peer(inner.peer) else { return };
         let Some(encap) = peer.encap else { return };
-        if let Err(reason) = self.seal(now, snapshot, peer, encap, &headers, &error, out) {
-            self.counters.drop(reason);
+        if let Err(reason) = self.seal(now, snapshot, peer, encap, &headers, &answer, out) {
+            self.counters.count_drop(reason);
         }
     }
 }

@@ -5,9 +5,9 @@
 //!  1 parse        bytes from the TUN -> Headers         1 open      datagram -> packet and peer
 //!  2 route        whose address is it? (route.rs)       2 parse     bytes -> Headers
 //!  3 fit          MSS clamp, ICMP if it is too big      3 admit     is the source the peer's, the target ours?
-//!  4 track        flow table (conntrack.rs)             4 hop       hop limit, ICMP if it runs out
-//!  5 seal         cut and encapsulate, into the batch   5 track     flow table
-//!                                                       6 join      into the TUN batch
+//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       hop limit, ICMP if it runs out; MSS clamp
+//!  5 seal         cut and encapsulate, into the batch   5 join      into the TUN batch
+//!                                                       6 track     flow table, once per joined frame
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
@@ -18,6 +18,7 @@ pub mod counters;
 mod inbound;
 mod outbound;
 pub mod route;
+mod track;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -28,8 +29,8 @@ use x25519_dalek::StaticSecret;
 pub use counters::{Counters, Total};
 pub use route::Exit;
 
-use crate::packet::coalesce::{Memory, TunBatch};
-use crate::packet::icmp::IcmpLimiter;
+use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
+use crate::packet::icmp::{IcmpLimiter, IcmpRates};
 use crate::packet::{DropReason, Headers};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::TxBatch;
@@ -42,6 +43,8 @@ use route::RouteCache;
 const TX_BYTES: usize = 1 << 20;
 /// Bytes that decrypted packets of one receive batch may take.
 const PLAIN_BYTES: usize = 1 << 20;
+/// Packets that one receive call can bring (8 messages of 64 joined datagrams), and some of our own making.
+const TUN_PACKETS: usize = 8 * 64 + 64;
 /// Room in [`Output::tx`] that one read from the TUN can need: 64 KiB in segments as small as an MSS of
 /// 88 makes them (the kernel's floor, TCP_MIN_SND_MSS), each with the largest overhead.
 pub const TX_ROOM: usize = 256 << 10;
@@ -64,8 +67,10 @@ impl std::fmt::Debug for Output {
 }
 
 impl Output {
-    /// Empty buffers.
-    pub fn new(tun: TunBatch) -> Output {
+    /// Empty buffers; `offloads` says what may be joined for the TUN.
+    pub fn new(offloads: Offloads) -> Output {
+        let mut tun = TunBatch::new(TUN_PACKETS);
+        tun.set_offloads(offloads);
         Output {
             tx: TxBatch::new(TX_BYTES),
             tun,
@@ -119,7 +124,6 @@ pub struct PeerTraffic {
 }
 
 /// What a lane is made with.
-#[derive(Debug)]
 pub struct LaneConfig {
     /// Which lane.
     pub id: LaneId,
@@ -131,6 +135,8 @@ pub struct LaneConfig {
     pub vxlan_sources: u8,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
+    /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
+    pub epoch: (Instant, u64),
 }
 
 /// One packet line.
@@ -145,6 +151,8 @@ pub struct Lane {
     counters: Arc<Counters>,
     scratch: Box<[u8]>,
     seed: u64,
+    epoch: (Instant, u64),
+    next_sweep: Option<Instant>,
 }
 
 impl std::fmt::Debug for Lane {
@@ -161,12 +169,14 @@ impl Lane {
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
             vxlan: VxlanLink::new(config.vxlan_sources),
             routes: RouteCache::default(),
-            icmp: IcmpLimiter::new(config.seed.0),
+            icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
             traffic: Vec::new(),
             counters: Arc::new(Counters::default()),
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
             seed: config.seed.1,
+            epoch: config.epoch,
+            next_sweep: None,
         }
     }
 
@@ -192,19 +202,20 @@ impl Lane {
         if peer.encap == Some(Encap::WireGuard)
             && let Err(reason) = self.wireguard.initiate(now, peer, &mut out.tx)
         {
-            self.counters.drop(reason);
+            self.counters.count_drop(reason);
         }
     }
 
     /// When [`Self::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.wireguard.poll_timeout()
+        [self.wireguard.poll_timeout(), self.next_sweep].into_iter().flatten().min()
     }
 
     /// Lets time pass: handshakes, rekeys, keepalives.
     pub fn handle_timeout(&mut self, now: Instant, snapshot: &Snapshot, out: &mut Output) {
         self.follow(&snapshot.mesh);
         self.wireguard.handle_timeout(now, &mut out.tx);
+        self.sweep_flows(now);
         self.count_waited_in_vain();
     }
 
@@ -218,15 +229,17 @@ impl Lane {
     }
 
     /// Puts a packet of our own making into the TUN batch.
-    fn to_own_tun(&mut self, receive: &mut [u8], packet: &[u8], headers: &Headers, out: &mut Output) {
+    fn to_own_tun(&mut self, packet: &[u8], headers: &Headers, out: &mut Output) {
         let at = out.plain_used;
         let Some(room) = out.plain.get_mut(at..at + packet.len()) else {
-            return self.counters.drop(DropReason::NoBuffer);
+            return self.counters.count_drop(DropReason::NoBuffer);
         };
         room.copy_from_slice(packet);
         out.plain_used += packet.len();
-        let memory = &mut Memory { receive, plain: &mut out.plain };
-        out.tun.push(crate::packet::coalesce::Region::Plain, at, headers, memory);
+        let memory = &Memory { receive: &mut [], plain: &mut out.plain };
+        if let Err(reason) = out.tun.push(Region::Plain, at as u32, headers, memory) {
+            self.counters.count_drop(reason);
+        }
     }
 
     /// The address that our ICMP errors come from.
@@ -239,6 +252,6 @@ impl Lane {
 
     fn count_waited_in_vain(&mut self) {
         let waited = std::mem::take(&mut self.wireguard.stats.queue_dropped);
-        self.counters.drops(DropReason::AwaitingSession, waited as usize);
+        self.counters.count_drops(DropReason::AwaitingSession, waited as usize);
     }
 }

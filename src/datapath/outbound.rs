@@ -3,15 +3,14 @@
 use std::time::Instant;
 
 use super::{Exit, Lane, Output, Total};
-use crate::packet::icmp::{self, Message};
+use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
 use crate::packet::segment::{SuperPacket, fragment_v4, owes_checksum};
 use crate::packet::vnet::VnetHdr;
-use crate::packet::{DropReason, Headers, L4, parse, rewrite};
+use crate::packet::rewrite::{self, ChecksumState};
+use crate::packet::{DropReason, Headers, L4, parse};
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
 use crate::tunnel::Segments;
 
-/// Bytes of the largest ICMP error: 1,280 for IPv6 (RFC 4443 section 2.4 c).
-const ICMP_ROOM: usize = 1280;
 /// IPv4 header and TCP header, without options: what an MSS leaves out (RFC 6691).
 const TCP_V4: u16 = 40;
 /// The same for IPv6.
@@ -38,7 +37,7 @@ impl Lane {
         self.counters.add(Total::TunReads, 1);
         self.counters.add(Total::TunReadBytes, frame.len());
         if let Err(reason) = self.outbound(now, snapshot, frame, out) {
-            self.counters.drop(reason);
+            self.counters.count_drop(reason);
         }
         self.count_waited_in_vain();
     }
@@ -60,7 +59,7 @@ impl Lane {
             Ok(exit) => exit,
             Err(reason) => {
                 if reason == DropReason::NoRoute {
-                    self.tell_sender(now, snapshot, packet, &headers, Message::HostUnreachable, out);
+                    self.tell_sender(now, snapshot, packet, &headers, IcmpError::HostUnreachable, out);
                 }
                 return Err(reason);
             }
@@ -87,17 +86,18 @@ impl Lane {
         let encap = peer.encap.ok_or(DropReason::NoEncapsulation)?;
 
         // 3 fit
-        self.clamp(packet, headers, peer.mtu, owes_checksum(vnet));
+        let checksum = if owes_checksum(vnet) { ChecksumState::Partial } else { ChecksumState::Complete };
+        self.clamp(packet, headers, peer.mtu, checksum);
         let segments = SuperPacket::new(vnet, packet, headers)?;
         let fits = segments.max_len() <= usize::from(peer.mtu);
         if !fits && headers.dont_fragment {
-            let too_big = Message::TooBig { mtu: peer.mtu };
+            let too_big = IcmpError::TooBig { mtu: peer.mtu };
             self.tell_sender(now, snapshot, packet, headers, too_big, out);
             return Err(DropReason::TooBig);
         }
 
         // 4 track
-        self.track_outbound(now, peer.id, headers, segments.count());
+        self.track(now, headers, Some(peer.id), false, segments.count());
 
         // 5 seal
         if fits {
@@ -143,7 +143,7 @@ impl Lane {
             Ok(sent) => (sent, Ok(())),
             // The caller counts one drop; the others are counted here.
             Err((sent, reason)) => {
-                self.counters.drops(reason, packets.count().saturating_sub(sent + 1));
+                self.counters.count_drops(reason, packets.count().saturating_sub(sent + 1));
                 (sent, Err(reason))
             }
         };
@@ -157,14 +157,14 @@ impl Lane {
     }
 
     /// Lowers the MSS that a SYN offers to what the path carries.
-    pub(super) fn clamp(&self, packet: &mut [u8], headers: &Headers, mtu: u16, partial_checksum: bool) {
+    pub(super) fn clamp(&self, packet: &mut [u8], headers: &Headers, mtu: u16, checksum: ChecksumState) {
         const SYN: u8 = 0x02;
         let L4::Tcp { flags, .. } = headers.l4 else { return };
         if flags & SYN == 0 {
             return;
         }
         let mss = mtu.saturating_sub(if headers.is_ipv4() { TCP_V4 } else { TCP_V6 });
-        if rewrite::clamp_mss(packet, headers, mss, partial_checksum) {
+        if rewrite::clamp_mss(packet, headers, mss, checksum) {
             self.counters.add(Total::MssClamped, 1);
         }
     }
@@ -176,14 +176,14 @@ impl Lane {
         snapshot: &Snapshot,
         packet: &[u8],
         headers: &Headers,
-        message: Message,
+        error: IcmpError,
         out: &mut Output,
     ) {
-        let mut room = [0; ICMP_ROOM];
-        if let Some(error) = self.icmp_error(now, snapshot, packet, headers, message, &mut room)
-            && let Ok(headers) = parse(error)
+        let mut room = [0; MAX_ANSWER];
+        if let Some(answer) = self.icmp_error(now, snapshot, packet, headers, error, &mut room)
+            && let Ok(headers) = parse(answer)
         {
-            self.to_own_tun(error, &headers, out);
+            self.to_own_tun(answer, &headers, out);
         }
     }
 
@@ -194,18 +194,18 @@ impl Lane {
         snapshot: &Snapshot,
         packet: &[u8],
         headers: &Headers,
-        message: Message,
+        error: IcmpError,
         room: &'a mut [u8],
     ) -> Option<&'a [u8]> {
         let from = Lane::own_address(snapshot, headers.source)?;
-        if !icmp::may_answer(packet, headers) {
+        if !icmp::may_answer(headers) {
             return None;
         }
-        if !self.icmp.allow(headers.source, now) {
-            self.counters.drop(DropReason::IcmpRateLimited);
+        if !self.icmp.allow(error, headers, now) {
+            self.counters.count_drop(DropReason::IcmpRateLimited);
             return None;
         }
-        let len = icmp::build(room, from, packet, headers, message)?;
+        let len = icmp::build_error(room, error, from, packet, headers)?;
         self.counters.add(Total::IcmpSent, 1);
         Some(&room[..len])
     }

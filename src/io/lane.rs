@@ -21,7 +21,10 @@ use super::tun::{READ_BYTES, TunOffloads};
 use super::udp::{Received, SLOT, SLOTS};
 use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
 use crate::packet::DropReason;
-use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
+use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
+use crate::packet::segment::SuperPacket;
+use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
+use crate::packet::parse;
 use crate::snapshot::{Encap, PeerId, Snapshot};
 use crate::tunnel::batch::Run;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
@@ -34,7 +37,7 @@ const SPIN: Duration = Duration::from_micros(100);
 /// How long a full socket may take to accept more before its packets are dropped.
 const SEND_PATIENCE: Duration = Duration::from_millis(2);
 /// Most pieces of one write: the virtio header, and 64 packets (coalesce.rs joins no more).
-const MAX_PIECES: usize = 132;
+const MAX_PIECES: usize = 1 + MAX_SEGMENTS as usize;
 
 /// What others may ask of a running lane.
 #[derive(Debug)]
@@ -122,15 +125,13 @@ impl<K: Kernel> LaneLoop<K> {
         commands: Receiver<Command>,
         offloads: LaneOffloads,
     ) -> LaneLoop<K> {
-        let mut tun = TunBatch::new();
-        tun.set_offloads(batch_offloads(&offloads));
         LaneLoop {
             kernel,
             lane,
             shared,
             commands,
             offloads,
-            out: Output::new(tun),
+            out: Output::new(batch_offloads(&offloads)),
             frame: vec![0; READ_BYTES].into_boxed_slice(),
             receive: vec![0; SLOTS * SLOT].into_boxed_slice(),
             received: Vec::with_capacity(SLOTS),
@@ -188,7 +189,7 @@ impl<K: Kernel> LaneLoop<K> {
             frames += 1;
         }
         self.flush_datagrams();
-        self.flush_tun();
+        self.flush_tun(now, snapshot);
         Ok(frames > 0)
     }
 
@@ -209,7 +210,7 @@ impl<K: Kernel> LaneLoop<K> {
                 Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
             self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
         }
-        self.flush_tun();
+        self.flush_tun(now, snapshot);
         self.flush_datagrams();
         Ok(true)
     }
@@ -249,46 +250,37 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- what came out ---------------------------------------------------------------------------
 
-    fn flush_tun(&mut self) {
-        let mut memory = Memory { receive: &mut self.receive, plain: &mut self.out.plain };
-        self.out.tun.finish(&mut memory);
+    fn flush_tun(&mut self, now: Instant, snapshot: &Snapshot) {
+        if self.out.tun.is_empty() {
+            return;
+        }
+        self.lane.finish_tun(now, snapshot, &mut self.receive, &mut self.out);
         let counters = self.lane.counters();
         let mut refused = None;
-        for (header, pieces) in self.out.tun.frames() {
-            let mut slices = [IoSlice::new(&[]); MAX_PIECES];
-            slices[0] = IoSlice::new(header);
-            let mut count = 1;
-            for piece in pieces {
-                let from = match piece.region {
-                    Region::Receive => &self.receive,
-                    Region::Plain => &self.out.plain,
-                };
-                let at = piece.offset as usize;
-                slices[count] = IoSlice::new(&from[at..at + piece.len as usize]);
-                count += 1;
-            }
-            match self.kernel.write_tun(&slices[..count]) {
+        for frame in self.out.tun.frames() {
+            match write_frame(&mut self.kernel, &frame, &self.receive, &self.out.plain) {
                 Ok(len) => {
                     counters.add(Total::TunWrites, 1);
                     counters.add(Total::TunWriteBytes, len);
                 }
-                Err(e) => {
-                    counters.drop(DropReason::TunWriteFailed);
-                    let joined = header.get(1).is_some_and(|kind| *kind != 0);
-                    if joined && e.raw_os_error() == Some(libc::EINVAL) {
-                        refused = header.get(1).copied();
-                    }
+                // Some kernels refuse joined packets: nothing is lost but the speed.
+                Err(e) if frame.packets > 1 && e.raw_os_error() == Some(libc::EINVAL) => {
+                    refused = Some(frame.vnet);
+                    let memory = Memory { receive: &mut self.receive, plain: &mut self.out.plain };
+                    let lost = write_apart(&mut self.kernel, &frame, &memory, &mut self.frame);
+                    counters.count_drops(DropReason::TunWriteFailed, lost);
                 }
+                Err(_) => counters.count_drops(DropReason::TunWriteFailed, usize::from(frame.packets)),
             }
         }
         self.out.clear_tun();
-        if let Some(kind) = refused {
-            self.give_up_tun_offload(kind);
+        if let Some(vnet) = refused {
+            self.give_up_tun_offload(&vnet);
         }
     }
 
-    fn give_up_tun_offload(&mut self, kind: u8) {
-        let udp = kind & 0x7f == crate::packet::vnet::GSO_UDP_L4;
+    fn give_up_tun_offload(&mut self, vnet: &[u8]) {
+        let udp = VnetHdr::decode(vnet).is_ok_and(|(header, _)| header.gso() == GSO_UDP_L4);
         if udp {
             self.offloads.tun_udp = false;
         } else {
@@ -318,7 +310,7 @@ impl<K: Kernel> LaneLoop<K> {
             } else {
                 let single: Vec<Run> = runs[at..at + same].iter().flat_map(datagrams).collect();
                 let (_, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                counters.drops(DropReason::SendFailed, failed);
+                counters.count_drops(DropReason::SendFailed, failed);
                 Sent::All
             };
             match sent {
@@ -330,12 +322,12 @@ impl<K: Kernel> LaneLoop<K> {
                     let about_offload = run.count > 1
                         && matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE));
                     if !about_offload {
-                        counters.drops(DropReason::SendFailed, run.count);
+                        counters.count_drops(DropReason::SendFailed, run.count);
                         continue;
                     }
                     let single: Vec<Run> = datagrams(run).collect();
                     let (delivered, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                    counters.drops(DropReason::SendFailed, failed);
+                    counters.count_drops(DropReason::SendFailed, failed);
                     // A datagram too large for the device is not the offload's fault.
                     given_up |= delivered > 0 && error.raw_os_error() != Some(libc::EMSGSIZE);
                 }
@@ -349,6 +341,51 @@ impl<K: Kernel> LaneLoop<K> {
             info!("the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on");
         }
     }
+}
+
+/// Writes one frame in one call.
+fn write_frame<K: Kernel>(
+    kernel: &mut K,
+    frame: &Frame<'_>,
+    receive: &[u8],
+    plain: &[u8],
+) -> io::Result<usize> {
+    let mut slices = [IoSlice::new(&[]); MAX_PIECES];
+    slices[0] = IoSlice::new(&frame.vnet);
+    let mut count = 1;
+    for piece in frame.pieces.iter().take(MAX_PIECES - 1) {
+        let from = match piece.region {
+            Region::Receive => receive,
+            Region::Plain => plain,
+        };
+        let at = piece.offset as usize;
+        slices[count] = IoSlice::new(&from[at..at + piece.len as usize]);
+        count += 1;
+    }
+    kernel.write_tun(&slices[..count])
+}
+
+/// Cuts a joined frame again and writes its packets one by one; returns how many were lost.
+fn write_apart<K: Kernel>(
+    kernel: &mut K,
+    frame: &Frame<'_>,
+    memory: &Memory<'_>,
+    room: &mut [u8],
+) -> usize {
+    let all = usize::from(frame.packets);
+    let len = frame.gather(memory, room);
+    let Ok((vnet, _)) = VnetHdr::decode(&frame.vnet) else { return all };
+    let Ok(headers) = parse(&room[..len]) else { return all };
+    let Ok(segments) = SuperPacket::new(&vnet, &room[..len], &headers) else { return all };
+    let header = [0; VNET_HDR_LEN];
+    let mut packet = vec![0; segments.max_len()];
+    let mut lost = 0;
+    for i in 0..segments.count() {
+        let len = segments.write(i, &mut packet);
+        let slices = [IoSlice::new(&header), IoSlice::new(&packet[..len])];
+        lost += usize::from(kernel.write_tun(&slices).is_err());
+    }
+    lost
 }
 
 enum Sent {

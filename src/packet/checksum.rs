@@ -160,7 +160,8 @@ pub enum Verdict {
     Right,
     /// Computed and wrong.
     Wrong,
-    /// Not computed: a fragment, a protocol we only route, or SCTP, whose CRC is end to end.
+    /// Not computed: a fragment, a protocol we only route, SCTP, whose CRC is end to end, or UDP over
+    /// IPv6 that says it has none.
     Unknown,
 }
 
@@ -174,8 +175,9 @@ pub fn check_transport(packet: &[u8], headers: &Headers) -> Verdict {
         L4::Tcp { .. } => transport,
         L4::Udp { .. } => match udp(transport) {
             Some((0, _)) if headers.is_ipv4() => return Verdict::Right,
-            // RFC 8200 section 8.1: IPv6's UDP has a checksum.
-            Some((0, _)) | None => return Verdict::Wrong,
+            // Over IPv6 only tunnels may leave it out (RFC 6935), which their receiver must know of.
+            Some((0, _)) => return Verdict::Unknown,
+            None => return Verdict::Wrong,
             Some((_, datagram)) => datagram,
         },
         L4::Icmp { .. } => transport,
@@ -185,7 +187,8 @@ pub fn check_transport(packet: &[u8], headers: &Headers) -> Verdict {
     if fold(total) == 0xffff { Verdict::Right } else { Verdict::Wrong }
 }
 
-/// Whether the transport checksum was computed and is right; UDP without one over IPv4 is.
+/// Whether the transport checksum is known to be right ([`Verdict::Right`]). False is no reason to
+/// drop a packet, only not to vouch for it: ask [`check_transport`] whether it is wrong.
 #[inline]
 pub fn verify_transport(packet: &[u8], headers: &Headers) -> bool {
     check_transport(packet, headers) == Verdict::Right
@@ -220,6 +223,24 @@ pub const fn transport_field(headers: &Headers) -> Option<usize> {
         L4::Icmp { .. } => Some(2),
         L4::Sctp { .. } | L4::Other | L4::None => None,
     }
+}
+
+/// The difference that a changed four-byte word makes to SCTP's CRC32c (RFC 9260 appendix A), to be
+/// XORed into it; `behind` is the number of bytes from the word to the packet's end.
+///
+/// A CRC is linear, so the change is the CRC of the difference of old and new, moved past what
+/// follows: no byte of the payload is read, and damage done before still shows.
+pub fn sctp_difference(old: [u8; 4], new: [u8; 4], behind: usize) -> u32 {
+    let mut crc = u32::from_le_bytes(old) ^ u32::from_le_bytes(new);
+    for _ in 0..32 {
+        crc = crc32c_times_x(crc);
+    }
+    for (bit, power) in CRC32C_SHIFTS.iter().enumerate() {
+        if behind >> bit & 1 == 1 {
+            crc = crc32c_multiply(crc, *power);
+        }
+    }
+    crc
 }
 
 /// Four vectors of four words on a machine with 16-byte vectors: enough to keep its adders busy.
@@ -261,8 +282,38 @@ fn udp(transport: &[u8]) -> Option<(u16, &[u8])> {
     Some((u16::from_be_bytes([header[6], header[7]]), transport.get(..len)?))
 }
 
+/// CRC32c's polynomial, lowest power in the highest bit (RFC 9260 appendix A).
+const CRC32C_POLYNOMIAL: u32 = 0x82f6_3b78;
+
+/// Entry i moves a CRC past 2^i bytes: x^(8 * 2^i). Enough for any packet.
+const CRC32C_SHIFTS: [u32; 17] = {
+    let mut shifts = [1 << 23; 17];
+    let mut i = 1;
+    while i < shifts.len() {
+        shifts[i] = crc32c_multiply(shifts[i - 1], shifts[i - 1]);
+        i += 1;
+    }
+    shifts
+};
+
+const fn crc32c_times_x(a: u32) -> u32 {
+    a >> 1 ^ if a & 1 == 1 { CRC32C_POLYNOMIAL } else { 0 }
+}
+
+const fn crc32c_multiply(a: u32, mut b: u32) -> u32 {
+    let (mut product, mut bit) = (0, 32);
+    while bit > 0 {
+        bit -= 1;
+        if a >> bit & 1 == 1 {
+            product ^= b;
+        }
+        b = crc32c_times_x(b);
+    }
+    product
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -313,7 +364,35 @@ mod tests {
         assert!(!verify_ipv4_header(&packet));
     }
 
+    /// CRC32c bit by bit.
+    pub(crate) fn crc32c(data: &[u8]) -> u32 {
+        let mut crc = !0;
+        for byte in data {
+            crc ^= u32::from(*byte);
+            for _ in 0..8 {
+                crc = crc32c_times_x(crc);
+            }
+        }
+        !crc
+    }
+
+    #[test]
+    fn crc32c_of_the_usual_check_string() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+    }
+
     proptest! {
+        #[test]
+        fn a_crc_difference_is_a_new_computation(
+            mut data in proptest::collection::vec(any::<u8>(), 4..3000),
+            new in any::<[u8; 4]>(),
+        ) {
+            let before = crc32c(&data);
+            let old = *data.first_chunk::<4>().unwrap();
+            data[..4].copy_from_slice(&new);
+            prop_assert_eq!(before ^ sctp_difference(old, new, data.len() - 4), crc32c(&data));
+        }
+
         #[test]
         fn sum_is_its_definition(data in proptest::collection::vec(any::<u8>(), 0..600)) {
             prop_assert_eq!(sum(&data), u32::from(plain_sum(&data)));

@@ -478,7 +478,11 @@ fn is_martian(headers: &Headers) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::packet::checksum::{self, Verdict};
+    use crate::packet::testing::{Kind, Piece, samples};
 
     /// A SYN with the options that Linux sends.
     const SYN: [u8; 60] = [
@@ -491,6 +495,7 @@ mod tests {
     #[test]
     fn tcp_over_ipv4() {
         let headers = parse(&SYN).unwrap();
+        assert!(checksum::verify_ipv4_header(&SYN));
         assert_eq!(headers.source.to_string(), "172.16.10.99");
         assert_eq!(headers.destination.to_string(), "172.16.10.12");
         assert_eq!((headers.l4_offset, headers.total_len, headers.hop_limit), (20, 60, 64));
@@ -525,5 +530,214 @@ mod tests {
         assert_eq!(with(16, 127), Err(DropReason::MartianAddress));
         assert_eq!(with(12, 224), Err(DropReason::MartianAddress));
         assert!(with(16, 224).is_ok(), "multicast destinations are the route's to judge");
+    }
+
+    #[test]
+    fn extension_headers_end_somewhere() {
+        let mut packet = vec![0; 40 + 9 * 8 + 8];
+        packet[0] = 0x60;
+        packet[5] = (packet.len() - 40) as u8;
+        packet[6] = DESTINATION_OPTIONS;
+        (packet[8], packet[24]) = (0x20, 0x20);
+        for header in 0..9 {
+            packet[40 + header * 8] = DESTINATION_OPTIONS;
+        }
+        assert_eq!(parse(&packet), Err(DropReason::TooManyExtensions));
+        packet[40 + 7 * 8] = protocol::UDP;
+        packet[40 + 8 * 8 + 5] = 8;
+        let headers = parse(&packet).unwrap();
+        assert_eq!((headers.l4_offset, headers.protocol), (40 + 64, protocol::UDP));
+        packet[40 + 8] = HOP_BY_HOP;
+        assert_eq!(parse(&packet), Err(DropReason::MalformedHeader), "hop-by-hop options not first");
+        packet[40] = ROUTING;
+        packet[40 + 8] = DESTINATION_OPTIONS;
+        assert!(parse(&packet).is_ok(), "a routing header that is done");
+        packet[40 + 8 + 3] = 1;
+        assert_eq!(parse(&packet), Err(DropReason::SourceRouted));
+    }
+
+    #[test]
+    fn one_fragment_header_at_most() {
+        let mut packet = vec![0; 40 + 16];
+        (packet[0], packet[5], packet[6], packet[8], packet[24]) = (0x60, 16, FRAGMENT, 0x20, 0x20);
+        packet[40] = FRAGMENT;
+        packet[48] = 59;
+        assert_eq!(parse(&packet), Err(DropReason::MalformedHeader));
+        packet[40] = DESTINATION_OPTIONS;
+        assert_eq!(parse(&packet).map(|headers| headers.fragment), Ok(Fragment::None), "an atomic fragment");
+        packet[43] = 1;
+        assert_eq!(parse(&packet).map(|headers| headers.fragment), Ok(Fragment::First { id: 0 }));
+        packet[42] = 1;
+        let later = parse(&packet).unwrap();
+        assert_eq!((later.fragment, later.l4_offset), (Fragment::Later { id: 0 }, 48));
+    }
+
+    #[test]
+    fn source_routes_of_ipv4() {
+        let mut packet = [0; 28];
+        packet[..4].copy_from_slice(&[0x47, 0, 0, 28]);
+        (packet[9], packet[12], packet[16]) = (47, 10, 10);
+        packet[20..28].copy_from_slice(&[1, 131, 7, 4, 10, 0, 0, 1]);
+        assert_eq!(parse(&packet), Err(DropReason::SourceRouted));
+        packet[21] = 7;
+        assert!(parse(&packet).is_ok(), "recording the route is harmless");
+        packet[22] = 1;
+        assert_eq!(parse(&packet), Err(DropReason::MalformedHeader), "an option shorter than itself");
+    }
+
+    #[test]
+    fn martians_of_ipv6() {
+        let with = |source: &str, destination: &str| {
+            let mut packet = vec![0; 40];
+            (packet[0], packet[6]) = (0x60, 59);
+            packet[8..24].copy_from_slice(&source.parse::<Ipv6Addr>().unwrap().octets());
+            packet[24..40].copy_from_slice(&destination.parse::<Ipv6Addr>().unwrap().octets());
+            parse(&packet).map(|headers| headers.l4)
+        };
+        assert_eq!(with("fd00::1", "fd00::2"), Ok(L4::Other));
+        assert_eq!(with("fd00::1", "ff02::1"), Ok(L4::Other));
+        for (source, destination) in
+            [("::", "fd00::2"), ("::1", "fd00::2"), ("fd00::1", "::1"), ("ff02::1", "fd00::2")]
+        {
+            assert_eq!(with(source, destination), Err(DropReason::MartianAddress), "{source} {destination}");
+        }
+        assert_eq!(with("::ffff:127.0.0.1", "fd00::2"), Err(DropReason::MartianAddress));
+    }
+
+    #[test]
+    fn fragments_no_honest_sender_makes() {
+        let fragment = |offset, data, more, protocol| check_fragment(offset, more, data, protocol).is_ok();
+        assert!(fragment(0, 1480, true, protocol::UDP));
+        assert!(fragment(1480, 1, false, protocol::UDP));
+        assert!(!fragment(1480, 1, true, protocol::UDP), "not a multiple of eight, and not the last");
+        assert!(!fragment(0, 0, true, protocol::UDP), "without data");
+        assert!(!fragment(8, 100, false, protocol::TCP), "overlaps the TCP header");
+        assert!(!fragment(65_528, 8, false, protocol::UDP), "beyond the largest datagram");
+    }
+
+    /// Addresses, whether it is a fragment, ports, transport header length.
+    type Facts = (IpAddr, IpAddr, bool, Option<(u16, u16)>, Option<usize>);
+
+    /// What etherparse says of a packet, as far as both of us say it.
+    fn by_etherparse(packet: &[u8]) -> Option<Facts> {
+        use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+        let sliced = SlicedPacket::from_ip(packet).ok()?;
+        let (source, destination): (IpAddr, IpAddr) = match sliced.net.as_ref()? {
+            NetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+            NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+            NetSlice::Arp(_) => return None,
+        };
+        let (ports, header_len) = match &sliced.transport {
+            Some(TransportSlice::Tcp(tcp)) => {
+                (Some((tcp.source_port(), tcp.destination_port())), Some(usize::from(tcp.data_offset()) * 4))
+            }
+            Some(TransportSlice::Udp(udp)) => (Some((udp.source_port(), udp.destination_port())), Some(8)),
+            Some(TransportSlice::Icmpv4(_) | TransportSlice::Icmpv6(_)) => (None, Some(8)),
+            Some(TransportSlice::Igmp(_)) | None => (None, None),
+        };
+        Some((source, destination, sliced.is_ip_payload_fragmented(), ports, header_len))
+    }
+
+    proptest! {
+        #[test]
+        fn parses_what_was_meant(sample in samples(), padding in 0..20usize) {
+            let mut packet = sample.whole();
+            let len = packet.len();
+            packet.resize(len + padding, 0xee);
+            let headers = parse(&packet).unwrap();
+            prop_assert_eq!((headers.source, headers.destination), (sample.source, sample.destination));
+            prop_assert_eq!(usize::from(headers.l4_offset), sample.l4_offset());
+            prop_assert_eq!(headers.total_len as usize, len);
+            prop_assert_eq!((headers.protocol, headers.hop_limit), (sample.protocol(), sample.hop_limit));
+            prop_assert_eq!(headers.traffic_class, if sample.is_ipv4() { 0 } else { 0x2e });
+            prop_assert_eq!(headers.fragment, Fragment::None);
+            prop_assert_eq!(headers.payload_offset(), len - sample.payload.len());
+            match (sample.kind, headers.l4) {
+                (Kind::Tcp { syn, ack, fin, .. }, L4::Tcp { flags, .. }) => {
+                    let expected = u8::from(ack) << 4 | u8::from(syn) << 1 | u8::from(fin);
+                    prop_assert_eq!((flags, headers.ports()), (expected, Some(sample.ports)));
+                }
+                (Kind::Udp | Kind::UdpUnsummed, L4::Udp { .. }) | (Kind::Sctp, L4::Sctp { .. }) => {
+                    prop_assert_eq!(headers.ports(), Some(sample.ports));
+                }
+                (Kind::EchoRequest | Kind::EchoReply, L4::Icmp { id, .. }) => {
+                    prop_assert_eq!(id, sample.ports.0);
+                }
+                (Kind::Other, L4::Other) => {}
+                (kind, l4) => prop_assert!(false, "{:?} read as {:?}", kind, l4),
+            }
+            let verdict = checksum::check_transport(&packet, &headers);
+            match sample.kind {
+                Kind::Sctp | Kind::Other => prop_assert_eq!(verdict, Verdict::Unknown),
+                Kind::UdpUnsummed if !sample.is_ipv4() => prop_assert_eq!(verdict, Verdict::Unknown),
+                _ => prop_assert_eq!(verdict, Verdict::Right),
+            }
+            prop_assert!(!sample.is_ipv4() || checksum::verify_ipv4_header(&packet));
+        }
+
+        #[test]
+        fn parses_fragments(mut sample in samples(), cut in 8..20usize, id in any::<u32>()) {
+            let cut = cut * 8;
+            sample.payload.resize(sample.payload.len().max(cut + 1), 7);
+            let len = sample.whole().len() - sample.l4_offset();
+            let id = if sample.is_ipv4() { id & 0xffff } else { id };
+            let first = parse(&sample.fragment(Piece { offset: 0, len: cut, more: true, id })).unwrap();
+            let later =
+                parse(&sample.fragment(Piece { offset: cut, len: len - cut, more: false, id })).unwrap();
+            prop_assert_eq!((first.fragment, later.fragment), (Fragment::First { id }, Fragment::Later { id }));
+            prop_assert_eq!(first.l4, parse(&sample.whole()).unwrap().l4);
+            prop_assert_eq!((later.l4, later.protocol), (L4::None, sample.protocol()));
+            prop_assert_eq!(first.flow_hash(5), later.flow_hash(5));
+        }
+
+        #[test]
+        fn agrees_with_etherparse(
+            sample in samples(),
+            damage in proptest::collection::vec((0..120usize, any::<u8>()), 0..4),
+            cut in 0..40usize,
+        ) {
+            let mut packet = sample.whole();
+            for (at, value) in damage {
+                let len = packet.len();
+                packet[at % len] = value;
+            }
+            packet.truncate(packet.len().saturating_sub(cut.saturating_sub(20)));
+            let Ok(ours) = parse_any_address(&packet) else { return Ok(()) };
+            // etherparse reads on behind an authentication header, and wants more than the eight
+            // bytes of some ICMP types; we carry both as they are.
+            prop_assume!(ours.protocol != 51 && !matches!(ours.l4, L4::Icmp { kind: 13 | 14, .. }));
+            let theirs = by_etherparse(&packet);
+            prop_assert!(theirs.is_some(), "only we accept {:?} as {:?}", packet, ours);
+            let (source, destination, fragmented, ports, header_len) = theirs.unwrap();
+            prop_assert_eq!((ours.source, ours.destination), (source, destination));
+            prop_assert_eq!(ours.fragment != Fragment::None, fragmented);
+            if !fragmented && !matches!(ours.l4, L4::Sctp { .. } | L4::Other) {
+                prop_assert_eq!((ours.ports(), Some(ours.l4_header_len())), (ports, header_len));
+            }
+        }
+
+        #[test]
+        fn a_quote_names_its_flow_from_eight_bytes_on(sample in samples(), cut in 8..40usize) {
+            let packet = sample.whole();
+            let whole = parse(&packet).unwrap();
+            let cut = (sample.l4_offset() + cut).min(packet.len());
+            let quoted = parse_quoted(&packet[..cut]);
+            if packet.len() - sample.l4_offset() >= 8 {
+                let quoted = quoted.unwrap();
+                prop_assert_eq!((quoted.source, quoted.destination), (whole.source, whole.destination));
+                prop_assert_eq!((quoted.ports(), quoted.l4_offset), (whole.ports(), whole.l4_offset));
+                prop_assert_eq!(quoted.total_len, whole.total_len);
+            }
+        }
+    }
+
+    #[test]
+    fn a_seed_changes_the_hash_of_a_flow() {
+        let headers = parse(&SYN).unwrap();
+        assert_eq!(headers.flow_hash(1), headers.flow_hash(1));
+        assert_ne!(headers.flow_hash(1), headers.flow_hash(2));
+        let mut other = SYN;
+        other[21] += 1;
+        assert_ne!(headers.flow_hash(1), parse(&other).unwrap().flow_hash(1));
     }
 }

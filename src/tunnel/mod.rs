@@ -33,5 +33,4 @@ impl Segments for &[u8] {
         <[u8]>::len(self)
     }
 }
-//! To come.
 
