@@ -23,6 +23,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::demo::DemoArgs;
 use crate::snapshot::{MAX_LANES, PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
 use crate::state::compile::{EncapPolicy, Settings};
@@ -30,6 +31,8 @@ use crate::state::convert::cluster_range;
 use crate::state::durable;
 use crate::state::problem::{nearest, quote};
 use crate::state::source::manifest::is_dns_name;
+use crate::status::client::{DEFAULT_RUN_DIR, PeersArgs, StatusArgs};
+use crate::tunnel::vxlan::mac_from_key;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -69,9 +72,9 @@ pub enum Command {
     /// Show a mesh of several nodes on this one machine, with no Kubernetes
     Demo(DemoArgs),
     /// Say what the agent on this machine is doing
-    Status(QueryArgs),
+    Status(StatusArgs),
     /// List the other nodes, and how each is reached
-    Peers(QueryArgs),
+    Peers(PeersArgs),
 }
 
 /// `warren agent`. Everything is optional here, because it may come from the file.
@@ -187,38 +190,6 @@ pub struct AgentArgs {
     pub no_ack_coalescing: Option<bool>,
 }
 
-/// `warren demo`.
-#[derive(Clone, Debug, PartialEq, Args)]
-pub struct DemoArgs {
-    /// How many nodes
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=16))]
-    pub nodes: u8,
-    /// How packets between the nodes are wrapped
-    #[arg(long, value_enum, default_value = "wireguard")]
-    pub encap: EncapArg,
-    /// MTU of the network between the nodes
-    #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1280..))]
-    pub mtu: u16,
-    /// Leave everything up afterwards, and say how to look around
-    #[arg(long)]
-    pub keep: bool,
-    /// Print results as JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `warren status`, `warren peers`.
-#[derive(Clone, Debug, PartialEq, Args)]
-pub struct QueryArgs {
-    /// Folder of the agent's sockets
-    #[arg(long, value_name = "DIR", env = "WARREN_RUN_DIR", default_value = DEFAULT_RUN_DIR)]
-    pub run_dir: PathBuf,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-const DEFAULT_RUN_DIR: &str = "/run/warren";
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
 const DEFAULT_VXLAN_PORT: u16 = 8472; // Linux's own default, and Flannel's; IANA's 4789 is rarer there
 /// Largest configuration file.
@@ -504,7 +475,7 @@ impl AgentConfig {
     pub fn settings(&self, keys: &[PublicKey], underlay_mtu: u16) -> Settings {
         let lanes = keys.iter().zip(self.port..).map(|(key, port)| PeerLane { key: *key, port });
         let encaps = self.encap.encaps();
-        let mac = annotations::mac_of(keys.first().unwrap_or(&[0; 32]));
+        let mac = mac_from_key(keys.first().unwrap_or(&[0; 32]));
         Settings {
             node: self.node.clone(),
             encap: self.encap,

@@ -174,12 +174,6 @@ pub fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-/// The inner MAC address that goes with a node's first key: the same after every restart, and its own.
-pub fn mac_of(key: &PublicKey) -> [u8; 6] {
-    let [a, b, c, d, e, ..] = SipHasher24::new().hash(key).to_le_bytes();
-    [2, a, b, c, d, e] // 2: locally administered (IEEE 802), of one device
-}
-
 /// The special range that this one overlaps, if any: no node, pod or Service has its address there.
 pub fn special(range: IpNet) -> Option<IpNet> {
     SPECIAL.into_iter().find(|special| special.contains(&range) || range.contains(special))
