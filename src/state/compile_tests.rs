@@ -1,0 +1,271 @@
+//! Tests of [`super`]: from objects to snapshot and plan.
+
+use super::*;
+use crate::snapshot::SourceOwner;
+use crate::state::annotations::key_text;
+use crate::state::source::{Object, manifest};
+
+fn settings(encap: EncapPolicy) -> Settings {
+    Settings {
+        node: "a".to_owned(),
+        encap,
+        announcement: Announcement { encaps: encap.encaps(), ..Announcement::default() },
+        vxlan_port: 8472,
+        vni: 1,
+        mac: [2, 0, 0, 0, 0, 1],
+        underlay_mtu: 1500,
+        cluster_ranges: Vec::new(),
+        service_ranges: Vec::new(),
+    }
+}
+
+/// A Node with pod range 10.244.`number`.0/24, address 192.0.2.`number`, one key and these annotations.
+fn node(name: &str, number: u8, annotations: &str) -> Object {
+    let key = key_text(&[number; 32]);
+    let text = format!(
+        "{{apiVersion: v1, kind: Node, metadata: {{name: {name}, annotations: {{warren.dev/lanes: '{key}:51820'{annotations}}}}},\
+         spec: {{podCIDRs: [10.244.{number}.0/24]}}, status: {{addresses: [{{type: InternalIP, address: 192.0.2.{number}}}]}}}}"
+    );
+    manifest::parse(text.as_bytes(), false).objects.remove(0)
+}
+
+fn desired(objects: &[Object]) -> Desired {
+    let mut desired = Desired::default();
+    desired.reset(Kind::Node, objects);
+    desired
+}
+
+fn compile(objects: &[Object], settings: &Settings) -> Compiled {
+    Compiler::default().compile(&desired(objects), settings)
+}
+
+fn peer<'a>(compiled: &'a Compiled, name: &str) -> &'a Peer {
+    compiled.snapshot.mesh.peers.iter().flatten().find(|peer| peer.name == name).expect("no such peer")
+}
+
+#[test]
+fn three_nodes_become_a_mesh() {
+    let objects =
+        [node("a", 1, ""), node("b", 2, ""), node("c", 3, ", warren.dev/endpoints: '198.51.100.3:4500'")];
+    let compiled = compile(&objects, &settings(EncapPolicy::WireGuard));
+    assert_eq!(compiled.problems.len(), 1, "a's announced key is not its own: {:?}", compiled.problems);
+    let (b, c) = (peer(&compiled, "b"), peer(&compiled, "c"));
+    assert_eq!(b.endpoints, ["192.0.2.2:51820".parse().unwrap()]);
+    assert_eq!(c.endpoints, ["198.51.100.3:4500".parse().unwrap()]);
+    assert_eq!((b.encap, b.mtu), (Some(Encap::WireGuard), 1440));
+
+    let mesh = &compiled.snapshot.mesh;
+    let owner = |address: &str| mesh.routes.lookup(address.parse().unwrap());
+    assert_eq!(owner("10.244.2.9"), Some(Owner::PeerPod(b.id)));
+    assert_eq!(owner("10.244.2.0"), Some(Owner::PeerNode(b.id)));
+    assert_eq!(owner("192.0.2.3"), Some(Owner::PeerNode(c.id)));
+    assert_eq!(owner("10.244.1.1"), Some(Owner::LocalPod));
+    assert_eq!(owner("192.0.2.1"), Some(Owner::LocalNode));
+    assert_eq!(mesh.source_owner(b.id, "10.244.3.1".parse().unwrap()), SourceOwner::Foreign);
+    assert_eq!(mesh.keys.get(&[3; 32]), Some(&(c.id, LaneId(0))));
+    assert!(mesh.vxlan_sources.is_empty());
+
+    let plan = &compiled.plan;
+    assert_eq!(plan.node_addresses, ["10.244.1.0".parse::<IpAddr>().unwrap()]);
+    assert_eq!(plan.peer_ranges.len(), 2);
+    assert_eq!(plan.cluster_ranges.len(), 2, "1, and 2 with 3 joined");
+    assert!(plan.encrypted && plan.cluster_ranges_guessed);
+    assert_eq!(plan.pod_mtu, 1440);
+    assert_eq!(compiled.snapshot.local.address_v4, Some("10.244.1.0".parse().unwrap()));
+}
+
+#[test]
+fn both_ends_choose_the_same_encapsulation() {
+    let policies = [EncapPolicy::WireGuard, EncapPolicy::Vxlan, EncapPolicy::Auto];
+    let text = |policy: EncapPolicy, place: &str| {
+        let location =
+            if place.is_empty() { String::new() } else { format!(", warren.dev/location: '{place}'") };
+        format!(", warren.dev/encaps: '{}'{location}", policy.encaps())
+    };
+    let mut seen = Vec::new();
+    for one in policies {
+        for other in policies {
+            for (here, there) in [("x", "x"), ("x", "y"), ("", ""), ("x", "")] {
+                let objects = [node("a", 1, &text(one, here)), node("b", 2, &text(other, there))];
+                let from_a = peer(&compile(&objects, &settings(one)), "b").encap;
+                let mut settings = settings(other);
+                settings.node = "b".to_owned();
+                let from_b = peer(&compile(&objects, &settings), "a").encap;
+                assert_eq!(from_a, from_b, "{one:?} {other:?} {here} {there}");
+                if from_a == Some(Encap::Vxlan) {
+                    let plain = one == EncapPolicy::Vxlan && other == EncapPolicy::Vxlan;
+                    assert!(plain || (here, there) == ("x", "x"), "plain between locations");
+                }
+                seen.push(from_a);
+            }
+        }
+    }
+    assert!(
+        seen.contains(&None) && seen.contains(&Some(Encap::Vxlan)) && seen.contains(&Some(Encap::WireGuard))
+    );
+}
+
+#[test]
+fn what_is_not_announced_is_never_plain() {
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: b}, spec: {podCIDRs: [10.244.2.0/24]}}";
+    let silent = manifest::parse(text.as_bytes(), false).objects.remove(0);
+    let compiled = compile(&[node("a", 1, ""), silent.clone()], &settings(EncapPolicy::Auto));
+    assert_eq!(peer(&compiled, "b").encap, Some(Encap::WireGuard));
+    let compiled = compile(&[node("a", 1, ""), silent], &settings(EncapPolicy::Vxlan));
+    assert_eq!(peer(&compiled, "b").encap, None);
+}
+
+#[test]
+fn mtu_follows_underlay_and_encapsulation() {
+    let with = |annotations: &str, mtu: u16, encap: EncapPolicy| {
+        let own = format!(", warren.dev/encaps: '{}'", encap.encaps());
+        let mut settings = settings(encap);
+        settings.underlay_mtu = mtu;
+        compile(&[node("a", 1, &own), node("b", 2, annotations)], &settings).plan.pod_mtu
+    };
+    assert_eq!(with("", 1500, EncapPolicy::WireGuard), 1440);
+    assert_eq!(with(", warren.dev/endpoints: '[2001:db8::2]:1'", 1500, EncapPolicy::WireGuard), 1420);
+    assert_eq!(with(", warren.dev/encaps: vxlan", 1500, EncapPolicy::Vxlan), 1450);
+    assert_eq!(with("", 9000, EncapPolicy::WireGuard), 8940);
+    assert_eq!(with("", u16::MAX, EncapPolicy::WireGuard), 65475);
+    assert_eq!(with("", 10, EncapPolicy::WireGuard), MIN_MTU_V4);
+    let alone = compile(&[node("a", 1, "")], &settings(EncapPolicy::WireGuard));
+    assert_eq!(alone.plan.pod_mtu, 1420);
+    let six = "{apiVersion: v1, kind: Node, metadata: {name: a}, spec: {podCIDRs: ['fd00:1::/64']}}";
+    let six = manifest::parse(six.as_bytes(), false).objects.remove(0);
+    let mut small = settings(EncapPolicy::WireGuard);
+    small.underlay_mtu = 1300;
+    assert_eq!(compile(&[six, node("b", 2, "")], &small).plan.pod_mtu, MIN_MTU_V6);
+}
+
+#[test]
+fn vxlan_takes_frames_from_the_peers_own_address_only() {
+    let announced = ", warren.dev/encaps: vxlan, warren.dev/vxlan-mac: '02:00:00:00:00:02', \
+                     warren.dev/endpoints: '198.51.100.1:1'";
+    let compiled = compile(
+        &[node("a", 1, ", warren.dev/encaps: vxlan"), node("b", 2, announced)],
+        &settings(EncapPolicy::Vxlan),
+    );
+    let b = peer(&compiled, "b");
+    let address: IpAddr = "192.0.2.2".parse().unwrap();
+    assert_eq!(b.vxlan, Some(PeerVxlan { address, port: 8472, mac: Some([2, 0, 0, 0, 0, 2]) }));
+    assert_eq!(compiled.snapshot.mesh.vxlan_sources, HashMap::from([(address, b.id)]));
+    assert!(!compiled.plan.encrypted);
+}
+
+#[test]
+fn what_did_not_change_is_not_made_again() {
+    let settings = settings(EncapPolicy::WireGuard);
+    let mut compiler = Compiler::default();
+    let mut desired = desired(&[node("a", 1, ""), node("b", 2, ""), node("c", 3, "")]);
+    let first = compiler.compile(&desired, &settings);
+    let again = compiler.compile(&desired, &settings);
+    assert!(Arc::ptr_eq(&first.snapshot, &again.snapshot) && Arc::ptr_eq(&first.plan, &again.plan));
+
+    desired.apply(&node("b", 2, ", warren.dev/keepalive: '25'"));
+    let changed = compiler.compile(&desired, &settings);
+    assert_eq!(changed.snapshot.generation, first.snapshot.generation + 1);
+    let arc = |compiled: &Compiled, id: PeerId| compiled.snapshot.mesh.peer(id).cloned().unwrap();
+    let (b, c) = (peer(&first, "b").id, peer(&first, "c").id);
+    assert_eq!((peer(&changed, "b").id, peer(&changed, "b").keepalive), (b, 25));
+    assert!(Arc::ptr_eq(&arc(&first, c), &arc(&changed, c)));
+    assert!(Arc::ptr_eq(&first.plan, &changed.plan));
+}
+
+#[test]
+fn a_number_is_not_given_again_at_once_and_survives_a_restart() {
+    let settings = settings(EncapPolicy::WireGuard);
+    let mut compiler = Compiler::default();
+    let mut state = desired(&[node("a", 1, "")]);
+    let mut last = None;
+    let mut ever = HashMap::new();
+    for round in 0..200_u32 {
+        let name = format!("n{round}");
+        let object = node(&name, 2, "");
+        state.apply(&object);
+        let id = peer(&compiler.compile(&state, &settings), &name).id;
+        assert_ne!(Some(id), last);
+        *ever.entry(id).or_insert(0) += 1;
+        state.delete(&object.key());
+        let compiled = compiler.compile(&state, &settings);
+        assert!(compiled.snapshot.mesh.peer(id).is_none());
+        last = Some(id);
+    }
+    assert!(ever.len() <= RESTING_IDS + 2 && ever.len() > RESTING_IDS / 2, "{} numbers", ever.len());
+
+    let objects = [node("a", 1, ""), node("b", 2, ""), node("c", 3, "")];
+    let saved =
+        [("c".to_owned(), PeerId(7)), ("b".to_owned(), PeerId(3)), ("x".to_owned(), PeerId(u32::MAX))];
+    let mut compiler = Compiler::with_ids(saved);
+    // Before the first full list a saved peer that is not there yet keeps its number.
+    let mut early = Desired::default();
+    early.apply(&objects[1]);
+    compiler.compile(&early, &settings);
+    let compiled = compiler.compile(&desired(&objects), &settings);
+    assert_eq!((peer(&compiled, "b").id, peer(&compiled, "c").id), (PeerId(3), PeerId(7)));
+}
+
+#[test]
+fn this_node_hears_what_is_wrong_with_it() {
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: a}}";
+    let bare = manifest::parse(text.as_bytes(), false).objects.remove(0);
+    let of = |objects: &[Object]| {
+        let problems = compile(objects, &settings(EncapPolicy::WireGuard)).problems;
+        problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n")
+    };
+    assert!(of(&[]).contains("no such Node"));
+    assert!(of(&[bare]).contains("no pod range"));
+}
+
+/// The desired state of 5,000 nodes, and a change of one of them.
+fn five_thousand() -> Vec<Object> {
+    let object = |number: usize| {
+        let (high, low) = (number / 250, number % 250);
+        let mut key = [1; 32];
+        key[..8].copy_from_slice(&(number as u64 + 1).to_le_bytes());
+        let text = format!(
+            r#"{{"apiVersion":"v1","kind":"Node","metadata":{{"name":"node-{number}","uid":"{number}",
+            "annotations":{{"warren.dev/lanes":"{}:51820","warren.dev/endpoints":"198.18.{high}.{low}:51820"}}}},
+            "spec":{{"podCIDRs":["10.{}.{low}.0/24"]}},
+            "status":{{"addresses":[{{"type":"InternalIP","address":"172.16.{high}.{low}"}}]}}}}"#,
+            key_text(&key),
+            100 + high,
+        );
+        manifest::parse(text.as_bytes(), true).objects.remove(0)
+    };
+    (0..5_000).map(object).collect()
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "this test measures")]
+fn five_thousand_nodes_compile_quickly() {
+    let objects = five_thousand();
+    let mut settings = settings(EncapPolicy::WireGuard);
+    settings.node = "node-0".to_owned();
+    let mut desired = desired(&objects);
+    let mut compiler = Compiler::default();
+    let first = compiler.compile(&desired, &settings);
+    assert_eq!(first.plan.peer_ranges.len(), 4_999);
+    assert_eq!(first.problems.len(), 1);
+    let mut best = std::time::Duration::MAX;
+    for round in 0..5 {
+        let change = five_thousand_changed(&objects[2_500], round);
+        desired.apply(&change);
+        let before = std::time::Instant::now();
+        let compiled = compiler.compile(&desired, &settings);
+        best = best.min(before.elapsed());
+        assert_eq!(compiled.snapshot.generation, round + 2);
+    }
+    println!("5,000 nodes, one changed: compiled in {best:?}");
+    // Unoptimised builds are about ten times slower than what ships.
+    let most = if cfg!(debug_assertions) { 500 } else { 50 };
+    assert!(best.as_millis() < most, "{best:?}");
+}
+
+fn five_thousand_changed(object: &Object, round: u64) -> Object {
+    let Object::Node(node) = object else { panic!() };
+    let mut node = node.as_ref().clone();
+    let annotations = node.metadata.annotations.get_or_insert_default();
+    annotations.insert("warren.dev/keepalive".to_owned(), (round + 1).to_string());
+    Object::Node(Arc::new(node))
+}

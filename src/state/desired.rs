@@ -1,0 +1,219 @@
+//! What should be, as typed values: told of changes, asked by [`compile`](super::compile).
+//!
+//! Nothing is removed before the first full list of its kind has arrived: after a restart the saved
+//! state stays in force until the source has spoken in full.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+
+use super::convert::{self, NodeInfo};
+use super::problem::Problem;
+use super::source::{Key, Kind, Object};
+
+/// Who comes first when two Nodes claim the same: the older, then the lower UID, then the name. Never
+/// the order of arrival, so that two agents agree. In a folder, which has neither times nor UIDs, the
+/// name decides; a Node with a time comes before one without.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Precedence {
+    untimed: bool,
+    created: Option<Timestamp>,
+    uid: String,
+    name: String,
+}
+
+impl Precedence {
+    /// That of a Node.
+    pub fn of(node: &NodeInfo) -> Precedence {
+        Precedence {
+            untimed: node.created.is_none(),
+            created: node.created,
+            uid: node.uid.clone(),
+            name: node.name.clone(),
+        }
+    }
+}
+
+/// What a change came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whether a compile could give something new.
+    pub changed: bool,
+    /// For each object that was looked at: its key, and what is wrong with it now.
+    pub reports: Vec<(String, Vec<Problem>)>,
+}
+
+/// The typed store.
+#[derive(Clone, Debug, Default)]
+pub struct Desired {
+    nodes: BTreeMap<Precedence, Arc<NodeInfo>>,
+    by_name: HashMap<String, Precedence>,
+    service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    listed: BTreeSet<Kind>,
+}
+
+impl Desired {
+    /// An object is new or has changed.
+    pub fn apply(&mut self, object: &Object) -> Outcome {
+        let key = object.key();
+        match object {
+            Object::Node(node) => {
+                let (info, problems) = convert::node(node);
+                let changed = self.put_node(info);
+                Outcome { changed, reports: vec![(key.to_string(), problems)] }
+            }
+            Object::ServiceCidr(cidr) => {
+                let (ranges, problems) = convert::service_cidr(cidr);
+                let changed = self.service_cidrs.get(&key.name) != Some(&ranges);
+                self.service_cidrs.insert(key.name.clone(), ranges);
+                Outcome { changed, reports: vec![(key.to_string(), problems)] }
+            }
+            // Services have a store of their own; the mesh does not depend on them.
+            Object::Service(_) | Object::EndpointSlice(_) | Object::Pod(_) => Outcome::default(),
+        }
+    }
+
+    /// An object is gone.
+    pub fn delete(&mut self, key: &Key) -> Outcome {
+        if !self.listed.contains(&key.kind) {
+            return Outcome::default();
+        }
+        let changed = match key.kind {
+            Kind::Node => self.take_node(&key.name),
+            Kind::ServiceCidr => self.service_cidrs.remove(&key.name).is_some(),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod => false,
+        };
+        Outcome { changed, reports: vec![(key.to_string(), Vec::new())] }
+    }
+
+    /// These are all objects of the kind.
+    pub fn reset(&mut self, kind: Kind, objects: &[Object]) -> Outcome {
+        let mut outcome = Outcome { changed: self.listed.insert(kind), reports: Vec::new() };
+        let mut named = BTreeSet::new();
+        for object in objects.iter().filter(|object| object.kind() == kind) {
+            let applied = self.apply(object);
+            outcome.changed |= applied.changed;
+            outcome.reports.extend(applied.reports);
+            named.insert(object.key().name);
+        }
+        let gone: Vec<String> = match kind {
+            Kind::Node => self.by_name.keys().filter(|name| !named.contains(*name)).cloned().collect(),
+            Kind::ServiceCidr => {
+                self.service_cidrs.keys().filter(|name| !named.contains(*name)).cloned().collect()
+            }
+            Kind::Service | Kind::EndpointSlice | Kind::Pod => Vec::new(),
+        };
+        for name in gone {
+            let removed = self.delete(&Key { kind, namespace: String::new(), name });
+            outcome.changed |= removed.changed;
+            outcome.reports.extend(removed.reports);
+        }
+        outcome
+    }
+
+    /// Whether a full list of that kind has arrived.
+    pub fn is_listed(&self, kind: Kind) -> bool {
+        self.listed.contains(&kind)
+    }
+
+    /// All Nodes, those first that win when two claim the same.
+    pub fn nodes(&self) -> impl Iterator<Item = &Arc<NodeInfo>> {
+        self.nodes.values()
+    }
+
+    /// One Node.
+    pub fn node(&self, name: &str) -> Option<&Arc<NodeInfo>> {
+        self.nodes.get(self.by_name.get(name)?)
+    }
+
+    /// The ranges of all ServiceCIDRs.
+    pub fn service_ranges(&self) -> Vec<IpNet> {
+        let mut ranges: Vec<IpNet> = self.service_cidrs.values().flatten().copied().collect();
+        ranges.sort();
+        ranges.dedup();
+        ranges
+    }
+
+    /// The objects that say all this: what a checkpoint holds.
+    pub fn objects(&self) -> Vec<Object> {
+        let nodes = self.nodes.values().map(|node| Object::Node(Arc::new(node.to_node())));
+        let cidrs = self.service_cidrs.iter().map(|(name, ranges)| {
+            let cidrs = Some(ranges.iter().map(IpNet::to_string).collect());
+            Object::ServiceCidr(Arc::new(ServiceCIDR {
+                metadata: ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() },
+                spec: Some(ServiceCIDRSpec { cidrs }),
+                status: None,
+            }))
+        });
+        nodes.chain(cidrs).collect()
+    }
+
+    fn put_node(&mut self, info: NodeInfo) -> bool {
+        if self.node(&info.name).is_some_and(|before| **before == info) {
+            return false;
+        }
+        self.take_node(&info.name);
+        let precedence = Precedence::of(&info);
+        self.by_name.insert(info.name.clone(), precedence.clone());
+        self.nodes.insert(precedence, Arc::new(info));
+        true
+    }
+
+    fn take_node(&mut self, name: &str) -> bool {
+        let before = self.by_name.remove(name);
+        before.and_then(|precedence| self.nodes.remove(&precedence)).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::source::manifest;
+
+    fn objects(text: &str) -> Vec<Object> {
+        let parsed = manifest::parse(text.as_bytes(), false);
+        assert_eq!(parsed.problems, []);
+        parsed.objects
+    }
+
+    fn node(name: &str) -> Object {
+        objects(&format!("{{apiVersion: v1, kind: Node, metadata: {{name: {name}}}}}")).remove(0)
+    }
+
+    #[test]
+    fn nothing_goes_before_the_first_full_list() {
+        let mut desired = Desired::default();
+        assert!(desired.apply(&node("a")).changed);
+        assert!(desired.apply(&node("b")).changed);
+        assert!(!desired.apply(&node("a")).changed);
+        assert!(!desired.delete(&node("a").key()).changed);
+        assert_eq!(desired.nodes().count(), 2);
+        assert!(desired.reset(Kind::Node, &[node("a")]).changed);
+        assert_eq!(desired.nodes().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["a"]);
+        assert!(desired.delete(&node("a").key()).changed);
+        assert!(desired.is_listed(Kind::Node) && !desired.is_listed(Kind::ServiceCidr));
+    }
+
+    #[test]
+    fn the_saved_objects_say_the_same() {
+        let text = "apiVersion: v1\nkind: Node\nmetadata: {name: a, uid: u, creationTimestamp: 2026-01-02T03:04:05Z,\n  \
+                    annotations: {warren.dev/location: x}}\nspec: {podCIDRs: [10.1.0.0/24]}\n\
+                    status: {addresses: [{type: InternalIP, address: 10.0.0.1}]}\n---\n\
+                    apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: k}\nspec: {cidrs: [10.96.0.0/16]}\n";
+        let mut first = Desired::default();
+        for object in objects(text) {
+            first.apply(&object);
+        }
+        let mut second = Desired::default();
+        for object in first.objects() {
+            second.apply(&object);
+        }
+        assert!(first.nodes().eq(second.nodes()));
+        assert_eq!(second.service_ranges(), first.service_ranges());
+        assert_eq!(second.service_ranges().len(), 1);
+    }
+}

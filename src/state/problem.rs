@@ -1,0 +1,179 @@
+//! What is wrong with what a person wrote or a node announced, in words, current and counted.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// What kind of thing is wrong; each has a counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ProblemKind {
+    /// A file or the folder itself cannot be read, or is not YAML or JSON.
+    File,
+    /// A document is YAML but no object that we can use.
+    Object,
+    /// One value inside an object's spec or status.
+    Value,
+    /// One `warren.dev/...` annotation.
+    Annotation,
+    /// A range, address or key that another node owns.
+    Conflict,
+    /// What this node's own settings and the cluster's objects do not agree about.
+    Setting,
+}
+
+impl ProblemKind {
+    /// Every kind, in the order of its counter.
+    pub const ALL: [ProblemKind; 6] = [
+        ProblemKind::File,
+        ProblemKind::Object,
+        ProblemKind::Value,
+        ProblemKind::Annotation,
+        ProblemKind::Conflict,
+        ProblemKind::Setting,
+    ];
+
+    /// The name that `warren status` and the metrics show.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ProblemKind::File => "file",
+            ProblemKind::Object => "object",
+            ProblemKind::Value => "value",
+            ProblemKind::Annotation => "annotation",
+            ProblemKind::Conflict => "conflict",
+            ProblemKind::Setting => "setting",
+        }
+    }
+}
+
+/// One thing that is wrong, with its reason.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Problem {
+    /// What kind of thing.
+    pub kind: ProblemKind,
+    /// Whose: `Node/a`, or a file's name.
+    pub subject: String,
+    /// Where in it: `document 2, line 14`, `warren.dev/lanes`, `spec.podCIDRs[0]`; may be empty.
+    pub field: String,
+    /// Why, and what to do where that is known.
+    pub reason: String,
+}
+
+impl Problem {
+    /// A problem of a Node's value, annotation or claim.
+    pub fn node(kind: ProblemKind, node: &str, field: &str, reason: impl Into<String>) -> Problem {
+        Problem { kind, subject: format!("Node/{node}"), field: field.to_owned(), reason: reason.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.field.is_empty() {
+            write!(f, "{}: {}", self.subject, self.reason)
+        } else {
+            write!(f, "{}, {}: {}", self.subject, self.field, self.reason)
+        }
+    }
+}
+
+/// Hostile text made fit for a report: control characters escaped, cut to 64 characters.
+pub fn quote(text: &str) -> String {
+    const LONGEST: usize = 64;
+    let mut out = String::with_capacity(text.len().min(LONGEST) + 2);
+    out.push('"');
+    for (count, c) in text.chars().enumerate() {
+        if count == LONGEST {
+            out.push_str("...");
+            break;
+        }
+        out.extend(c.escape_debug());
+    }
+    out.push('"');
+    out
+}
+
+/// The known name nearest to a mistyped one, if one is near enough to be what was meant.
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.chars().count() > 64 {
+        return None; // nobody mistypes that; and the distance costs length times length
+    }
+    let limit = if word.len() <= 4 { 1 } else { 3 };
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
+        .filter(|(distance, _)| *distance <= limit)
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+/// All current problems, by where they come from, and how many there ever were.
+#[derive(Debug, Default)]
+pub struct ProblemBoard {
+    current: BTreeMap<String, Vec<Problem>>,
+    seen: [u64; ProblemKind::ALL.len()],
+}
+
+impl ProblemBoard {
+    /// Replaces what `origin` has to report; an empty list means that all is well there now.
+    /// Returns the problems that are new, so that each is logged once.
+    pub fn set(&mut self, origin: &str, mut problems: Vec<Problem>) -> Vec<Problem> {
+        problems.sort();
+        problems.dedup();
+        let before = self.current.remove(origin).unwrap_or_default();
+        let new: Vec<Problem> =
+            problems.iter().filter(|p| before.binary_search(p).is_err()).cloned().collect();
+        for problem in &new {
+            self.seen[problem.kind as usize] += 1;
+        }
+        if !problems.is_empty() {
+            self.current.insert(origin.to_owned(), problems);
+        }
+        new
+    }
+
+    /// Every current problem, in a stable order.
+    pub fn list(&self) -> Vec<Problem> {
+        let mut all: Vec<Problem> = self.current.values().flatten().cloned().collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// How many problems of each kind have ever been seen.
+    pub fn seen(&self) -> impl Iterator<Item = (ProblemKind, u64)> + '_ {
+        ProblemKind::ALL.into_iter().map(|kind| (kind, self.seen[kind as usize]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_text_is_cut_and_escaped() {
+        assert_eq!(quote("a\nb\u{1b}[31m"), "\"a\\nb\\u{1b}[31m\"");
+        assert!(quote(&"x".repeat(10_000)).len() < 80);
+    }
+
+    #[test]
+    fn nearest_finds_typing_mistakes_only() {
+        let known = ["underlay-mtu", "vxlan-port", "vni"];
+        assert_eq!(nearest("underlay_mtu", known), Some("underlay-mtu"));
+        assert_eq!(nearest("vn", known), Some("vni"));
+        assert_eq!(nearest("masquerade", known), None);
+        assert_eq!(nearest(&"v".repeat(1_000_000), known), None);
+    }
+
+    #[test]
+    fn a_problem_is_new_once_and_goes_when_its_origin_is_well() {
+        let mut board = ProblemBoard::default();
+        let problem = Problem::node(ProblemKind::Annotation, "a", "warren.dev/lanes", "not a key");
+        assert_eq!(board.set("file:x", vec![problem.clone(), problem.clone()]), vec![problem.clone()]);
+        assert!(board.set("file:x", vec![problem.clone()]).is_empty());
+        assert_eq!(board.list(), vec![problem]);
+        board.set("file:x", Vec::new());
+        assert!(board.list().is_empty());
+        assert_eq!(
+            board.seen().find(|(k, _)| *k == ProblemKind::Annotation),
+            Some((ProblemKind::Annotation, 1))
+        );
+    }
+}

@@ -1,0 +1,534 @@
+//! The folder as a model: files, what each gave, and the objects that result. No watching here;
+//! [`dir`](super::dir) says when to look.
+//!
+//! Rules, in the order in which they apply:
+//! 1. A file counts if it ends in `.yaml`, `.yml` or `.json` and does not start with a dot.
+//! 2. A document that is wrong is reported. As long as a file holds one, nothing that the file gave
+//!    earlier is withdrawn: a half-written file removes nothing. The same for a file that is empty,
+//!    unreadable or too big.
+//! 3. `<node>.warren.yaml` gives only the `warren.dev/` annotations of that Node; they are merged into
+//!    the Node that some other file holds, whose own annotations win.
+//! 4. If two files hold the same object, the file whose name sorts first wins, the other is reported.
+
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::manifest::{self, MAX_FILE_BYTES};
+use super::{Key, Kind, Object, SourceEvent};
+use crate::state::annotations::PREFIX;
+use crate::state::problem::{Problem, ProblemKind};
+
+/// Most files that are read; one per node and then some.
+pub const MAX_FILES: usize = 20_000;
+/// How the file that an agent writes about itself ends.
+pub const PUBLISHED_SUFFIX: &str = ".warren.yaml";
+/// The origin under which two files with the same object are reported.
+const CONFLICTS: &str = "folder: same object twice";
+
+/// What tells one content of a file from another without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    inode: u64,
+    device: u64,
+    size: u64,
+    modified: (i64, i64),
+}
+
+#[derive(Debug, Default)]
+struct FileState {
+    stamp: Option<Stamp>,
+    /// Seen by the last rescan but not read yet: it may still be being written.
+    unsettled: Option<Stamp>,
+    objects: BTreeMap<Key, Object>,
+    problems: Vec<Problem>,
+}
+
+/// The folder's files and the objects they add up to.
+#[derive(Debug)]
+pub struct Folder {
+    path: PathBuf,
+    files: BTreeMap<String, FileState>,
+    /// Which files hold which object.
+    holders: BTreeMap<Key, BTreeSet<String>>,
+    /// What was last told.
+    merged: BTreeMap<Key, Object>,
+    conflicts: BTreeMap<Key, Vec<Problem>>,
+    listed: bool,
+}
+
+impl Folder {
+    /// An unread folder.
+    pub fn new(path: impl Into<PathBuf>) -> Folder {
+        Folder {
+            path: path.into(),
+            files: BTreeMap::new(),
+            holders: BTreeMap::new(),
+            merged: BTreeMap::new(),
+            conflicts: BTreeMap::new(),
+            listed: false,
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Looks at every file. The first time that works, the answer is a reset of every kind; after that
+    /// it is what changed. `settled`: read every changed file now; otherwise a changed file is read when
+    /// two scans saw it unchanged, as its writer may not be done.
+    pub fn scan(&mut self, settled: bool) -> io::Result<Vec<SourceEvent>> {
+        let mut found = BTreeSet::new();
+        let mut events = Vec::new();
+        let mut beyond = 0_usize;
+        for entry in fs::read_dir(&self.path)? {
+            let Ok(name) = entry?.file_name().into_string() else { continue };
+            if !counts(&name) {
+                continue;
+            }
+            if found.len() >= MAX_FILES && !self.files.contains_key(&name) {
+                beyond += 1;
+                continue;
+            }
+            found.insert(name);
+        }
+        let mut too_many = Vec::new();
+        if beyond > 0 {
+            too_many.push(file_problem(
+                "folder",
+                "",
+                format!("{beyond} files beyond {MAX_FILES} are not read"),
+            ));
+        }
+        events.push(SourceEvent::Problems { origin: "folder: size".to_owned(), problems: too_many });
+
+        let gone: Vec<String> = self.files.keys().filter(|name| !found.contains(*name)).cloned().collect();
+        let mut touched = BTreeSet::new();
+        for name in gone {
+            self.read(&name, &mut touched, &mut events);
+        }
+        for name in found {
+            if self.is_due(&name, settled) {
+                self.read(&name, &mut touched, &mut events);
+            }
+        }
+        self.settle(touched, &mut events);
+        if !self.listed {
+            self.listed = true;
+            events.retain(|event| matches!(event, SourceEvent::Problems { .. }));
+            events.splice(0..0, self.resets());
+        }
+        Ok(events)
+    }
+
+    /// Reads these files again (or notices that they are gone).
+    pub fn reread<'a>(&mut self, names: impl IntoIterator<Item = &'a str>) -> Vec<SourceEvent> {
+        let (mut touched, mut events) = (BTreeSet::new(), Vec::new());
+        for name in names {
+            if counts(name) {
+                self.read(name, &mut touched, &mut events);
+            }
+        }
+        self.settle(touched, &mut events);
+        events
+    }
+
+    /// Whether a symbolic link of that name is in the folder: such a file appears whole.
+    pub fn is_symlink(&self, name: &str) -> bool {
+        fs::symlink_metadata(self.path.join(name)).is_ok_and(|metadata| metadata.is_symlink())
+    }
+
+    fn resets(&self) -> Vec<SourceEvent> {
+        let of_kind = |kind| {
+            self.merged.values().filter(move |object| object.kind() == kind).cloned().collect::<Vec<_>>()
+        };
+        Kind::ALL.into_iter().map(|kind| SourceEvent::Reset { kind, objects: of_kind(kind) }).collect()
+    }
+
+    fn is_due(&mut self, name: &str, settled: bool) -> bool {
+        let Ok(metadata) = fs::metadata(self.path.join(name)) else { return true };
+        let now = Some(stamp(&metadata));
+        let Some(state) = self.files.get_mut(name) else {
+            if !settled {
+                self.files.insert(name.to_owned(), FileState { unsettled: now, ..FileState::default() });
+            }
+            return settled;
+        };
+        if state.stamp == now {
+            return false;
+        }
+        let due = settled || state.unsettled == now;
+        state.unsettled = now;
+        due
+    }
+
+    /// Takes in one file; `touched` collects the objects that may have changed.
+    fn read(&mut self, name: &str, touched: &mut BTreeSet<Key>, events: &mut Vec<SourceEvent>) {
+        let state = self.files.entry(name.to_owned()).or_default();
+        let before = std::mem::take(&mut state.objects);
+        let mut problems = Vec::new();
+        let read = read_file(&self.path.join(name));
+        let gone = matches!(&read, Ok(None));
+        let mut after = BTreeMap::new();
+        let mut keep = false;
+        match read {
+            Ok(None) => {}
+            Ok(Some((stamp, bytes))) => {
+                state.stamp = Some(stamp);
+                let parsed = manifest::parse(&bytes, name.ends_with(".json"));
+                (after, problems, keep) = take(name, parsed);
+                if bytes.trim_ascii().is_empty() && !before.is_empty() {
+                    problems.push(file_problem(
+                        name,
+                        "",
+                        "is empty; remove the file to withdraw its objects",
+                    ));
+                    keep = true;
+                }
+            }
+            Err((stamp, reason)) => {
+                state.stamp = stamp;
+                problems.push(file_problem(name, "", reason));
+                keep = true;
+            }
+        }
+        if keep {
+            for (key, object) in &before {
+                after.entry(key.clone()).or_insert_with(|| object.clone());
+            }
+        }
+        for key in before.keys().filter(|key| !after.contains_key(*key)) {
+            if let Some(holders) = self.holders.get_mut(key) {
+                holders.remove(name);
+            }
+        }
+        for key in after.keys().filter(|key| !before.contains_key(*key)) {
+            self.holders.entry(key.clone()).or_default().insert(name.to_owned());
+        }
+        touched.extend(before.into_keys());
+        touched.extend(after.keys().cloned());
+        if state.problems != problems || gone {
+            events.push(SourceEvent::Problems { origin: format!("file {name}"), problems: problems.clone() });
+        }
+        state.objects = after;
+        state.problems = problems;
+        if gone {
+            self.files.remove(name);
+        }
+    }
+
+    /// Works out what the touched objects are now and tells what changed.
+    fn settle(&mut self, touched: BTreeSet<Key>, events: &mut Vec<SourceEvent>) {
+        let mut conflicts_changed = false;
+        for key in touched {
+            let (object, conflicts) = self.merge(&key);
+            let before = if conflicts.is_empty() {
+                self.conflicts.remove(&key)
+            } else {
+                self.conflicts.insert(key.clone(), conflicts.clone())
+            };
+            conflicts_changed |= before.unwrap_or_default() != conflicts;
+            match object {
+                Some(object) if self.merged.get(&key) != Some(&object) => {
+                    self.merged.insert(key, object.clone());
+                    events.push(SourceEvent::Apply(object));
+                }
+                Some(_) => {}
+                None => {
+                    if self.merged.remove(&key).is_some() {
+                        events.push(SourceEvent::Delete(key));
+                    }
+                }
+            }
+        }
+        if conflicts_changed {
+            let problems = self.conflicts.values().flatten().cloned().collect();
+            events.push(SourceEvent::Problems { origin: CONFLICTS.to_owned(), problems });
+        }
+    }
+
+    fn merge(&mut self, key: &Key) -> (Option<Object>, Vec<Problem>) {
+        let mut problems = Vec::new();
+        let Some(holders) = self.holders.get(key).filter(|holders| !holders.is_empty()) else {
+            self.holders.remove(key);
+            return (None, problems);
+        };
+        let mut base: Option<(&str, &Object)> = None;
+        let mut published = None;
+        for name in holders {
+            let Some(object) = self.files.get(name).and_then(|file| file.objects.get(key)) else { continue };
+            if name.ends_with(PUBLISHED_SUFFIX) {
+                published = Some((name.as_str(), object));
+            } else if let Some((first, _)) = base {
+                let reason = format!("{key} is in {first} already; this one is not used");
+                problems.push(file_problem(name, "", reason));
+            } else {
+                base = Some((name, object));
+            }
+        }
+        let object = match (base, published) {
+            (Some((base_name, Object::Node(node))), Some((_, Object::Node(announced)))) => {
+                let mut node = node.as_ref().clone();
+                let own = node.metadata.annotations.get_or_insert_default();
+                for (annotation, value) in announced.metadata.annotations.iter().flatten() {
+                    match own.get(annotation) {
+                        None => drop(own.insert(annotation.clone(), value.clone())),
+                        Some(written) if written != value => {
+                            let reason = format!("{annotation} hides what {} publishes itself", key.name);
+                            problems.push(file_problem(base_name, "", reason));
+                        }
+                        Some(_) => {}
+                    }
+                }
+                Some(Object::Node(Arc::new(node)))
+            }
+            (Some((_, object)), _) => Some(object.clone()),
+            (None, Some((name, _))) => {
+                let reason =
+                    format!("no other file holds {key} yet: its pod range and addresses are not known");
+                problems.push(file_problem(name, "", reason));
+                None
+            }
+            (None, None) => None,
+        };
+        (object, problems)
+    }
+}
+
+/// Whether a file of that name is one of ours.
+fn counts(name: &str) -> bool {
+    !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end))
+}
+
+fn stamp(metadata: &fs::Metadata) -> Stamp {
+    Stamp {
+        inode: metadata.ino(),
+        device: metadata.dev(),
+        size: metadata.size(),
+        modified: (metadata.mtime(), metadata.mtime_nsec()),
+    }
+}
+
+/// A file that cannot be read: what it looked like, if that is known, and why.
+type Unreadable = (Option<Stamp>, String);
+
+/// The file's content; `None` when there is no such file.
+fn read_file(path: &Path) -> Result<Option<(Stamp, Vec<u8>)>, Unreadable> {
+    let fail = |stamp| move |error: io::Error| (stamp, format!("cannot be read: {error}"));
+    // O_NONBLOCK: opening a FIFO that somebody put here must not hang the agent.
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
+            return Ok(None);
+        }
+        Err(error) => return Err(fail(None)(error)),
+    };
+    let metadata = file.metadata().map_err(fail(None))?;
+    let stamp = stamp(&metadata);
+    if !metadata.is_file() {
+        return Err((Some(stamp), "is not a regular file".to_owned()));
+    }
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err((Some(stamp), format!("is larger than {} MiB", MAX_FILE_BYTES >> 20)));
+    }
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(fail(Some(stamp)))?;
+    Ok(Some((stamp, bytes)))
+}
+
+fn file_problem(name: &str, field: &str, reason: impl Into<String>) -> Problem {
+    Problem {
+        kind: ProblemKind::File,
+        subject: name.to_owned(),
+        field: field.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+/// The usable objects of a file, its problems, and whether it has bad documents.
+fn take(name: &str, parsed: manifest::Manifest) -> (BTreeMap<Key, Object>, Vec<Problem>, bool) {
+    let bad = !parsed.problems.is_empty();
+    let mut problems: Vec<Problem> = parsed
+        .problems
+        .into_iter()
+        .map(|problem| Problem {
+            kind: if problem.syntax { ProblemKind::File } else { ProblemKind::Object },
+            subject: name.to_owned(),
+            field: format!("document {}, line {}", problem.document, problem.line),
+            reason: problem.reason,
+        })
+        .collect();
+    let mut objects = BTreeMap::new();
+    for object in parsed.objects {
+        let key = object.key();
+        let object = match name.strip_suffix(PUBLISHED_SUFFIX) {
+            None => object,
+            Some(node) => match announced(node, &object) {
+                Ok(object) => object,
+                Err(reason) => {
+                    problems.push(file_problem(name, "", format!("{key} is not used: {reason}")));
+                    continue;
+                }
+            },
+        };
+        match objects.entry(key) {
+            Entry::Vacant(entry) => drop(entry.insert(object)),
+            Entry::Occupied(entry) => {
+                let reason = format!("holds {} twice; the first is used", entry.key());
+                problems.push(file_problem(name, "", reason));
+            }
+        }
+    }
+    (objects, problems, bad)
+}
+
+/// What `<node>.warren.yaml` may say: annotations of ours, of that Node, and nothing else.
+fn announced(node: &str, object: &Object) -> Result<Object, String> {
+    let Object::Node(given) = object else { return Err("such a file holds one Node only".to_owned()) };
+    if given.metadata.name.as_deref() != Some(node) {
+        return Err(format!("the file's name says that it speaks for {node}"));
+    }
+    let mut kept = k8s_openapi::api::core::v1::Node::default();
+    kept.metadata.name = Some(node.to_owned());
+    let ours = given.metadata.annotations.iter().flatten().filter(|(name, _)| name.starts_with(PREFIX));
+    kept.metadata.annotations = Some(ours.map(|(name, value)| (name.clone(), value.clone())).collect());
+    Ok(Object::Node(Arc::new(kept)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(name: &str, range: &str) -> String {
+        format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [{range}]}}\n")
+    }
+
+    /// Every change in short form: `+key`, `-key`, `=kind:count` for a reset, `!origin:count` for problems.
+    fn short(events: &[SourceEvent]) -> Vec<String> {
+        events
+            .iter()
+            .filter_map(|event| match event {
+                SourceEvent::Apply(object) => Some(format!("+{}", object.key())),
+                SourceEvent::Delete(key) => Some(format!("-{key}")),
+                SourceEvent::Reset { objects, .. } if objects.is_empty() => None,
+                SourceEvent::Reset { kind, objects } => Some(format!("={}:{}", kind.name(), objects.len())),
+                SourceEvent::Problems { origin, .. } if origin == "folder: size" => None,
+                SourceEvent::Problems { origin, problems } => Some(format!("!{origin}:{}", problems.len())),
+            })
+            .collect()
+    }
+
+    fn setup(files: &[(&str, &str)]) -> (tempfile::TempDir, Folder) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(dir.path().join(name), text).unwrap();
+        }
+        let folder = Folder::new(dir.path());
+        (dir, folder)
+    }
+
+    #[test]
+    fn first_scan_resets_then_changes_are_told_once() {
+        let text = format!("{}---\n{}", node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24"));
+        let (dir, mut folder) = setup(&[("n.yaml", &text), (".n.yaml.swp", "junk"), ("README", "[")]);
+        let first = folder.scan(true).unwrap();
+        assert_eq!(first.iter().filter(|e| matches!(e, SourceEvent::Reset { .. })).count(), Kind::ALL.len());
+        assert_eq!(short(&first), ["=Node:2"]);
+        assert!(short(&folder.scan(true).unwrap()).is_empty());
+        assert!(short(&folder.reread(["n.yaml"])).is_empty());
+
+        fs::write(dir.path().join("n.yaml"), node("a", "10.3.0.0/24")).unwrap();
+        assert_eq!(short(&folder.reread(["n.yaml"])), ["+Node/a", "-Node/b"]);
+        fs::remove_file(dir.path().join("n.yaml")).unwrap();
+        assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:0", "-Node/a"]);
+    }
+
+    #[test]
+    fn a_half_written_file_keeps_what_it_gave() {
+        let text = format!("{}---\n{}", node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24"));
+        let (dir, mut folder) = setup(&[("n.yaml", &text)]);
+        folder.scan(true).unwrap();
+        let path = dir.path().join("n.yaml");
+        fs::write(&path, format!("{}---\napiVersion: v1\nkind: {{", node("a", "10.9.0.0/24"))).unwrap();
+        assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:1", "+Node/a"]);
+        fs::write(&path, "").unwrap();
+        assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:1"]);
+        fs::write(&path, &text).unwrap();
+        assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:0", "+Node/a"]);
+    }
+
+    #[test]
+    fn an_unsettled_file_waits_for_the_second_scan() {
+        let (dir, mut folder) = setup(&[]);
+        folder.scan(true).unwrap();
+        fs::write(dir.path().join("n.yaml"), node("a", "10.1.0.0/24")).unwrap();
+        assert!(short(&folder.scan(false).unwrap()).is_empty());
+        assert_eq!(short(&folder.scan(false).unwrap()), ["+Node/a"]);
+    }
+
+    #[test]
+    fn published_annotations_join_the_written_node() {
+        let published = "apiVersion: v1\nkind: Node\nmetadata:\n  name: a\n  annotations:\n    warren.dev/location: x\n    \
+                         other/annotation: y\nspec: {podCIDRs: [0.0.0.0/0]}\n";
+        let (dir, mut folder) = setup(&[("a.warren.yaml", published)]);
+        assert_eq!(short(&folder.scan(true).unwrap()), ["!folder: same object twice:1"]);
+        fs::write(dir.path().join("n.yaml"), node("a", "10.1.0.0/24")).unwrap();
+        let events = folder.reread(["n.yaml"]);
+        assert_eq!(short(&events), ["+Node/a", "!folder: same object twice:0"]);
+        let Some(SourceEvent::Apply(Object::Node(merged))) = events.first() else { panic!() };
+        let annotations = merged.metadata.annotations.clone().unwrap();
+        assert_eq!(annotations.into_iter().collect::<Vec<_>>(), [("warren.dev/location".into(), "x".into())]);
+        let ranges = merged.spec.as_ref().unwrap().pod_cidrs.clone();
+        assert_eq!(ranges, Some(vec!["10.1.0.0/24".to_owned()]));
+
+        // It speaks for `a` only, and withdraws its annotations when it goes.
+        fs::write(dir.path().join("b.warren.yaml"), published).unwrap();
+        assert_eq!(short(&folder.reread(["b.warren.yaml"])), ["!file b.warren.yaml:1"]);
+        fs::remove_file(dir.path().join("a.warren.yaml")).unwrap();
+        assert_eq!(short(&folder.reread(["a.warren.yaml"])), ["!file a.warren.yaml:0", "+Node/a"]);
+    }
+
+    #[test]
+    fn the_first_name_wins_whatever_the_order_of_arrival() {
+        let (dir, mut folder) = setup(&[("b.yaml", &node("a", "10.2.0.0/24"))]);
+        folder.scan(true).unwrap();
+        fs::write(dir.path().join("a.yaml"), node("a", "10.1.0.0/24")).unwrap();
+        assert_eq!(short(&folder.reread(["a.yaml"])), ["+Node/a", "!folder: same object twice:1"]);
+        fs::remove_file(dir.path().join("a.yaml")).unwrap();
+        let events = short(&folder.reread(["a.yaml"]));
+        assert_eq!(events, ["!file a.yaml:0", "+Node/a", "!folder: same object twice:0"]);
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_refused_without_hanging() {
+        let (dir, mut folder) = setup(&[]);
+        nix::unistd::mkfifo(&dir.path().join("f.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::create_dir(dir.path().join("d.yaml")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("z.yaml")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.path().join("n.yaml")).unwrap();
+        let events = short(&folder.scan(true).unwrap());
+        assert_eq!(events, ["!file d.yaml:1", "!file f.yaml:1", "!file n.yaml:1", "!file z.yaml:1"]);
+    }
+
+    #[test]
+    fn a_config_map_volume_swaps_all_its_files_at_once() {
+        let (dir, mut folder) = setup(&[]);
+        let path = |name: &str| dir.path().join(name);
+        for (version, range) in [("..1", "10.1.0.0/24"), ("..2", "10.2.0.0/24")] {
+            fs::create_dir(path(version)).unwrap();
+            fs::write(path(version).join("n.yaml"), node("a", range)).unwrap();
+        }
+        std::os::unix::fs::symlink("..1", path("..data")).unwrap();
+        std::os::unix::fs::symlink("..data/n.yaml", path("n.yaml")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["=Node:1"]);
+        std::os::unix::fs::symlink("..2", path("..data_tmp")).unwrap();
+        fs::rename(path("..data_tmp"), path("..data")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["+Node/a"]);
+    }
+}
