@@ -303,7 +303,8 @@ fn endpoints(text: &str) -> Result<Vec<SocketAddr>, String> {
     Ok(endpoints)
 }
 
-fn endpoint(text: &str) -> Result<SocketAddr, String> {
+/// Checks one endpoint.
+pub fn endpoint(text: &str) -> Result<SocketAddr, String> {
     let address: SocketAddr = text.parse().map_err(|_| {
         format!("{} is not an address and port (192.0.2.1:51820 or [2001:db8::1]:51820)", quote(text))
     })?;
@@ -314,7 +315,8 @@ fn endpoint(text: &str) -> Result<SocketAddr, String> {
     Ok(address)
 }
 
-fn location(text: &str) -> Result<String, String> {
+/// Checks a location.
+pub fn location(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
     if text.len() <= 63 && text.chars().all(allowed) {
         Ok(text.to_owned())
