@@ -8,7 +8,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{CLUSTER, Lab, Node, wait_for};
+use super::traffic::{exchange, reach};
+use super::{CLUSTER, Lab, Node, Station, wait_for};
 
 /// The binary under test.
 pub const WARREN: &str = env!("CARGO_BIN_EXE_warren");
@@ -159,4 +160,46 @@ fn ordinary(lab: &Lab, node: &Node, folder: &Path) -> Vec<String> {
     .into_iter()
     .flat_map(|(flag, value)| [flag.to_owned(), value])
     .collect()
+}
+
+/// A laboratory in which every node runs an agent and has a pod.
+#[derive(Debug)]
+pub struct Mesh {
+    /// One per node; they go before their namespaces do.
+    pub agents: Vec<Agent>,
+    /// The nodes.
+    pub lab: Lab,
+}
+
+impl Mesh {
+    /// Starts an agent on every node and waits until the pods of the first two reach each other.
+    pub fn start(lab: Lab, arguments: &[&str]) -> Mesh {
+        Mesh::start_each(lab, |_| arguments.to_vec())
+    }
+
+    /// The same, with arguments for each node by its number.
+    pub fn start_each<'a>(lab: Lab, arguments: impl Fn(u8) -> Vec<&'a str>) -> Mesh {
+        let lab = if lab.nodes.iter().any(|node| node.pods.is_empty()) { lab.with_pods() } else { lab };
+        lab.write_nodes();
+        let mut agents: Vec<Agent> =
+            lab.nodes.iter().map(|node| Agent::launch(&lab, node, &arguments(node.number))).collect();
+        for (agent, node) in agents.iter_mut().zip(&lab.nodes) {
+            agent.wait_ready();
+            node.set_pod_mtu(agent.pod_mtu());
+        }
+        let mesh = Mesh { agents, lab };
+        reach(mesh.pod(0), mesh.pod(1));
+        mesh
+    }
+
+    /// The pod of a node, counted from 0.
+    pub fn pod(&self, index: usize) -> Station<'_> {
+        self.lab.nodes[index].pod()
+    }
+
+    /// Everything of every kind and size between two nodes' pods, both ways.
+    pub fn exchange(&self, a: usize, b: usize) {
+        reach(self.pod(a), self.pod(b));
+        exchange(self.pod(a), self.pod(b));
+    }
 }
