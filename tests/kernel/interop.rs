@@ -96,7 +96,10 @@ fn vxlan(written: bool, begins: Begins, underlay: Underlay) {
     let kernel = KernelVxlan::new(&lab, other, 1, 8472);
     lab.write_node(warren, &[]);
     if written {
-        lab.write_node(other, &[("warren.dev/encaps", "vxlan"), ("warren.dev/vxlan-mac", &kernel.mac)]);
+        lab.write_node(
+            other,
+            &[("warren.dev/encaps", "vxlan"), ("warren.dev/vxlan-mac", &KernelVxlan::mac(other))],
+        );
     } else {
         lab.write_node(other, &[("warren.dev/encaps", "vxlan")]);
     }

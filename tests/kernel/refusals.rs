@@ -4,7 +4,7 @@ use std::net::UdpSocket;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::lab::agent::{self, Mesh, WARREN};
+use crate::lab::agent::{self, Mesh, warren};
 use crate::lab::{Lab, wait_for};
 
 /// A refusal needs no longer.
@@ -37,7 +37,7 @@ fn without_permission() {
     let command = agent::command(&lab, &lab.nodes[0], &[]);
     // The same command line, but with every capability taken away first.
     let mut words: Vec<_> = command.get_args().map(std::ffi::OsStr::to_owned).collect();
-    let program = words.iter().position(|w| w == WARREN).expect("the agent is in the command line");
+    let program = words.iter().position(|w| *w == *warren()).expect("the agent is in the command line");
     let drop = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--ambient-caps", "-all"];
     words.splice(program..program, drop.map(Into::into));
     let mut without = Command::new(command.get_program());
@@ -71,7 +71,7 @@ fn when_another_agent_runs() {
     let other = mesh.lab.path().join("elsewhere");
     let [run, state] = ["run", "state"].map(|f| other.join(f).display().to_string());
     let elsewhere = ["--run-dir", &run, "--state-dir", &state, "--port", "51900", "--vxlan-port", "8500"];
-    let mut command = mesh.lab.nodes[0].ns.command(WARREN);
+    let mut command = mesh.lab.nodes[0].ns.command(warren());
     let source = format!("dir:{}", mesh.lab.cluster().display());
     command.args(["agent", "--source", &source, "--node", "node1"]).args(elsewhere);
     refuses(command, &["warren0", "another agent"]);
@@ -82,7 +82,7 @@ fn when_another_agent_runs() {
 #[test]
 fn when_the_node_does_not_exist() {
     let lab = lab();
-    let mut command = lab.nodes[0].ns.command(WARREN);
+    let mut command = lab.nodes[0].ns.command(warren());
     let source = format!("dir:{}", lab.cluster().display());
     let [run, state] = ["run", "state"].map(|f| lab.path().join(f).display().to_string());
     command.args(["agent", "--node", "node9", "--source", &source, "--run-dir", &run, "--state-dir", &state]);

@@ -11,8 +11,11 @@ use nix::unistd::Pid;
 use super::traffic::{exchange, reach};
 use super::{CLUSTER, Lab, Node, Station, wait_for};
 
-/// The binary under test.
-pub const WARREN: &str = env!("CARGO_BIN_EXE_warren");
+/// The binary under test: `$WARREN`, or the one cargo has just built.
+pub fn warren() -> String {
+    std::env::var("WARREN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_warren").to_owned())
+}
+
 /// An agent that needs longer to start has a problem.
 pub const READY: Duration = Duration::from_secs(20);
 /// How much of a log is shown when a test fails.
@@ -124,7 +127,7 @@ impl Drop for Agent {
 pub fn command(lab: &Lab, node: &Node, arguments: &[&str]) -> Command {
     let folder = folder(lab, node);
     fs::create_dir_all(&folder).expect("make the agent's folder");
-    let mut command = node.ns.command(WARREN);
+    let mut command = node.ns.command(warren());
     command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments);
     command
 }
@@ -136,7 +139,7 @@ fn folder(lab: &Lab, node: &Node) -> PathBuf {
 fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("open the log");
     node.ns
-        .command(WARREN)
+        .command(warren())
         .arg("agent")
         .args(ordinary(lab, node, folder))
         .args(arguments)
@@ -145,7 +148,7 @@ fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
         .stderr(log)
         .stdin(Stdio::null())
         .spawn()
-        .unwrap_or_else(|e| panic!("start {WARREN}: {e}"))
+        .unwrap_or_else(|e| panic!("start {}: {e}", warren()))
 }
 
 fn ordinary(lab: &Lab, node: &Node, folder: &Path) -> Vec<String> {
