@@ -438,7 +438,7 @@ mod tests {
         batch.finish(&mut memory);
         assert_eq!(
             batch.heads().map(|head| head.bytes as usize).sum::<usize>(),
-            packets.iter().map(Vec::len).sum()
+            packets.iter().map(Vec::len).sum::<usize>()
         );
         let mut out = vec![0; 70_000];
         batch
