@@ -7,7 +7,8 @@ use crate::lab::probe::{Meter, traceroute};
 use crate::lab::{Lab, Underlay};
 
 /// What an agent is started with to use no offload at all.
-const PLAIN: [&str; 4] = ["--no-tun-gso", "--no-udp-gso", "--no-udp-gro", "--no-ack-coalescing"];
+const PLAIN: [&str; 5] =
+    ["--no-tun-gso", "--no-udp-gso", "--no-udp-gro", "--no-coalescing", "--no-ack-coalescing"];
 
 #[test]
 fn wireguard() {

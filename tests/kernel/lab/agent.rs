@@ -144,6 +144,8 @@ fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
         .args(ordinary(lab, node, folder))
         .args(arguments)
         .env("RUST_BACKTRACE", "1")
+        // A log that is read by people and by tests needs no colours.
+        .env("NO_COLOR", "1")
         .stdout(log.try_clone().expect("duplicate the log"))
         .stderr(log)
         .stdin(Stdio::null())
@@ -186,13 +188,23 @@ impl Mesh {
         lab.write_nodes();
         let mut agents: Vec<Agent> =
             lab.nodes.iter().map(|node| Agent::launch(&lab, node, &arguments(node.number))).collect();
-        for (agent, node) in agents.iter_mut().zip(&lab.nodes) {
-            agent.wait_ready();
-            node.set_pod_mtu(agent.pod_mtu());
-        }
+        agents.iter_mut().for_each(Agent::wait_ready);
         let mesh = Mesh { agents, lab };
-        reach(mesh.pod(0), mesh.pod(1));
+        for other in 1..mesh.lab.nodes.len() {
+            reach(mesh.pod(0), mesh.pod(other));
+        }
+        mesh.fit_pods();
         mesh
+    }
+
+    /// Gives all pods the MTU that their agents name, once all have seen each other and name the same.
+    fn fit_pods(&self) {
+        let named = |agent: &Agent| agent.pod_mtu();
+        let mtu = wait_for("all agents name one MTU", Duration::from_secs(5), || {
+            let first = named(&self.agents[0]);
+            self.agents.iter().all(|agent| named(agent) == first).then_some(first)
+        });
+        self.lab.nodes.iter().for_each(|node| node.set_pod_mtu(mtu));
     }
 
     /// The pod of a node, counted from 0.
