@@ -1,6 +1,7 @@
 //! Tests of [`super`]: from objects to snapshot and plan.
 
 use super::*;
+use crate::snapshot::PeerVxlan;
 use crate::snapshot::SourceOwner;
 use crate::state::annotations::key_text;
 use crate::state::source::{Object, manifest};
