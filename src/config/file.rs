@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::ConfigError;
 use super::flags::{AgentArgs, Cli};
 use crate::state::durable;
-use crate::state::problem::{nearest, quote};
+use crate::state::problem::{nearest, one_line, quote};
 
 /// Largest configuration file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -71,7 +71,7 @@ pub(super) fn parse_file(path: &str, text: &str) -> Result<AgentArgs, ConfigErro
         with_snippet: false,
     };
     let value: Value =
-        serde_saphyr::from_str_with_options(text, options).map_err(|e| syntax(e.to_string()))?;
+        serde_saphyr::from_str_with_options(text, options).map_err(|e| syntax(one_line(&e.to_string())))?;
     let settings = match value {
         Value::Null => serde_json::Map::new(),
         Value::Object(settings) => settings,
