@@ -30,8 +30,8 @@ Examples:
   Behind a router that forwards UDP port 51820 to this machine:
     warren agent --source dir:/srv/warren --endpoint 203.0.113.7:51820
 
-Each option can also come from the environment (shown as [env: ...]) or, under the option's own name, from the \
-YAML file that --config names. A flag wins over the environment, that over the file.";
+Each option can also come from the environment (shown as [env: ...]) or, under the option's own name, \
+from the YAML file that --config names. A flag wins over the environment, that over the file.";
 
 const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
 
@@ -95,8 +95,8 @@ pub struct AgentArgs {
           help_heading = "Tunnel")]
     pub port: Option<u16>,
     /// UDP port of VXLAN, the same on all nodes [default: 8472]
-    #[arg(long, value_name = "PORT", env = "WARREN_VXLAN_PORT", value_parser = clap::value_parser!(u16).range(1..),
-          help_heading = "Tunnel")]
+    #[arg(long, value_name = "PORT", env = "WARREN_VXLAN_PORT",
+          value_parser = clap::value_parser!(u16).range(1..), help_heading = "Tunnel")]
     pub vxlan_port: Option<u16>,
     /// VXLAN network identifier, the same on all nodes [default: 1]
     #[arg(long, env = "WARREN_VNI", value_parser = clap::value_parser!(u32).range(0..1 << 24),
@@ -124,7 +124,8 @@ pub struct AgentArgs {
     pub underlay_mtu: Option<UnderlayMtu>,
 
     /// Name of the tunnel device [default: warren0]
-    #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name, help_heading = "Host")]
+    #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
+          help_heading = "Host")]
     pub tun_name: Option<String>,
     /// Whether pods talk to the world from the node's address; auto: unless somebody else does it
     /// [default: auto]
