@@ -5,7 +5,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     #[cfg(feature = "agent")]
     {
         let files = protox::compile(["proto/warren/v1/status.proto"], ["proto"])?;
-        tonic_prost_build::configure().build_transport(true).compile_fds(files)?;
+        tonic_prost_build::configure()
+            .build_transport(true)
+            // `--json` prints the messages as they are.
+            .type_attribute(".", "#[derive(::serde::Serialize)]")
+            .compile_fds(files)?;
     }
     Ok(())
 }

@@ -23,18 +23,18 @@ use crate::state::annotations::{self, Announcement};
 use crate::state::compile::{EncapPolicy, Settings};
 use crate::state::problem::quote;
 use crate::state::source::manifest::is_dns_name;
+use crate::status::client::DEFAULT_RUN_DIR;
+use crate::tunnel::vxlan::mac_from_key;
 
 mod file;
 mod flags;
 
 pub use file::environment_warnings;
 pub use flags::{
-    AgentArgs, Cli, Command, DemoArgs, EncapArg, EndpointArg, Masquerade, MetricsArg, QueryArgs, SourceSpec,
-    UnderlayMtu,
+    AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, MetricsArg, SourceSpec, UnderlayMtu,
 };
 
 use file::{merge, read_file};
-use flags::DEFAULT_RUN_DIR;
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
 const DEFAULT_VXLAN_PORT: u16 = 8472; // Linux's own default, and Flannel's; IANA's 4789 is rarer there
@@ -202,7 +202,7 @@ impl AgentConfig {
     pub fn settings(&self, keys: &[PublicKey], underlay_mtu: u16) -> Settings {
         let lanes = keys.iter().zip(self.port..).map(|(key, port)| PeerLane { key: *key, port });
         let encaps = self.encap.encaps();
-        let mac = annotations::mac_of(keys.first().unwrap_or(&[0; 32]));
+        let mac = mac_from_key(keys.first().unwrap_or(&[0; 32]));
         Settings {
             node: self.node.clone(),
             encap: self.encap,

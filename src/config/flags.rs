@@ -8,11 +8,13 @@ use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
+use crate::demo::DemoArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
 use crate::state::problem::quote;
+use crate::status::client::{PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,8 +37,6 @@ from the YAML file that --config names. A flag wins over the environment, that o
 
 const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
 
-pub(super) const DEFAULT_RUN_DIR: &str = "/run/warren";
-
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(name = "warren", version, after_help = EXAMPLES, max_term_width = 110)]
@@ -56,9 +56,9 @@ pub enum Command {
     /// Show a mesh of several nodes on this one machine, with no Kubernetes
     Demo(DemoArgs),
     /// Say what the agent on this machine is doing
-    Status(QueryArgs),
+    Status(StatusArgs),
     /// List the other nodes, and how each is reached
-    Peers(QueryArgs),
+    Peers(PeersArgs),
 }
 
 /// `warren agent`. Everything is optional here, because it may come from the file.
@@ -173,37 +173,6 @@ pub struct AgentArgs {
           require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
           hide_possible_values = true, help_heading = OFFLOADS)]
     pub no_ack_coalescing: Option<bool>,
-}
-
-/// `warren demo`.
-#[derive(Clone, Debug, PartialEq, Args)]
-pub struct DemoArgs {
-    /// How many nodes
-    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u8).range(2..=16))]
-    pub nodes: u8,
-    /// How packets between the nodes are wrapped
-    #[arg(long, value_enum, default_value = "wireguard")]
-    pub encap: EncapArg,
-    /// MTU of the network between the nodes
-    #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u16).range(1280..))]
-    pub mtu: u16,
-    /// Leave everything up afterwards, and say how to look around
-    #[arg(long)]
-    pub keep: bool,
-    /// Print results as JSON
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `warren status`, `warren peers`.
-#[derive(Clone, Debug, PartialEq, Args)]
-pub struct QueryArgs {
-    /// Folder of the agent's sockets
-    #[arg(long, value_name = "DIR", env = "WARREN_RUN_DIR", default_value = DEFAULT_RUN_DIR)]
-    pub run_dir: PathBuf,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// `--encap`.

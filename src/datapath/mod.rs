@@ -1,1 +1,257 @@
-//! To come.
+//! THE PACKET LINE. No async, no clock, no sockets, no lock that a packet waits on.
+//!
+//! ```text
+//!  outbound.rs                                          inbound.rs
+//!  1 parse        bytes from the TUN -> Headers         1 open      datagram -> packet and peer
+//!  2 route        whose address is it? (route.rs)       2 parse     bytes -> Headers
+//!  3 fit          MSS clamp, ICMP if it is too big      3 admit     is the source the peer's, the target ours?
+//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       hop limit, ICMP if it runs out; MSS clamp
+//!  5 seal         cut and encapsulate, into the batch   5 join      into the TUN batch
+//!                                                       6 track     flow table, once per joined frame
+//! ```
+//!
+//! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
+//! [`Output`] afterwards. Every drop has its [`DropReason`](crate::packet::DropReason) and a counter.
+
+pub mod conntrack;
+pub mod counters;
+mod inbound;
+mod outbound;
+pub mod route;
+mod track;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use x25519_dalek::StaticSecret;
+
+pub use counters::{Counters, Total};
+pub use route::Exit;
+
+use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
+use crate::packet::icmp::{IcmpLimiter, IcmpRates};
+use crate::packet::{DropReason, Headers};
+use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
+use crate::tunnel::TxBatch;
+use crate::tunnel::vxlan_link::VxlanLink;
+use crate::tunnel::wireguard::WireGuard;
+use conntrack::FlowTable;
+use route::RouteCache;
+
+/// Bytes that a batch of outgoing datagrams may hold: eight super-packets with their overhead.
+const TX_BYTES: usize = 1 << 20;
+/// Bytes that decrypted packets of one receive batch may take.
+const PLAIN_BYTES: usize = 1 << 20;
+/// Packets that one receive call can bring (8 messages of 64 joined datagrams), and some of our own making.
+const TUN_PACKETS: usize = 8 * 64 + 64;
+/// Room in [`Output::tx`] that one read from the TUN can need: 64 KiB in segments as small as an MSS of
+/// 88 makes them (the kernel's floor, TCP_MIN_SND_MSS), each with the largest overhead.
+pub const TX_ROOM: usize = 256 << 10;
+
+/// What a lane wants sent: datagrams, and frames for the TUN.
+pub struct Output {
+    /// Datagrams.
+    pub tx: TxBatch,
+    /// Frames for the TUN, as lists of pieces of the receive buffer and of `plain`.
+    pub tun: TunBatch,
+    /// Decrypted packets and packets of our own making.
+    pub plain: Box<[u8]>,
+    plain_used: usize,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Output").field("tx", &self.tx).field("plain", &self.plain_used).finish()
+    }
+}
+
+impl Output {
+    /// Empty buffers; `offloads` says what may be joined for the TUN.
+    pub fn new(offloads: Offloads) -> Output {
+        let mut tun = TunBatch::new(TUN_PACKETS);
+        tun.set_offloads(offloads);
+        Output {
+            tx: TxBatch::new(TX_BYTES),
+            tun,
+            plain: vec![0; PLAIN_BYTES].into_boxed_slice(),
+            plain_used: 0,
+        }
+    }
+
+    /// Whether another read from the TUN can be taken in.
+    pub fn has_room(&self) -> bool {
+        self.tx.free() >= TX_ROOM
+    }
+
+    /// Forgets the frames for the TUN, after they were written.
+    pub fn clear_tun(&mut self) {
+        self.tun.clear();
+        self.plain_used = 0;
+    }
+}
+
+/// Datagrams that arrived together from one sender, in the receive buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// Which socket they came in by.
+    pub encap: Encap,
+    /// Who sent them.
+    pub from: SocketAddr,
+    /// Start in the receive buffer.
+    pub offset: usize,
+    /// Bytes in all.
+    pub len: usize,
+    /// Bytes of each datagram but the last, which may be shorter.
+    pub stride: usize,
+}
+
+/// What a lane knows about traffic with one peer, whatever the encapsulation.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PeerTraffic {
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Bytes of those packets.
+    pub bytes_sent: u64,
+    /// Packets received.
+    pub packets_received: u64,
+    /// Bytes of those packets.
+    pub bytes_received: u64,
+    /// When the last packet came.
+    pub last_received: Option<Instant>,
+    /// When the last packet left.
+    pub last_sent: Option<Instant>,
+}
+
+/// What a lane is made with.
+pub struct LaneConfig {
+    /// Which lane.
+    pub id: LaneId,
+    /// Its WireGuard key.
+    pub private: [u8; 32],
+    /// Randomness for the keyed hashes.
+    pub seed: (u64, u64),
+    /// How many VXLAN source sockets there are.
+    pub vxlan_sources: u8,
+    /// The table of flows, shared with the other lanes.
+    pub flows: Arc<FlowTable>,
+    /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
+    pub epoch: (Instant, u64),
+}
+
+/// One packet line.
+pub struct Lane {
+    id: LaneId,
+    wireguard: WireGuard,
+    vxlan: VxlanLink,
+    routes: RouteCache,
+    icmp: IcmpLimiter,
+    flows: Arc<FlowTable>,
+    traffic: Vec<PeerTraffic>,
+    counters: Arc<Counters>,
+    scratch: Box<[u8]>,
+    seed: u64,
+    epoch: (Instant, u64),
+    next_sweep: Option<Instant>,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lane").field("id", &self.id).field("wireguard", &self.wireguard).finish()
+    }
+}
+
+impl Lane {
+    /// A lane with its key, without any session.
+    pub fn new(config: LaneConfig) -> Lane {
+        Lane {
+            id: config.id,
+            wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
+            vxlan: VxlanLink::new(config.vxlan_sources),
+            routes: RouteCache::default(),
+            icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
+            flows: config.flows,
+            traffic: Vec::new(),
+            counters: Arc::new(Counters::default()),
+            scratch: vec![0; 65_536 + 64].into_boxed_slice(),
+            seed: config.seed.1,
+            epoch: config.epoch,
+            next_sweep: None,
+        }
+    }
+
+    /// Its counters, for readers.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// The WireGuard end, to report on.
+    pub fn wireguard(&self) -> &WireGuard {
+        &self.wireguard
+    }
+
+    /// Traffic per peer, indexed by [`PeerId`].
+    pub fn traffic(&self) -> &[PeerTraffic] {
+        &self.traffic
+    }
+
+    /// Starts a session with a peer that was active before a restart.
+    pub fn initiate(&mut self, now: Instant, snapshot: &Snapshot, peer: PeerId, out: &mut Output) {
+        self.follow(&snapshot.mesh);
+        let Some(peer) = snapshot.mesh.peer(peer) else { return };
+        if peer.encap == Some(Encap::WireGuard)
+            && let Err(reason) = self.wireguard.initiate(now, peer, &mut out.tx)
+        {
+            self.counters.count_drop(reason);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [self.wireguard.poll_timeout(), self.next_sweep].into_iter().flatten().min()
+    }
+
+    /// Lets time pass: handshakes, rekeys, keepalives.
+    pub fn handle_timeout(&mut self, now: Instant, snapshot: &Snapshot, out: &mut Output) {
+        self.follow(&snapshot.mesh);
+        self.wireguard.handle_timeout(now, &mut out.tx);
+        self.sweep_flows(now);
+        self.count_waited_in_vain();
+    }
+
+    fn follow(&mut self, mesh: &Arc<Mesh>) {
+        self.routes.follow(mesh);
+        self.wireguard.handle_mesh(mesh);
+        self.vxlan.follow(mesh);
+        if self.traffic.len() < mesh.peers.len() {
+            self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        }
+    }
+
+    /// Puts a packet of our own making into the TUN batch.
+    fn answer_into_tun(&mut self, packet: &[u8], headers: &Headers, out: &mut Output) {
+        let at = out.plain_used;
+        let Some(room) = out.plain.get_mut(at..at + packet.len()) else {
+            return self.counters.count_drop(DropReason::NoBuffer);
+        };
+        room.copy_from_slice(packet);
+        out.plain_used += packet.len();
+        let memory = &Memory { receive: &mut [], plain: &mut out.plain };
+        if let Err(reason) = out.tun.push(Region::Plain, at as u32, headers, memory) {
+            self.counters.count_drop(reason);
+        }
+    }
+
+    /// The address that our ICMP errors come from.
+    fn own_address(snapshot: &Snapshot, like: IpAddr) -> Option<IpAddr> {
+        match like {
+            IpAddr::V4(_) => snapshot.local.address_v4.map(IpAddr::V4),
+            IpAddr::V6(_) => snapshot.local.address_v6.map(IpAddr::V6),
+        }
+    }
+
+    fn count_waited_in_vain(&mut self) {
+        let waited = std::mem::take(&mut self.wireguard.stats.queue_dropped);
+        self.counters.count_drops(DropReason::AwaitingSession, waited as usize);
+    }
+}

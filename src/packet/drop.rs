@@ -36,6 +36,10 @@ drop_reasons! {
     BadVirtioHeader => "bad-virtio-header",
     /// Source or destination that no packet may carry here (unspecified, loopback, multicast source).
     MartianAddress => "martian-address",
+    /// A packet that names the routers it wants (IPv4 source route, IPv6 routing header in use).
+    SourceRouted => "source-routed",
+    /// A packet whose ports must change but cannot, because its checksum lies in another fragment.
+    Untranslatable => "untranslatable",
 
     // --- outbound --------------------------------------------------------------------------------
     /// Inside the cluster's ranges, but no node owns the address.

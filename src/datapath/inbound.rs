@@ -1,0 +1,196 @@
+//! From a peer to the TUN, in the order of the map in [`super`].
+
+use std::time::Instant;
+
+use super::{Arrival, Exit, Lane, Output, Total};
+use crate::packet::coalesce::{Memory, Region};
+use crate::packet::icmp::{IcmpError, MAX_ANSWER};
+use crate::packet::rewrite::{self, ChecksumState};
+use crate::packet::{DropReason, parse};
+use crate::snapshot::{Encap, PeerId, Snapshot};
+use crate::tunnel::{vxlan_link, wireguard};
+
+/// A packet that came out of a tunnel, and where it stands.
+#[derive(Clone, Copy)]
+struct Inner {
+    peer: PeerId,
+    region: Region,
+    offset: usize,
+    len: usize,
+}
+
+impl Lane {
+    /// Takes datagrams that arrived; `receive` is the receive buffer they stand in. Frames for the TUN
+    /// refer to it, so they are to be written before it is received into again.
+    pub fn handle_udp(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        arrival: Arrival,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) {
+        self.follow(&snapshot.mesh);
+        let end = (arrival.offset + arrival.len).min(receive.len());
+        let mut at = arrival.offset;
+        while at < end {
+            let len = arrival.stride.max(1).min(end - at);
+            self.counters.add(Total::DatagramsReceived, 1);
+            if let Err(reason) = self.inbound(now, snapshot, &arrival, at, len, receive, out) {
+                self.counters.count_drop(reason);
+            }
+            at += len;
+        }
+        self.count_waited_in_vain();
+    }
+
+    #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
+    fn inbound(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        arrival: &Arrival,
+        at: usize,
+        len: usize,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        // 1 open
+        let datagram = &receive[at..at + len];
+        let opened = match arrival.encap {
+            Encap::WireGuard => self.open_wireguard(now, snapshot, arrival, datagram, out)?,
+            Encap::Vxlan => self.open_vxlan(now, snapshot, arrival, datagram, at, out)?,
+        };
+        let Some(inner) = opened else { return Ok(()) };
+        self.deliver(now, snapshot, inner, receive, out)
+    }
+
+    fn open_wireguard(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        arrival: &Arrival,
+        datagram: &[u8],
+        out: &mut Output,
+    ) -> Result<Option<Inner>, DropReason> {
+        let offset = out.plain_used;
+        let room = out.plain.get_mut(offset..).unwrap_or_default();
+        match self.wireguard.open(now, &snapshot.mesh, arrival.from, datagram, room, &mut out.tx) {
+            wireguard::Opened::Packet { peer, len } => {
+                Ok(Some(Inner { peer, region: Region::Plain, offset, len }))
+            }
+            wireguard::Opened::Control => Ok(None),
+            wireguard::Opened::Drop(reason) => Err(reason),
+        }
+    }
+
+    fn open_vxlan(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        arrival: &Arrival,
+        datagram: &[u8],
+        at: usize,
+        out: &mut Output,
+    ) -> Result<Option<Inner>, DropReason> {
+        match self.vxlan.open(now, snapshot, arrival.from, datagram, &mut out.tx) {
+            vxlan_link::Opened::Packet { peer, offset } => Ok(Some(Inner {
+                peer,
+                region: Region::Receive,
+                offset: at + offset,
+                len: datagram.len() - offset,
+            })),
+            vxlan_link::Opened::Answered => {
+                self.counters.add(Total::NeighboursAnswered, 1);
+                Ok(None)
+            }
+            vxlan_link::Opened::Learnt => Ok(None),
+            vxlan_link::Opened::Drop(reason) => Err(reason),
+        }
+    }
+
+    fn deliver(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        inner: Inner,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        let packet = match inner.region {
+            Region::Plain => &mut out.plain[inner.offset..inner.offset + inner.len],
+            Region::Receive => &mut receive[inner.offset..inner.offset + inner.len],
+        };
+        // 2 parse
+        let mut headers = parse(packet)?;
+
+        // 3 admit
+        let exit = self.routes.inbound(inner.peer, headers.source, headers.destination)?;
+
+        // 4 hop: this node is a router for its pods, not for itself.
+        match exit {
+            Exit::LocalNode => {}
+            Exit::LocalPod | Exit::Outside | Exit::Peer(_) => {
+                if headers.hop_limit <= 1 {
+                    self.tell_peer(now, snapshot, inner, IcmpError::TimeExceeded, receive, out);
+                    return Err(DropReason::HopLimit);
+                }
+                rewrite::decrement_hop_limit(packet)?;
+                headers.hop_limit -= 1;
+            }
+        }
+        if let Some(peer) = snapshot.mesh.peer(inner.peer) {
+            self.clamp(packet, &headers, peer.mtu, ChecksumState::Complete);
+        }
+
+        // 5 join
+        self.counters.add(Total::PacketsReceived, 1);
+        if let Some(traffic) = self.traffic.get_mut(inner.peer.0 as usize) {
+            traffic.packets_received += 1;
+            traffic.bytes_received += u64::from(headers.total_len);
+            traffic.last_received = Some(now);
+        }
+        if inner.region == Region::Plain {
+            out.plain_used += inner.len;
+        }
+        let memory = &Memory { receive, plain: &mut out.plain };
+        out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
+        // What opens or ends a connection may hide behind the head of its frame.
+        self.track_control(now, &headers, inner.peer);
+        Ok(())
+    }
+
+    /// Ends the TUN batch: tracks each frame's flow and completes the joined headers.
+    pub fn finish_tun(&mut self, now: Instant, snapshot: &Snapshot, receive: &mut [u8], out: &mut Output) {
+        for head in out.tun.heads() {
+            // 6 track
+            self.track_frame(now, snapshot, &head);
+        }
+        out.tun.finish(&mut Memory { receive, plain: &mut out.plain });
+    }
+
+    /// Answers the sender of a packet that came out of a tunnel with an ICMP error, through that tunnel.
+    fn tell_peer(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        inner: Inner,
+        error: IcmpError,
+        receive: &[u8],
+        out: &mut Output,
+    ) {
+        let mut room = [0; MAX_ANSWER];
+        let packet = match inner.region {
+            Region::Plain => &out.plain[inner.offset..inner.offset + inner.len],
+            Region::Receive => &receive[inner.offset..inner.offset + inner.len],
+        };
+        let Ok(headers) = parse(packet) else { return };
+        let Some(answer) = self.icmp_error(now, snapshot, packet, &headers, error, &mut room) else { return };
+        let Ok(headers) = parse(answer) else { return };
+        let Some(peer) = snapshot.mesh.peer(inner.peer) else { return };
+        let Some(encap) = peer.encap else { return };
+        if let Err(reason) = self.seal(now, snapshot, peer, encap, &headers, &answer, out) {
+            self.counters.count_drop(reason);
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! The node's own network: everything that Warren puts into the kernel beside the tunnel device's
+//! queues, made, compared, repaired and removed, all over netlink.
+//!
+//! 1. `links`: the tunnel device's MTU, addresses, and that it is up; where the pod bridges are.
+//! 2. `sysctl`: forwarding, reverse-path filter, router advertisements.
+//! 3. `routes`: what is routed into the tunnel, and the rule that sends marked replies there.
+//! 4. `nft`: marks, masquerade, the leak filter; `foreign`: accepts in chains that drop.
+//! 5. [`watch`](HostNetwork::watch): somebody removed something, it comes back.
+//!
+//! [`HostNetwork::apply`] walks 1 to 4, compares before it writes, and says what it changed. The
+//! socket belongs to the network namespace of the thread that called [`HostNetwork::open`], and so
+//! do the sysctls of the thread that runs the futures: in a namespace, use a current-thread runtime.
+
+mod error;
+mod foreign;
+mod links;
+mod nft;
+mod nla;
+mod routes;
+mod sysctl;
+mod watch;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use nlink::netlink::{Connection, Nftables};
+use rtnetlink::packet_route::link::InfoKind;
+
+pub use error::HostError;
+pub use watch::HostEvent;
+
+use links::{Interfaces, PodBridge};
+
+/// The bit of `ct mark` and packet mark that says: this flow came out of the tunnel.
+///
+/// Bit 12. Others' bits: the portmap plugin 0x2000, kube-proxy 0x4000 and 0x8000, Cilium 0x0f00 and
+/// all above 0xffff, Calico 0xffff0000, Tailscale 0xff0000, AWS's plugin 0x80, Istio 0x539 and 0x111
+/// as whole values, wg-quick 0xca6c as a whole value: none of them has this bit.
+pub const MARK: u32 = 0x1000;
+
+/// The routing table of marked packets: its only route is a default into the tunnel. Tailscale has
+/// 52, wg-quick 51820, Cilium 2004 and 2005.
+pub const TABLE: u32 = 22_354;
+
+/// The policy rule's place: after `local` (0, or 100 where Cilium has moved it), before Tailscale's
+/// rules (5210 to 5270) and the main table (32766).
+pub const RULE_PRIORITY: u32 = 4_700;
+
+/// The protocol number that our routes and rules carry (rtnetlink(7), RTPROT_*): free in
+/// linux/rtnetlink.h and in iproute2's rt_protos.
+pub const PROTOCOL: u8 = 87;
+
+/// A range that is routed into the tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TunnelRoute {
+    /// Where to: a cluster range, or one peer's pods.
+    pub range: IpNet,
+    /// The source of the node's own packets that go there.
+    pub source: Option<IpAddr>,
+    /// The largest packet that fits.
+    pub mtu: u32,
+}
+
+/// The wanted state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostConfig {
+    /// The tunnel device.
+    pub tun: String,
+    /// Its MTU.
+    pub mtu: u32,
+    /// The node addresses, on the device as /32 and /128.
+    pub node_addresses: Vec<IpAddr>,
+    /// Routed into the device, assigned to nothing: the loop's own address for same-node translations.
+    pub loop_v4: Ipv4Addr,
+    /// The same for IPv6; used only where something else here is IPv6.
+    pub loop_v6: Ipv6Addr,
+    /// This node's pod ranges.
+    pub pod_ranges: Vec<IpNet>,
+    /// What is routed into the device.
+    pub tunnel_routes: Vec<TunnelRoute>,
+    /// All ranges of the cluster (pods, and Services where they go through the loop): never
+    /// masqueraded, never let out by another interface in encrypted mode.
+    pub cluster_ranges: Vec<IpNet>,
+    /// Whether pods are masqueraded when they talk to the world.
+    pub masquerade: bool,
+    /// Whether cluster traffic must not leave in clear.
+    pub encrypted: bool,
+    /// Whether Services are translated in the loop: then replies between two pods of this node must
+    /// come up from the bridge to be reversed (`table bridge warren`).
+    pub services: bool,
+}
+
+impl HostConfig {
+    /// Whether anything of this node is IPv6.
+    pub fn has_v6(&self) -> bool {
+        self.node_addresses.iter().any(IpAddr::is_ipv6)
+            || self.pod_ranges.iter().any(|range| range.addr().is_ipv6())
+            || self.tunnel_routes.iter().any(|route| route.range.addr().is_ipv6())
+    }
+
+    fn check(&self) -> Result<(), HostError> {
+        check_name(&self.tun)?;
+        // RFC 8200 section 5; the kernel removes IPv6 from a device below it (net/ipv6/addrconf.c).
+        if self.has_v6() && self.mtu < 1280 {
+            return Err(HostError::MtuTooSmall { mtu: self.mtu });
+        }
+        Ok(())
+    }
+}
+
+/// One thing that was done to the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// It was not there.
+    Added(String),
+    /// It was there, and different.
+    Changed(String),
+    /// It was there and should not be.
+    Removed(String),
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Added(what) => write!(f, "added {what}"),
+            Change::Changed(what) => write!(f, "changed {what}"),
+            Change::Removed(what) => write!(f, "removed {what}"),
+        }
+    }
+}
+
+/// What one [`HostNetwork::apply`] did, and what a person should know.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What was changed, in order; empty when all was right.
+    pub changes: Vec<Change>,
+    /// What could not be done or will not work, each with what to do; said once per process.
+    pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// Whether there is nothing to say.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.warnings.is_empty()
+    }
+
+    fn added(&mut self, what: impl Into<String>) {
+        self.changes.push(Change::Added(what.into()));
+    }
+
+    fn changed(&mut self, what: impl Into<String>) {
+        self.changes.push(Change::Changed(what.into()));
+    }
+
+    fn removed(&mut self, what: impl Into<String>) {
+        self.changes.push(Change::Removed(what.into()));
+    }
+
+    fn warn(&mut self, what: impl Into<String>) {
+        self.warnings.push(what.into());
+    }
+}
+
+/// The open sockets, and what was said already.
+pub struct HostNetwork {
+    route: rtnetlink::Handle,
+    nft: Connection<Nftables>,
+    saved: sysctl::Saved,
+    warned: HashSet<String>,
+    /// Cleared when the kernel turned out to have no nftables for bridges.
+    bridge_family: bool,
+    /// The ruleset generation after our last look: unchanged means nobody touched nftables since.
+    generation: Option<u32>,
+    /// The pod bridges at that time.
+    bridges: Vec<PodBridge>,
+    /// How many routes the node had at the last look.
+    routes: usize,
+}
+
+impl HostNetwork {
+    /// Opens the sockets, in the calling thread's network namespace. `state` is the file that
+    /// remembers the node's earlier settings for [`cleanup`]. Call it inside a tokio runtime.
+    pub fn open(state: Option<PathBuf>) -> Result<Self, HostError> {
+        let (connection, route, _) =
+            rtnetlink::new_connection().map_err(|e| HostError::io("open a route netlink socket", e))?;
+        tokio::spawn(connection);
+        Ok(Self {
+            route,
+            nft: Connection::<Nftables>::new().map_err(|_| HostError::NoNftables)?,
+            saved: sysctl::Saved::load(state)?,
+            warned: HashSet::new(),
+            bridge_family: true,
+            generation: None,
+            bridges: Vec::new(),
+            routes: 0,
+        })
+    }
+
+    /// Brings the node to the wanted state. What is right already is not touched, so calling it
+    /// again reports nothing.
+    pub async fn apply(&mut self, config: &HostConfig) -> Result<Report, HostError> {
+        self.generation = None;
+        self.reconcile(config, true).await
+    }
+
+    /// [`apply`](Self::apply), looking only where something may have changed: nftables when its
+    /// generation moved, routes when `routes` says so.
+    async fn reconcile(&mut self, config: &HostConfig, routes: bool) -> Result<Report, HostError> {
+        config.check()?;
+        let mut report = Report::default();
+        let interfaces = Interfaces::read(&self.route).await?;
+        let tun = interfaces.by_name(&config.tun).ok_or_else(|| no_tun(&config.tun))?;
+        sysctl::apply_node(&self.route, &interfaces, config, &mut self.saved, &mut report).await?;
+        let before = report.changes.len();
+        links::apply_mtu(&self.route, tun, config.mtu, &mut report).await?;
+        sysctl::apply_device(&self.route, tun, config, &mut report).await?;
+        links::apply(&self.route, &interfaces, tun, config, &mut report).await?;
+        // A link or address that was wrong took routes with it.
+        if routes || report.changes.len() > before {
+            self.routes = routes::apply_routes(&self.route, tun.index, config, &mut report).await?;
+        }
+        routes::apply_rules(&self.route, config, &mut report).await?;
+        let bridges = interfaces.pod_bridges(&config.tun, &config.pod_ranges);
+        self.reconcile_nft(config, bridges, &mut report).await?;
+        report.warnings.extend(foreign::legacy_warning(config));
+        report.warnings.retain(|warning| self.warned.insert(warning.clone()));
+        Ok(report)
+    }
+
+    async fn reconcile_nft(
+        &mut self,
+        config: &HostConfig,
+        bridges: Vec<PodBridge>,
+        report: &mut Report,
+    ) -> Result<(), HostError> {
+        let generation = self.nft_generation().await?;
+        if self.generation == Some(generation) && self.bridges == bridges {
+            return Ok(());
+        }
+        nft::apply(&self.nft, &nft::inet_table(config), report)
+            .await
+            .map_err(|e| HostError::nft("write nft table inet warren", e))?;
+        if self.bridge_family {
+            match nft::apply(&self.nft, &nft::bridge_table(config, &bridges), report).await {
+                Ok(()) => {}
+                Err(e) if nft::unsupported(&e) => {
+                    self.bridge_family = false;
+                    report.warn(
+                        "the kernel has no nftables for bridges (CONFIG_NF_TABLES_BRIDGE): a Service \
+                         whose client and backend are pods of this same node will not answer",
+                    );
+                }
+                Err(e) => return Err(HostError::nft("write nft table bridge warren", e)),
+            }
+        }
+        foreign::apply(&self.nft, config, &bridges, report).await?;
+        self.bridges = bridges;
+        // Read before: a change by somebody else in between moves it on and is looked at next time;
+        // our own commits cost one more look that finds nothing.
+        self.generation = Some(generation);
+        Ok(())
+    }
+
+    async fn nft_generation(&self) -> Result<u32, HostError> {
+        self.nft.generation().await.map_err(|e| {
+            if nft::unsupported(&e) {
+                HostError::NoNftables
+            } else {
+                HostError::nft("read the nft generation", e)
+            }
+        })
+    }
+}
+
+/// Removes everything that Warren ever put into this network namespace's kernel, whether or not an
+/// agent ran before: nft tables, rules in foreign chains, policy rules, routes, the tunnel device;
+/// and puts back the settings remembered in `state`. Returns what was removed.
+pub async fn cleanup(tun: &str, state: Option<&Path>) -> Result<Vec<String>, HostError> {
+    check_name(tun)?;
+    let host = HostNetwork::open(None)?;
+    let mut removed = Vec::new();
+    routes::remove_all(&host.route, &mut removed).await?;
+    let interfaces = Interfaces::read(&host.route).await?;
+    if let Some(link) = interfaces.by_name(tun).filter(|link| link.kind == Some(InfoKind::Tun)) {
+        links::remove(&host.route, link).await?;
+        removed.push(format!("tunnel device {tun}"));
+    }
+    match host.nft_generation().await {
+        Ok(_) => {
+            foreign::remove(&host.nft, &mut removed).await?;
+            nft::remove(&host.nft, &mut removed).await?;
+        }
+        // Then there is nothing of ours in it.
+        Err(HostError::NoNftables) => {}
+        Err(e) => return Err(e),
+    }
+    if let Some(state) = state {
+        sysctl::restore(state, &mut removed)?;
+    }
+    Ok(removed)
+}
+
+fn no_tun(name: &str) -> HostError {
+    HostError::NoTun { name: name.to_owned() }
+}
+
+/// What the kernel takes as a name (dev_valid_name, net/core/dev.c). It also becomes part of a path.
+fn check_name(name: &str) -> Result<(), HostError> {
+    let fine = !matches!(name, "" | "." | "..")
+        && name.len() < libc::IFNAMSIZ
+        && !name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control());
+    if fine { Ok(()) } else { Err(HostError::BadName { name: name.to_owned() }) }
+}

@@ -1,0 +1,265 @@
+//! Kernel settings. Each is read first and left alone when it is right; what we change outside our
+//! own device is remembered in a state file, so that cleanup can put it back.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use rtnetlink::packet_core::DefaultNla;
+use rtnetlink::packet_route::link::{AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
+use rtnetlink::{Handle, LinkUnspec};
+
+use super::links::{Interfaces, Link};
+use super::nla::attribute;
+use super::{HostConfig, HostError, Report, routes};
+
+const ROOT: &str = "/proc/sys/";
+
+/// IFLA_INET_CONF (linux/if_link.h) and the IPV4_DEVCONF_* numbers (linux/ip.h) of the settings that
+/// netlink can write where /proc/sys is read-only.
+const IFLA_INET_CONF: u16 = 1;
+const NESTED: u16 = 1 << 15;
+const FORWARDING: u16 = 1;
+const ACCEPT_REDIRECTS: u16 = 4;
+const SEND_REDIRECTS: u16 = 6;
+const RP_FILTER: u16 = 8;
+const ACCEPT_LOCAL: u16 = 23;
+
+/// What the tunnel device needs before it has addresses.
+///
+/// `rp_filter` is loose (2): a packet out of the tunnel may come from anywhere; the larger of `all`
+/// and the device counts (include/linux/inetdevice.h), so this is enough. `accept_local`: the loop
+/// hands back packets whose source is this node's own.
+const TUN_V4: [(&str, &str, u16); 4] = [
+    ("rp_filter", "2", RP_FILTER),
+    ("accept_local", "1", ACCEPT_LOCAL),
+    ("accept_redirects", "0", ACCEPT_REDIRECTS),
+    ("send_redirects", "0", SEND_REDIRECTS),
+];
+
+/// The settings of the tunnel device itself; they vanish with it.
+pub(super) async fn apply_device(
+    handle: &Handle,
+    tun: &Link,
+    config: &HostConfig,
+    report: &mut Report,
+) -> Result<(), HostError> {
+    for (name, value, number) in TUN_V4 {
+        let key = format!("net/ipv4/conf/{}/{name}", tun.name);
+        let Err(source) = set(&key, value, report) else { continue };
+        let netlink = device_setting(handle, tun.index, number, value.parse().unwrap_or(0)).await;
+        netlink.map_err(|_| refused(&key, value, source))?;
+        report.changed(format!("sysctl {} = {value} (by netlink)", dotted(&key)));
+    }
+    if !config.has_v6() {
+        return Ok(());
+    }
+    let conf = format!("net/ipv6/conf/{}", tun.name);
+    // Taken off the device while its MTU was below 1,280, or switched off for all devices.
+    let key = format!("{conf}/disable_ipv6");
+    set(&key, "0", report).map_err(|e| refused(&key, "0", e))?;
+    // No link-local address: nobody answers ND in there, and the kernel would send MLD and RS.
+    let key = format!("{conf}/addr_gen_mode");
+    if let Err(source) = set(&key, "1", report) {
+        no_link_local(handle, tun.index).await.map_err(|_| refused(&key, "1", source))?;
+        report.changed(format!("sysctl {} = 1 (by netlink)", dotted(&key)));
+    }
+    // Router advertisements from a peer's pod must not reach the node's routing (CVE-2020-10749).
+    let key = format!("{conf}/accept_ra");
+    set(&key, "0", report).map_err(|e| refused(&key, "0", e))
+}
+
+/// Forwarding, for the whole node.
+pub(super) async fn apply_node(
+    handle: &Handle,
+    interfaces: &Interfaces,
+    config: &HostConfig,
+    saved: &mut Saved,
+    report: &mut Report,
+) -> Result<(), HostError> {
+    if let Err(source) = set_and_save("net/ipv4/ip_forward", "1", saved, report) {
+        // Forwarding is decided per receiving device; `ip_forward` only writes all of them at once.
+        for link in &interfaces.links {
+            forward_on(handle, link, report)
+                .await
+                .map_err(|()| refused("net/ipv4/ip_forward", "1", io::Error::from(source.kind())))?;
+        }
+    }
+    if !config.has_v6() {
+        return Ok(());
+    }
+    let key = "net/ipv6/conf/all/forwarding";
+    if read(key).as_deref() == Some("1") {
+        return Ok(());
+    }
+    // A forwarding node ignores router advertisements unless told 2 (Documentation/networking/
+    // ip-sysctl.rst): an uplink that got its default route that way would lose it.
+    let uplinks = routes::advertised_uplinks(handle).await?;
+    for link in interfaces.links.iter().filter(|link| uplinks.contains(&link.index)) {
+        let key = format!("net/ipv6/conf/{}/accept_ra", link.name);
+        if read(&key).as_deref() == Some("1") {
+            set_and_save(&key, "2", saved, report).map_err(|e| refused(&key, "2", e))?;
+        }
+    }
+    set_and_save(key, "1", saved, report).map_err(|e| refused(key, "1", e))
+}
+
+/// Puts back what was changed outside our device, where it still is as we left it; says what.
+pub(super) fn restore(state: &Path, restored: &mut Vec<String>) -> Result<(), HostError> {
+    let saved = Saved::load(Some(state.to_owned()))?;
+    for (key, (before, ours)) in saved.values.iter().rev() {
+        if read(key).as_deref() == Some(ours) && std::fs::write(path(key), before).is_ok() {
+            restored.push(format!("sysctl {} back to {before}", dotted(key)));
+        }
+    }
+    match std::fs::remove_file(state) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(HostError::io(format!("remove {}", state.display()), e))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// The settings we changed outside our device, with their earlier values: one line each, `key
+/// before ours`, keys as paths under /proc/sys.
+#[derive(Debug, Default)]
+pub(super) struct Saved {
+    file: Option<PathBuf>,
+    values: BTreeMap<String, (String, String)>,
+}
+
+impl Saved {
+    pub(super) fn load(file: Option<PathBuf>) -> Result<Self, HostError> {
+        let Some(path) = &file else { return Ok(Self::default()) };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(e) => return Err(HostError::io(format!("read {}", path.display()), e)),
+        };
+        let values = text.lines().filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let (key, before, ours) = (words.next()?, words.next()?, words.next()?);
+            // The file is ours, but a path out of /proc/sys must not be writable through it.
+            let safe = key.starts_with("net/") && key.split('/').all(|part| !matches!(part, "" | "." | ".."));
+            safe.then(|| (key.to_owned(), (before.to_owned(), ours.to_owned())))
+        });
+        let values = values.collect();
+        Ok(Self { file, values })
+    }
+
+    /// Remembers the value before our first change.
+    fn remember(&mut self, key: &str, before: &str, ours: &str) -> io::Result<()> {
+        let first = self.values.get(key).map_or(before, |(first, _)| first).to_owned();
+        let entry = (first, ours.to_owned());
+        if self.values.insert(key.to_owned(), entry.clone()) == Some(entry) {
+            return Ok(());
+        }
+        let Some(path) = &self.file else { return Ok(()) };
+        let lines: String =
+            self.values.iter().map(|(key, (before, ours))| format!("{key} {before} {ours}\n")).collect();
+        let next = path.with_extension("new");
+        let mut file = std::fs::File::create(&next)?;
+        file.write_all(lines.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(next, path)
+    }
+}
+
+async fn forward_on(handle: &Handle, link: &Link, report: &mut Report) -> Result<(), ()> {
+    let key = format!("net/ipv4/conf/{}/forwarding", link.name);
+    if read(&key).as_deref() == Some("1") {
+        return Ok(());
+    }
+    device_setting(handle, link.index, FORWARDING, 1).await.map_err(|_| ())?;
+    report.changed(format!("sysctl {} = 1 (by netlink)", dotted(&key)));
+    Ok(())
+}
+
+fn set_and_save(key: &str, value: &str, saved: &mut Saved, report: &mut Report) -> io::Result<()> {
+    let before = read(key);
+    if before.as_deref() == Some(value) {
+        return Ok(());
+    }
+    if let Some(before) = before {
+        saved.remember(key, &before, value)?;
+    }
+    set(key, value, report)
+}
+
+fn set(key: &str, value: &str, report: &mut Report) -> io::Result<()> {
+    if read(key).as_deref() == Some(value) {
+        return Ok(());
+    }
+    std::fs::write(path(key), value)?;
+    report.changed(format!("sysctl {} = {value}", dotted(key)));
+    Ok(())
+}
+
+/// One IPv4 setting of one device, by netlink.
+async fn device_setting(
+    handle: &Handle,
+    index: u32,
+    number: u16,
+    value: u32,
+) -> Result<(), rtnetlink::Error> {
+    let conf = DefaultNla::new(IFLA_INET_CONF | NESTED, attribute(number, &value.to_ne_bytes()));
+    let spec = AfSpecUnspec::Inet(vec![AfSpecInet::Other(conf)]);
+    let message = LinkUnspec::new_with_index(index)
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![spec]))
+        .build();
+    handle.link().set(message).execute().await
+}
+
+async fn no_link_local(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
+    let spec = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    let message = LinkUnspec::new_with_index(index)
+        .append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![spec]))
+        .build();
+    handle.link().set(message).execute().await
+}
+
+fn read(key: &str) -> Option<String> {
+    std::fs::read_to_string(path(key)).ok().map(|text| text.trim().to_owned())
+}
+
+fn path(key: &str) -> PathBuf {
+    Path::new(ROOT).join(key)
+}
+
+fn dotted(key: &str) -> String {
+    key.replace('/', ".")
+}
+
+fn refused(key: &str, value: &str, source: io::Error) -> HostError {
+    let key = dotted(key);
+    // A read-only /proc/sys answers EROFS; EACCES and EPERM are about us.
+    if source.kind() == io::ErrorKind::PermissionDenied {
+        return HostError::NoPermission { doing: format!("set sysctl {key} to {value}") };
+    }
+    HostError::Sysctl { key, value: value.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_value_is_the_one_remembered() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        let mut saved = Saved::load(Some(file.clone())).unwrap();
+        saved.remember("net/ipv4/ip_forward", "0", "1").unwrap();
+        saved.remember("net/ipv4/ip_forward", "7", "1").unwrap();
+        let again = Saved::load(Some(file)).unwrap();
+        assert_eq!(again.values["net/ipv4/ip_forward"], ("0".to_owned(), "1".to_owned()));
+    }
+
+    #[test]
+    fn a_path_out_of_net_is_not_taken_from_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        std::fs::write(&file, "net/../kernel/panic 0 1\nkernel/panic 0 1\nnonsense\nnet/a 1 2\n").unwrap();
+        let saved = Saved::load(Some(file)).unwrap();
+        assert_eq!(saved.values.keys().collect::<Vec<_>>(), ["net/a"]);
+    }
+}

@@ -1,0 +1,188 @@
+//! Keeping it so: the kernel's notifications, and a look every second for what they miss.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use nlink::OwnedEventStream;
+use nlink::netlink::{Connection, Nftables};
+use rtnetlink::MulticastGroup;
+use rtnetlink::packet_core::NetlinkPayload;
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use super::{HostConfig, HostError, HostNetwork, Report};
+
+/// Changes come in bursts (a restarted firewall, a new pod); one look serves the whole burst.
+const SETTLE: Duration = Duration::from_millis(100);
+/// The look that needs no notification: a repair must never take longer than two seconds.
+const POLL: Duration = Duration::from_secs(1);
+/// Above this many routes (a node that speaks BGP) listing them all costs too much for every look;
+/// then a notification about a route of ours, or every tenth look, decides.
+const MANY_ROUTES: usize = 5_000;
+const MANY_ROUTES_TICKS: u32 = 10;
+
+/// What [`HostNetwork::watch`] tells the agent.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum HostEvent {
+    /// Something was missing or wrong and is right again.
+    Repaired(Report),
+    /// The tunnel device is gone, and its queues with it: the agent must open them again. The rest
+    /// comes back by itself once the device is there. Said once each time.
+    TunGone {
+        /// Its name.
+        name: String,
+    },
+    /// Repair failed; it is tried again every second, and said again only if the reason changes.
+    Failed(HostError),
+}
+
+impl HostNetwork {
+    /// Applies every new `config` and repairs what others break, until `config`'s sender or
+    /// `events`' receiver is gone.
+    pub async fn watch(
+        mut self,
+        mut config: watch::Receiver<HostConfig>,
+        events: mpsc::Sender<HostEvent>,
+    ) -> Result<(), HostError> {
+        let mut notifications = Notifications::open().await?;
+        let mut poll = tokio::time::interval(POLL);
+        poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut quiet = Quiet::default();
+        let mut ticks = 0_u32;
+        loop {
+            let mut routes = false;
+            tokio::select! {
+                changed = config.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    self.generation = None;
+                    routes = true;
+                }
+                () = notifications.next() => {
+                    tokio::time::sleep(SETTLE).await;
+                    notifications.drain();
+                    routes = true;
+                }
+                _ = poll.tick() => {
+                    ticks = ticks.wrapping_add(1);
+                    if notifications.lost {
+                        notifications = Notifications::open().await.unwrap_or(notifications);
+                        self.generation = None;
+                    }
+                    routes |= self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
+                }
+                () = events.closed() => return Ok(()),
+            }
+            let wanted = config.borrow_and_update().clone();
+            let outcome = self.reconcile(&wanted, routes).await;
+            let Some(event) = quiet.event(outcome) else { continue };
+            if events.send(event).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// What was said last, so that a lasting trouble is said once.
+#[derive(Default)]
+struct Quiet {
+    tun_gone: bool,
+    failure: Option<String>,
+}
+
+impl Quiet {
+    fn event(&mut self, outcome: Result<Report, HostError>) -> Option<HostEvent> {
+        match outcome {
+            Ok(report) => {
+                *self = Self::default();
+                (!report.is_empty()).then_some(HostEvent::Repaired(report))
+            }
+            Err(HostError::NoTun { name }) => {
+                self.failure = None;
+                let first = !std::mem::replace(&mut self.tun_gone, true);
+                first.then_some(HostEvent::TunGone { name })
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                let first = self.failure.replace(reason.clone()) != Some(reason);
+                first.then_some(HostEvent::Failed(error))
+            }
+        }
+    }
+}
+
+type RouteMessages = futures_util::stream::BoxStream<'static, RouteNetlinkMessage>;
+
+/// Both kernels' announcements, boiled down to "something that may be ours has changed".
+struct Notifications {
+    route: RouteMessages,
+    nft: OwnedEventStream<Nftables>,
+    /// A stream has ended (the kernel had more to say than its buffer holds): only the poll looks
+    /// until both are opened again.
+    lost: bool,
+}
+
+impl Notifications {
+    async fn open() -> Result<Self, HostError> {
+        let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+            MulticastGroup::Ipv4Rule,
+            MulticastGroup::Ipv6Rule,
+        ])
+        .map_err(|e| HostError::io("listen for network changes", e))?;
+        tokio::spawn(connection);
+        let route = messages
+            .filter_map(|(message, _)| async move {
+                match message.payload {
+                    NetlinkPayload::InnerMessage(inner) => Some(inner),
+                    _ => None,
+                }
+            })
+            .boxed();
+        let nft = Connection::<Nftables>::new().map_err(|_| HostError::NoNftables)?;
+        nft.subscribe_all().map_err(|e| HostError::nft("listen for nft changes", e))?;
+        Ok(Self { route, nft: nft.into_events().await, lost: false })
+    }
+
+    /// Waits until something that may concern us has changed.
+    async fn next(&mut self) {
+        while !self.lost {
+            tokio::select! {
+                message = self.route.next() => match message {
+                    Some(message) if concerns_us(&message) => return,
+                    Some(_) => {}
+                    None => self.lost = true,
+                },
+                event = self.nft.next() => match event {
+                    Some(Ok(_)) => return,
+                    Some(Err(_)) | None => self.lost = true,
+                },
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Forgets what has arrived already: the look that follows sees its result.
+    fn drain(&mut self) {
+        use futures_util::FutureExt;
+        while self.next().now_or_never().is_some() {}
+    }
+}
+
+/// Route changes of a routing daemon must not cost us a look each.
+fn concerns_us(message: &RouteNetlinkMessage) -> bool {
+    use rtnetlink::packet_route::route::RouteProtocol;
+    match message {
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+            route.header.protocol == RouteProtocol::Other(super::PROTOCOL)
+        }
+        _ => true,
+    }
+}

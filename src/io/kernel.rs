@@ -1,0 +1,154 @@
+//! The seam between a lane and the kernel: every system call of the packet loop, and its clock, goes
+//! through [`Kernel`], so that a test can refuse, lose or delay any of them.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::eventfd::EventFd;
+
+use super::tun::{TunOffloads, TunQueue};
+use super::udp::{Received, Receiver, Sender, UdpSocket};
+use crate::snapshot::Encap;
+use crate::tunnel::batch::Run;
+use crate::tunnel::{TxBatch, Via};
+
+/// What a lane asks of the kernel.
+pub trait Kernel {
+    /// The monotonic clock.
+    fn now(&self) -> Instant;
+    /// Milliseconds since boot.
+    fn since_boot_ms(&self) -> u64;
+    /// Reads one frame from the TUN without waiting.
+    fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Writes one frame to the TUN from pieces.
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Uses only these TUN offloads from now on.
+    fn limit_tun_offloads(&mut self, offloads: TunOffloads);
+    /// Receives datagrams of one encapsulation without waiting.
+    fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize>;
+    /// Sends runs that share a socket; returns how many, an error is about the first.
+    fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize>;
+    /// Waits until the socket of `via` takes more, or the time is over.
+    fn wait_writable(&mut self, via: Via, timeout: Duration);
+    /// Sleeps until something can be read, somebody rings the bell, or the time is over.
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// Lets other threads run.
+    fn yield_now(&mut self);
+}
+
+/// The real kernel.
+#[derive(Debug)]
+pub struct Linux {
+    /// The lane's TUN queue.
+    pub tun: TunQueue,
+    /// The lane's WireGuard socket.
+    pub wireguard: UdpSocket,
+    /// VXLAN's receiving socket, if the node speaks it.
+    pub vxlan: Option<UdpSocket>,
+    /// VXLAN's sending sockets.
+    pub vxlan_sources: Vec<UdpSocket>,
+    /// Rung to wake the lane.
+    pub bell: std::sync::Arc<EventFd>,
+    /// Reused by every receive.
+    pub receiver: Receiver,
+    /// Reused by every send.
+    pub sender: Sender,
+}
+
+impl Kernel for Linux {
+    fn now(&self) -> Instant {
+        super::clock::now()
+    }
+
+    fn since_boot_ms(&self) -> u64 {
+        super::clock::since_boot_ms()
+    }
+
+    fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.tun.read(buffer)
+    }
+
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.tun.write(pieces)
+    }
+
+    fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
+        self.tun.limit_offloads(offloads);
+    }
+
+    fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {
+        let socket = match encap {
+            Encap::WireGuard => Some(&self.wireguard),
+            Encap::Vxlan => self.vxlan.as_ref(),
+        };
+        match socket {
+            Some(socket) => self.receiver.receive(socket, buffer, out),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
+        let Some(first) = runs.first() else { return Ok(0) };
+        let socket = match first.via {
+            Via::WireGuard => Some(&self.wireguard),
+            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
+        };
+        self.sender.send(socket.ok_or(io::ErrorKind::NotConnected)?, batch, runs)
+    }
+
+    fn wait_writable(&mut self, via: Via, timeout: Duration) {
+        let socket = match via {
+            Via::WireGuard => Some(&self.wireguard),
+            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
+        };
+        let Some(socket) = socket else { return };
+        let mut fds = [PollFd::new(borrow(socket), PollFlags::POLLOUT)];
+        // An interrupted or failed wait shows at the next send.
+        let _ = nix::poll::poll(&mut fds, poll_timeout(Some(timeout)));
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        let mut fds = [
+            PollFd::new(borrow(&self.tun), PollFlags::POLLIN),
+            PollFd::new(borrow(&self.wireguard), PollFlags::POLLIN),
+            PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.vxlan.as_ref().map_or(self.bell.as_fd(), |s| borrow(s)), PollFlags::POLLIN),
+        ];
+        match nix::poll::poll(&mut fds, poll_timeout(timeout)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        if fds[2].revents().is_some_and(|e| e.contains(PollFlags::POLLIN)) {
+            let _ = self.bell.read();
+        }
+        Ok(())
+    }
+
+    fn yield_now(&mut self) {
+        std::thread::yield_now();
+    }
+}
+
+fn borrow(fd: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor belongs to the value that is borrowed for as long as the result lives.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// Rounded up, so that a timer is not polled for just before it is due.
+fn poll_timeout(timeout: Option<Duration>) -> PollTimeout {
+    match timeout {
+        None => PollTimeout::NONE,
+        Some(t) => {
+            let ms = t.as_micros().div_ceil(1000).min(60_000) as u16;
+            PollTimeout::from(ms)
+        }
+    }
+}
+
+/// A bell that wakes a lane.
+pub fn bell() -> io::Result<EventFd> {
+    use nix::sys::eventfd::EfdFlags;
+    Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
+}

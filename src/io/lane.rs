@@ -1,0 +1,479 @@
+//! The lane's thread: reads what there is, lets the packet line work on it, sends what came out.
+//!
+//! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full
+//! 2. datagrams -> packet line -> TUN, one receive call's worth per encapsulation
+//! 3. commands and timers
+//! 4. nothing to do: yield for a while, then sleep
+//!
+//! Each turn is bounded; the snapshot is loaded once per turn.
+
+use std::io::{self, IoSlice};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tracing::{info, warn};
+
+use super::kernel::Kernel;
+use super::tun::{READ_BYTES, TunOffloads};
+use super::udp::{Received, SLOT, SLOTS};
+use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
+use crate::packet::DropReason;
+use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
+use crate::packet::parse;
+use crate::packet::segment::SuperPacket;
+use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
+use crate::snapshot::{Encap, PeerId, Snapshot};
+use crate::tunnel::batch::Run;
+use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
+
+/// Frames read from the TUN before the network gets its turn.
+const TUN_FRAMES: usize = 16;
+/// How long an idle lane keeps looking before it sleeps: waking up is most of the latency, and 100 us of
+/// looking with a yield in between brings it below that of kernel VXLAN.
+const SPIN: Duration = Duration::from_micros(100);
+/// How long a full socket may take to accept more before its packets are dropped.
+const SEND_PATIENCE: Duration = Duration::from_millis(2);
+/// Most pieces of one write: the virtio header, and 64 packets (coalesce.rs joins no more).
+const MAX_PIECES: usize = 1 + MAX_SEGMENTS as usize;
+
+/// What others may ask of a running lane.
+#[derive(Debug)]
+pub enum Command {
+    /// Start sessions with these peers.
+    Initiate(Vec<PeerId>),
+    /// Say how things are.
+    Report(SyncSender<LaneReport>),
+}
+
+/// How things are.
+#[derive(Clone, Debug, Default)]
+pub struct LaneReport {
+    /// WireGuard sessions.
+    pub sessions: Vec<SessionReport>,
+    /// Traffic per peer, indexed by [`PeerId`].
+    pub traffic: Vec<PeerTraffic>,
+    /// WireGuard's own counters.
+    pub wireguard: WireGuardStats,
+    /// Offloads in use.
+    pub offloads: LaneOffloads,
+}
+
+/// Which offloads a lane uses; each is given up on its own when the kernel refuses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneOffloads {
+    /// TCP super-packets to and from the TUN.
+    pub tun_tcp: bool,
+    /// UDP super-packets to and from the TUN.
+    pub tun_udp: bool,
+    /// Joining packets before they are written to the TUN.
+    pub joining: bool,
+    /// One send for many datagrams.
+    pub udp_segmentation: bool,
+    /// One receive for many datagrams.
+    pub udp_receive: bool,
+    /// Joining pure ACKs.
+    pub ack_joining: bool,
+}
+
+impl Default for LaneOffloads {
+    fn default() -> LaneOffloads {
+        LaneOffloads {
+            tun_tcp: true,
+            tun_udp: true,
+            joining: true,
+            udp_segmentation: true,
+            udp_receive: true,
+            ack_joining: true,
+        }
+    }
+}
+
+/// What a lane shares with the rest of the agent.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// What the packet line reads.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// Set to end the lane.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// A lane and everything it drives.
+pub struct LaneLoop<K> {
+    kernel: K,
+    lane: Lane,
+    shared: Shared,
+    commands: Receiver<Command>,
+    offloads: LaneOffloads,
+    out: Output,
+    frame: Box<[u8]>,
+    receive: Box<[u8]>,
+    received: Vec<Received>,
+}
+
+impl<K> std::fmt::Debug for LaneLoop<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LaneLoop").field("lane", &self.lane).field("offloads", &self.offloads).finish()
+    }
+}
+
+impl<K: Kernel> LaneLoop<K> {
+    /// Puts a lane together with its kernel.
+    pub fn new(
+        kernel: K,
+        lane: Lane,
+        shared: Shared,
+        commands: Receiver<Command>,
+        offloads: LaneOffloads,
+    ) -> LaneLoop<K> {
+        LaneLoop {
+            kernel,
+            lane,
+            shared,
+            commands,
+            offloads,
+            out: Output::new(batch_offloads(&offloads)),
+            frame: vec![0; READ_BYTES].into_boxed_slice(),
+            receive: vec![0; SLOTS * SLOT].into_boxed_slice(),
+            received: Vec::with_capacity(SLOTS),
+        }
+    }
+
+    /// The offloads in use.
+    pub fn offloads(&self) -> LaneOffloads {
+        self.offloads
+    }
+
+    /// The kernel, to give it another TUN queue.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Runs until asked to stop; an error is the end of the data path.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut last_work = self.kernel.now();
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            let now = self.kernel.now();
+            if self.turn(now)? {
+                last_work = now;
+                continue;
+            }
+            if now.saturating_duration_since(last_work) < SPIN {
+                self.kernel.yield_now();
+                continue;
+            }
+            let timeout = self.lane.poll_timeout().map(|at| at.saturating_duration_since(now));
+            self.kernel.wait(timeout)?;
+            last_work = self.kernel.now();
+        }
+        Ok(())
+    }
+
+    /// One bounded turn; whether there was anything to do.
+    pub fn turn(&mut self, now: Instant) -> io::Result<bool> {
+        let snapshot = self.shared.snapshot.load_full();
+        let mut worked = self.take_frames(now, &snapshot)?;
+        for encap in [Encap::WireGuard, Encap::Vxlan] {
+            worked |= self.take_datagrams(now, &snapshot, encap)?;
+        }
+        worked |= self.commands(now, &snapshot);
+        if self.lane.poll_timeout().is_some_and(|at| at <= now) {
+            self.lane.handle_timeout(now, &snapshot, &mut self.out);
+        }
+        self.flush_datagrams();
+        Ok(worked)
+    }
+
+    // --- 1 ---------------------------------------------------------------------------------------
+
+    fn take_frames(&mut self, now: Instant, snapshot: &Snapshot) -> io::Result<bool> {
+        let mut frames = 0;
+        while frames < TUN_FRAMES && self.out.has_room() {
+            match self.kernel.read_tun(&mut self.frame) {
+                Ok(len) => self.lane.handle_tun(now, snapshot, &mut self.frame[..len], &mut self.out),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                // Down, but not gone: whoever repairs the interface sets it up again.
+                Err(e) if e.raw_os_error() == Some(libc::EIO) => break,
+                // Gone: the caller opens it again.
+                Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Err(e),
+                Err(e) => return Err(io::Error::new(e.kind(), format!("reading the TUN: {e}"))),
+            }
+            frames += 1;
+        }
+        self.flush_datagrams();
+        self.flush_tun(now, snapshot);
+        Ok(frames > 0)
+    }
+
+    // --- 2 ---------------------------------------------------------------------------------------
+
+    fn take_datagrams(&mut self, now: Instant, snapshot: &Snapshot, encap: Encap) -> io::Result<bool> {
+        self.received.clear();
+        match self.kernel.receive(encap, &mut self.receive, &mut self.received) {
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            // An ICMP error about an earlier datagram, or a signal: not about this socket.
+            Err(e) if is_passing(&e) => return Ok(false),
+            Err(e) => return Err(io::Error::new(e.kind(), format!("receiving {}: {e}", encap.name()))),
+        }
+        for i in 0..self.received.len() {
+            let r = self.received[i];
+            let arrival = Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
+            self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
+        }
+        self.flush_tun(now, snapshot);
+        self.flush_datagrams();
+        Ok(true)
+    }
+
+    // --- 3 ---------------------------------------------------------------------------------------
+
+    fn commands(&mut self, now: Instant, snapshot: &Snapshot) -> bool {
+        let mut any = false;
+        while let Ok(command) = self.commands.try_recv() {
+            any = true;
+            match command {
+                Command::Initiate(peers) => {
+                    for peer in peers {
+                        self.lane.initiate(now, snapshot, peer, &mut self.out);
+                        if !self.out.has_room() {
+                            self.flush_datagrams();
+                        }
+                    }
+                }
+                Command::Report(answer) => {
+                    // Whoever asked may have gone.
+                    let _ = answer.try_send(self.report(now));
+                }
+            }
+        }
+        any
+    }
+
+    fn report(&self, now: Instant) -> LaneReport {
+        LaneReport {
+            sessions: self.lane.wireguard().report(now),
+            traffic: self.lane.traffic().to_vec(),
+            wireguard: self.lane.wireguard().stats,
+            offloads: self.offloads,
+        }
+    }
+
+    // --- what came out ---------------------------------------------------------------------------
+
+    fn flush_tun(&mut self, now: Instant, snapshot: &Snapshot) {
+        if self.out.tun.is_empty() {
+            return;
+        }
+        self.lane.finish_tun(now, snapshot, &mut self.receive, &mut self.out);
+        let counters = self.lane.counters();
+        let mut refused = None;
+        for frame in self.out.tun.frames() {
+            match write_frame(&mut self.kernel, &frame, &self.receive, &self.out.plain) {
+                Ok(len) => {
+                    counters.add(Total::TunWrites, 1);
+                    counters.add(Total::TunWriteBytes, len);
+                }
+                // Some kernels refuse joined packets: nothing is lost but the speed.
+                Err(e) if frame.packets > 1 && e.raw_os_error() == Some(libc::EINVAL) => {
+                    refused = Some(frame.vnet);
+                    let memory = Memory { receive: &mut self.receive, plain: &mut self.out.plain };
+                    let lost = write_apart(&mut self.kernel, &frame, &memory, &mut self.frame);
+                    counters.count_drops(DropReason::TunWriteFailed, lost);
+                }
+                Err(_) => counters.count_drops(DropReason::TunWriteFailed, usize::from(frame.packets)),
+            }
+        }
+        self.out.clear_tun();
+        if let Some(vnet) = refused {
+            self.give_up_tun_offload(&vnet);
+        }
+    }
+
+    fn give_up_tun_offload(&mut self, vnet: &[u8]) {
+        let udp = VnetHdr::decode(vnet).is_ok_and(|(header, _)| header.gso() == GSO_UDP_L4);
+        if udp {
+            self.offloads.tun_udp = false;
+        } else {
+            self.offloads.tun_tcp = false;
+        }
+        self.out.tun.set_offloads(batch_offloads(&self.offloads));
+        let left = TunOffloads { tcp: self.offloads.tun_tcp, udp: self.offloads.tun_udp };
+        self.kernel.limit_tun_offloads(left);
+        self.lane.counters().add(Total::OffloadFallbacks, 1);
+        let what = if udp { "UDP" } else { "TCP" };
+        warn!("the kernel refuses joined {what} packets on the TUN: writing them one by one from now on");
+    }
+
+    fn flush_datagrams(&mut self) {
+        if self.out.tx.is_empty() {
+            return;
+        }
+        let counters = self.lane.counters();
+        let mut given_up = false;
+        let runs = self.out.tx.runs();
+        let mut at = 0;
+        while at < runs.len() {
+            let via = runs[at].via;
+            let same = runs[at..].iter().take_while(|r| r.via == via).count();
+            let sent = if self.offloads.udp_segmentation && !given_up {
+                send_all(&mut self.kernel, &self.out.tx, &runs[at..at + same])
+            } else {
+                let single: Vec<Run> = runs[at..at + same].iter().flat_map(datagrams).collect();
+                let (_, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
+                counters.count_drops(DropReason::SendFailed, failed);
+                Sent::All
+            };
+            match sent {
+                Sent::All => at += same,
+                Sent::Refused { sent, error } => {
+                    let run = &runs[at + sent];
+                    at += sent + 1;
+                    // EIO: the device cannot checksum; EINVAL, EMSGSIZE: it cannot cut, or not so large.
+                    let about_offload = run.count > 1
+                        && matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE));
+                    if !about_offload {
+                        counters.count_drops(DropReason::SendFailed, run.count);
+                        continue;
+                    }
+                    let single: Vec<Run> = datagrams(run).collect();
+                    let (delivered, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
+                    counters.count_drops(DropReason::SendFailed, failed);
+                    // A datagram too large for the device is not the offload's fault.
+                    given_up |= delivered > 0 && error.raw_os_error() != Some(libc::EMSGSIZE);
+                }
+            }
+        }
+        counters.add(Total::SendRuns, runs.len());
+        self.out.tx.clear();
+        if given_up {
+            self.offloads.udp_segmentation = false;
+            counters.add(Total::OffloadFallbacks, 1);
+            info!(
+                "the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on"
+            );
+        }
+    }
+}
+
+/// Writes one frame in one call.
+fn write_frame<K: Kernel>(
+    kernel: &mut K,
+    frame: &Frame<'_>,
+    receive: &[u8],
+    plain: &[u8],
+) -> io::Result<usize> {
+    let mut slices = [IoSlice::new(&[]); MAX_PIECES];
+    slices[0] = IoSlice::new(&frame.vnet);
+    let mut count = 1;
+    for piece in frame.pieces.iter().take(MAX_PIECES - 1) {
+        let from = match piece.region {
+            Region::Receive => receive,
+            Region::Plain => plain,
+        };
+        let at = piece.offset as usize;
+        slices[count] = IoSlice::new(&from[at..at + piece.len as usize]);
+        count += 1;
+    }
+    kernel.write_tun(&slices[..count])
+}
+
+/// Cuts a joined frame again and writes its packets one by one; returns how many were lost.
+fn write_apart<K: Kernel>(kernel: &mut K, frame: &Frame<'_>, memory: &Memory<'_>, room: &mut [u8]) -> usize {
+    let all = usize::from(frame.packets);
+    let len = frame.gather(memory, room);
+    let Ok((vnet, _)) = VnetHdr::decode(&frame.vnet) else { return all };
+    let Ok(headers) = parse(&room[..len]) else { return all };
+    let Ok(segments) = SuperPacket::new(&vnet, &room[..len], &headers) else { return all };
+    let header = [0; VNET_HDR_LEN];
+    let mut packet = vec![0; segments.max_len()];
+    let mut lost = 0;
+    for i in 0..segments.count() {
+        let len = segments.write(i, &mut packet);
+        let slices = [IoSlice::new(&header), IoSlice::new(&packet[..len])];
+        lost += usize::from(kernel.write_tun(&slices).is_err());
+    }
+    lost
+}
+
+enum Sent {
+    All,
+    Refused { sent: usize, error: io::Error },
+}
+
+/// Sends runs in order; waits a little when the socket is full, and goes on behind a run that is refused.
+fn send_all<K: Kernel>(kernel: &mut K, batch: &crate::tunnel::TxBatch, runs: &[Run]) -> Sent {
+    let mut sent = 0;
+    let mut waited = false;
+    while sent < runs.len() {
+        match kernel.send(batch, &runs[sent..]) {
+            Ok(count) => {
+                sent += count.max(1);
+                waited = false;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !waited => {
+                kernel.wait_writable(runs[sent].via, SEND_PATIENCE);
+                waited = true;
+            }
+            Err(error) => return Sent::Refused { sent, error },
+        }
+    }
+    Sent::All
+}
+
+/// Sends datagrams without offload; each failure costs that datagram. Returns how many went and failed.
+fn send_singly<K: Kernel>(kernel: &mut K, batch: &crate::tunnel::TxBatch, single: &[Run]) -> (usize, usize) {
+    let (mut at, mut failed) = (0, 0);
+    while at < single.len() {
+        match send_all(kernel, batch, &single[at..]) {
+            Sent::All => break,
+            Sent::Refused { sent, .. } => {
+                at += sent + 1;
+                failed += 1;
+            }
+        }
+    }
+    (single.len() - failed, failed)
+}
+
+/// A run's datagrams, one by one.
+fn datagrams(run: &Run) -> impl Iterator<Item = Run> {
+    let run = *run;
+    (0..run.count).map(move |i| {
+        let start = i * run.segment;
+        let len = run.segment.min(run.len - start);
+        Run { offset: run.offset + start, len, segment: len, count: 1, ..run }
+    })
+}
+
+/// Errors that an earlier datagram left on the socket.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::EINTR
+                | libc::ECONNREFUSED
+                | libc::EHOSTUNREACH
+                | libc::ENETUNREACH
+                | libc::ENETDOWN
+                | libc::EMSGSIZE
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::ENOBUFS
+                | libc::ENOMEM
+        )
+    )
+}
+
+fn batch_offloads(offloads: &LaneOffloads) -> Offloads {
+    Offloads {
+        tcp: offloads.tun_tcp && offloads.joining,
+        udp: offloads.tun_udp && offloads.joining,
+        acks: offloads.ack_joining,
+    }
+}

@@ -1,0 +1,195 @@
+//! The TUN device: its queues are opened by our own ioctls, with the virtio header, several queues and
+//! no packet information from the first day (a persistent device keeps these flags for life), and
+//! handed to the `tun` crate, which owns and reads the descriptor.
+
+use std::fs::OpenOptions;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use thiserror::Error;
+
+/// Largest read: a virtio header and a super-packet of 64 KiB with IPv6 header.
+pub const READ_BYTES: usize = 10 + 65_535 + 40;
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+/// include/uapi/linux/if_tun.h
+const TUN_F_CSUM: libc::c_uint = 0x01;
+const TUN_F_TSO4: libc::c_uint = 0x02;
+const TUN_F_TSO6: libc::c_uint = 0x04;
+const TUN_F_TSO_ECN: libc::c_uint = 0x08;
+const TUN_F_USO4: libc::c_uint = 0x20;
+const TUN_F_USO6: libc::c_uint = 0x40;
+
+/// Why the TUN could not be had, and what to do.
+#[derive(Debug, Error)]
+pub enum TunError {
+    /// The device file is not there.
+    #[error(
+        "/dev/net/tun is missing: load the module (`modprobe tun`) or give the container the device /dev/net/tun"
+    )]
+    Missing,
+    /// The device file may not be opened.
+    #[error("/dev/net/tun may not be opened: run as root, or allow it with `chmod 666 /dev/net/tun`")]
+    Forbidden,
+    /// Not allowed to make the interface.
+    #[error("not allowed to make the interface {0}: the agent needs root or the capability CAP_NET_ADMIN")]
+    NoPermission(String),
+    /// The interface exists with other properties.
+    #[error(
+        "the interface {0} exists but is not a multi-queue TUN with virtio headers (or is a device of another kind): \
+         remove it with `ip link delete {0}`, or choose another name with --tun-name"
+    )]
+    OtherKind(String),
+    /// Something holds all queues.
+    #[error(
+        "the interface {0} is in use by another program: stop it, or choose another name with --tun-name"
+    )]
+    Busy(String),
+    /// Interface names have at most 15 bytes.
+    #[error("`{0}` is no interface name: 1 to 15 characters, no slash and no space")]
+    BadName(String),
+    /// Anything else the kernel said.
+    #[error("cannot open a queue of the TUN {name}: {source}")]
+    Io {
+        /// The interface.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// What the kernel hands over in one piece and takes back in one piece.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TunOffloads {
+    /// TCP super-packets.
+    pub tcp: bool,
+    /// UDP super-packets (Linux 6.2 and later).
+    pub udp: bool,
+}
+
+/// One queue of the TUN.
+pub struct TunQueue {
+    device: tun::Device,
+    offloads: TunOffloads,
+}
+
+impl std::fmt::Debug for TunQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TunQueue").field("fd", &self.as_raw_fd()).field("offloads", &self.offloads).finish()
+    }
+}
+
+impl TunQueue {
+    /// Opens one more queue of the interface, which is made if it is not there, and makes it outlive us.
+    /// Offloads are asked for from most to least; what the kernel refuses is not used.
+    pub fn open(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
+        if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']) {
+            return Err(TunError::BadName(name.to_owned()));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(|e| match e.raw_os_error() {
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::Missing,
+                Some(libc::EACCES | libc::EPERM) => TunError::Forbidden,
+                Some(_) | None => TunError::Io { name: name.to_owned(), source: e },
+            })?;
+        set_interface(file.as_raw_fd(), name)?;
+        let fd = file.into_raw_fd();
+        let mut config = tun::Configuration::default();
+        config.raw_fd(fd).close_fd_on_drop(true).tun_name(name);
+        let device = tun::Device::new(&config)
+            .map_err(|e| TunError::Io { name: name.to_owned(), source: io::Error::other(e.to_string()) })?;
+        let offloads = set_offloads(fd, wanted);
+        Ok(TunQueue { device, offloads })
+    }
+
+    /// What this queue does.
+    pub fn offloads(&self) -> TunOffloads {
+        self.offloads
+    }
+
+    /// Gives up offloads that turned out not to work.
+    pub fn limit_offloads(&mut self, wanted: TunOffloads) {
+        self.offloads = set_offloads(self.as_raw_fd(), wanted);
+    }
+
+    /// Reads one frame: virtio header and packet.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.device.recv(buffer)
+    }
+
+    /// Writes one frame from pieces.
+    pub fn write(&self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        // SAFETY: IoSlice is guaranteed to have the layout of iovec, the slices outlive the call, and
+        // the descriptor is open for as long as `self` is.
+        let written = unsafe {
+            libc::writev(
+                self.as_raw_fd(),
+                pieces.as_ptr().cast::<libc::iovec>(),
+                pieces.len().min(libc::UIO_MAXIOV as usize) as libc::c_int,
+            )
+        };
+        if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+    }
+}
+
+impl AsRawFd for TunQueue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.device.as_raw_fd()
+    }
+}
+
+fn set_interface(fd: RawFd, name: &str) -> Result<(), TunError> {
+    // SAFETY: an all-zero ifreq is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which lives on our stack.
+    if unsafe { libc::ioctl(fd, TUNSETIFF as _, &raw mut request) } < 0 {
+        let error = io::Error::last_os_error();
+        return Err(match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => TunError::NoPermission(name.to_owned()),
+            Some(libc::EINVAL) => TunError::OtherKind(name.to_owned()),
+            Some(libc::EBUSY | libc::E2BIG) => TunError::Busy(name.to_owned()),
+            Some(_) | None => TunError::Io { name: name.to_owned(), source: error },
+        });
+    }
+    // SAFETY: TUNSETPERSIST takes its argument by value.
+    if unsafe { libc::ioctl(fd, TUNSETPERSIST as _, 1 as libc::c_ulong) } < 0 {
+        return Err(TunError::Io { name: name.to_owned(), source: io::Error::last_os_error() });
+    }
+    Ok(())
+}
+
+/// Tries the wanted offloads, then less, until the kernel agrees.
+fn set_offloads(fd: RawFd, wanted: TunOffloads) -> TunOffloads {
+    let without_udp = TunOffloads { tcp: wanted.tcp, udp: false };
+    for offloads in [wanted, without_udp] {
+        let mut flags = 0;
+        if offloads.tcp || offloads.udp {
+            flags |= TUN_F_CSUM;
+        }
+        if offloads.tcp {
+            flags |= TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+        }
+        if offloads.udp {
+            flags |= TUN_F_USO4 | TUN_F_USO6;
+        }
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        if unsafe { libc::ioctl(fd, TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) } >= 0 {
+            return offloads;
+        }
+    }
+    // SAFETY: as above; without any flag the call cannot be refused.
+    unsafe { libc::ioctl(fd, TUNSETOFFLOAD as _, 0 as libc::c_ulong) };
+    TunOffloads::default()
+}

@@ -1,0 +1,203 @@
+//! `warren status` and `warren peers`: ask the agent on this machine, print its answer.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+use super::pb::status_client::StatusClient;
+use super::{pb, render, server};
+
+/// Where the agent keeps its socket unless told otherwise.
+pub const DEFAULT_RUN_DIR: &str = "/run/warren";
+/// Connecting and one answer; the agent's own deadlines are shorter.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Thousands of peers fit; a broken agent cannot fill our memory.
+const LARGEST_ANSWER: usize = 64 << 20;
+
+/// Which agent to ask.
+#[derive(Args, Clone, Debug)]
+pub struct Target {
+    /// The agent's run directory
+    #[arg(long, value_name = "DIR", env = "WARREN_RUN_DIR", default_value = DEFAULT_RUN_DIR)]
+    pub run_dir: PathBuf,
+    /// The agent's socket, instead of warren.sock in the run directory
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Print the agent's whole answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl Target {
+    /// The socket to ask.
+    pub fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| server::socket_path(&self.run_dir))
+    }
+}
+
+/// Show this node: lanes, peers, drops, offloads, and what is wrong
+#[derive(Args, Clone, Debug)]
+pub struct StatusArgs {
+    /// Which agent to ask
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// Show the other nodes: endpoint, encapsulation, MTU, last handshake, traffic
+#[derive(Args, Clone, Debug)]
+pub struct PeersArgs {
+    /// Only peers whose name contains this
+    #[arg(value_name = "NAME", default_value = "")]
+    pub name: String,
+    /// Show everything that is known of each peer
+    #[arg(long, short)]
+    pub verbose: bool,
+    /// Which agent to ask
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// Why a command got no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "no agent is running here: nobody answers on {}\nStart it with `warren agent`, or name its directory \
+         with --run-dir (the agent prints it when it starts)",
+        .socket.display()
+    )]
+    NotRunning {
+        /// The socket that was tried.
+        socket: PathBuf,
+    },
+    /// Not allowed to ask.
+    #[error("not allowed to ask the agent on {}: run this as the agent's user (root, usually)", .socket.display())]
+    NotAllowed {
+        /// The socket that was tried.
+        socket: PathBuf,
+    },
+    /// The socket is there but cannot be used.
+    #[error("cannot ask the agent on {}: {source}", .socket.display())]
+    Connect {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Something answered, but not as an agent does.
+    #[error("the agent on {} gave no proper answer: {reason}\nIs it of another version, or overloaded?", .socket.display())]
+    Answer {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// The answer could not be printed.
+    #[error("cannot print the answer: {0}")]
+    Print(#[from] io::Error),
+}
+
+/// Runs `warren status`.
+pub fn status(args: &StatusArgs) -> Result<(), ClientError> {
+    let socket = args.target.socket();
+    let view = block_on(within(&socket, fetch_view(&socket)))??;
+    if args.target.json { print_json(&view) } else { print(&render::status(&view)) }
+}
+
+/// Runs `warren peers`.
+pub fn peers(args: &PeersArgs) -> Result<(), ClientError> {
+    let socket = args.target.socket();
+    let answer = block_on(within(&socket, fetch_peers(&socket, &args.name)))??;
+    if args.target.json {
+        return print_json(&answer);
+    }
+    print(&if args.verbose { render::peers_verbose(&answer) } else { render::peers(&answer) })
+}
+
+/// Asks the agent on this socket for everything.
+pub async fn fetch_view(socket: &Path) -> Result<pb::NodeView, ClientError> {
+    let mut client = connect(socket).await?;
+    let answer = client.get(pb::GetRequest {}).await.map_err(|status| bad_answer(socket, &status))?;
+    answer
+        .into_inner()
+        .view
+        .ok_or_else(|| ClientError::Answer { socket: socket.to_owned(), reason: "it is empty".to_owned() })
+}
+
+/// Asks the agent on this socket for its peers; only those whose name contains `name`.
+pub async fn fetch_peers(socket: &Path, name: &str) -> Result<pb::PeersResponse, ClientError> {
+    let mut client = connect(socket).await?;
+    let request = pb::PeersRequest { name: name.to_owned() };
+    let answer = client.peers(request).await.map_err(|status| bad_answer(socket, &status))?;
+    Ok(answer.into_inner())
+}
+
+/// Whatever answers there, or does not, a command ends.
+async fn within<T>(
+    socket: &Path,
+    asking: impl Future<Output = Result<T, ClientError>>,
+) -> Result<T, ClientError> {
+    let answer = tokio::time::timeout(PATIENCE, asking).await;
+    answer.unwrap_or_else(|_| {
+        let reason = format!("nothing came within {} s", PATIENCE.as_secs());
+        Err(ClientError::Answer { socket: socket.to_owned(), reason })
+    })
+}
+
+async fn connect(socket: &Path) -> Result<StatusClient<Channel>, ClientError> {
+    // Once by hand, because the transport hides why it could not connect.
+    UnixStream::connect(socket).await.map_err(|source| {
+        let socket = socket.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NotRunning { socket },
+            io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
+            _ => ClientError::Connect { socket, source },
+        }
+    })?;
+    let path = socket.to_owned();
+    let connector = service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The address is not used: the connector knows where to go.
+    let endpoint = Endpoint::from_static("http://warren.local");
+    let channel = endpoint.connect_with_connector(connector).await;
+    let channel = channel.map_err(|e| ClientError::Answer {
+        socket: socket.to_owned(),
+        reason: format!("it speaks no gRPC ({e})"),
+    })?;
+    Ok(StatusClient::new(channel).max_decoding_message_size(LARGEST_ANSWER))
+}
+
+fn bad_answer(socket: &Path, status: &tonic::Status) -> ClientError {
+    ClientError::Answer {
+        socket: socket.to_owned(),
+        reason: format!("{}: {}", status.code(), render::clean(status.message())),
+    }
+}
+
+fn block_on<F: Future>(future: F) -> io::Result<F::Output> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
+}
+
+fn print_json(message: &impl Serialize) -> Result<(), ClientError> {
+    let mut text = serde_json::to_string_pretty(message).map_err(io::Error::from)?;
+    text.push('\n');
+    print(&text)
+}
+
+/// A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) -> Result<(), ClientError> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
