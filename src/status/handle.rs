@@ -1,7 +1,7 @@
 //! What the agent shares with whoever asks how it is.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -137,10 +137,8 @@ impl Handle {
             .into_iter()
             .map(|answer| {
                 let left = deadline.saturating_duration_since(clock::now());
-                match answer?.recv_timeout(left) {
-                    Ok(report) => Some(report),
-                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-                }
+                // Too late, or the lane has ended: no answer either way.
+                answer?.recv_timeout(left).ok()
             })
             .collect()
     }
