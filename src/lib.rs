@@ -6,6 +6,10 @@ pub mod snapshot;
 pub mod tunnel;
 
 #[cfg(feature = "agent")]
+pub mod agent;
+#[cfg(feature = "agent")]
+pub mod config;
+#[cfg(feature = "agent")]
 pub mod demo;
 #[cfg(feature = "agent")]
 pub mod io;

@@ -126,7 +126,8 @@ impl FlowTable {
         }
     }
 
-    /// Makes the flow of a burst. With a translation, also its replies' key is taken.
+    /// Makes the flow of a burst that [`FlowTable::lookup`] did not find. With a translation, which only a
+    /// packet that opens a connection can have, its replies' key is taken too.
     pub fn insert(
         &self,
         now: u64,
@@ -156,23 +157,22 @@ impl FlowTable {
         };
         let index = self.take(now, shard, hash).ok_or_else(full)?;
         let entry = self.slab.entry(index).ok_or(Untracked::Full)?;
-        let sequence = write(entry, now, &original, &reply, packet, translation, state, direction);
+        // Counted first: as soon as it is written, another lane in need of room may take it away again.
         self.slab.shard(shard, shard::LIVE).fetch_add(1, Ordering::Relaxed);
         self.slab.shard(shard, shard::CREATED).fetch_add(1, Ordering::Relaxed);
+        let sequence = write(entry, now, &original, &reply, packet, translation, state, direction);
 
         let flow = FlowRef { index, sequence };
         let linked = self.link(now, home, hash, index)
             && (reply_hash == hash || self.link(now, away, reply_hash, index));
-        if !linked {
-            self.forget(flow, |_| true);
-            return Err(full());
-        }
-        // Another lane in need of room may have taken the entry before it was in the index.
         fence(Ordering::SeqCst);
-        if entry[entry::SEQUENCE].load(Ordering::Relaxed) != sequence {
+        let ours = entry[entry::SEQUENCE].load(Ordering::Relaxed) == sequence;
+        if !linked || !ours {
+            self.forget(flow, |_| true);
+            // If another lane took the entry before it was in the index, nobody else knows of these slots.
             self.unlink(index, hash);
             self.unlink(index, reply_hash);
-            return Err(self.busy());
+            return Err(if ours { full() } else { self.busy() });
         }
         let rewrite =
             translation.map(|t| Rewrite { to: t.reply.reversed(), service: t.service, endpoint: t.endpoint });

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use super::{Exit, Lane, Output, Total};
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
+use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::segment::{SuperPacket, fragment_v4, owes_checksum};
 use crate::packet::vnet::VnetHdr;
-use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::{DropReason, Headers, L4, parse};
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
 use crate::tunnel::Segments;

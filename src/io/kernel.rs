@@ -45,8 +45,8 @@ pub struct Linux {
     pub tun: TunQueue,
     /// The lane's WireGuard socket.
     pub wireguard: UdpSocket,
-    /// VXLAN's receiving socket.
-    pub vxlan: UdpSocket,
+    /// VXLAN's receiving socket, if the node speaks it.
+    pub vxlan: Option<UdpSocket>,
     /// VXLAN's sending sockets.
     pub vxlan_sources: Vec<UdpSocket>,
     /// Rung to wake the lane.
@@ -80,26 +80,30 @@ impl Kernel for Linux {
 
     fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {
         let socket = match encap {
-            Encap::WireGuard => &self.wireguard,
-            Encap::Vxlan => &self.vxlan,
+            Encap::WireGuard => Some(&self.wireguard),
+            Encap::Vxlan => self.vxlan.as_ref(),
         };
-        self.receiver.receive(socket, buffer, out)
+        match socket {
+            Some(socket) => self.receiver.receive(socket, buffer, out),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
     }
 
     fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
         let Some(first) = runs.first() else { return Ok(0) };
         let socket = match first.via {
-            Via::WireGuard => &self.wireguard,
-            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)).unwrap_or(&self.vxlan),
+            Via::WireGuard => Some(&self.wireguard),
+            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
         };
-        self.sender.send(socket, batch, runs)
+        self.sender.send(socket.ok_or(io::ErrorKind::NotConnected)?, batch, runs)
     }
 
     fn wait_writable(&mut self, via: Via, timeout: Duration) {
         let socket = match via {
-            Via::WireGuard => &self.wireguard,
-            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)).unwrap_or(&self.vxlan),
+            Via::WireGuard => Some(&self.wireguard),
+            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
         };
+        let Some(socket) = socket else { return };
         let mut fds = [PollFd::new(borrow(socket), PollFlags::POLLOUT)];
         // An interrupted or failed wait shows at the next send.
         let _ = nix::poll::poll(&mut fds, poll_timeout(Some(timeout)));
@@ -109,14 +113,14 @@ impl Kernel for Linux {
         let mut fds = [
             PollFd::new(borrow(&self.tun), PollFlags::POLLIN),
             PollFd::new(borrow(&self.wireguard), PollFlags::POLLIN),
-            PollFd::new(borrow(&self.vxlan), PollFlags::POLLIN),
             PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.vxlan.as_ref().map_or(self.bell.as_fd(), |s| borrow(s)), PollFlags::POLLIN),
         ];
         match nix::poll::poll(&mut fds, poll_timeout(timeout)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
-        if fds[3].revents().is_some_and(|e| e.contains(PollFlags::POLLIN)) {
+        if fds[2].revents().is_some_and(|e| e.contains(PollFlags::POLLIN)) {
             let _ = self.bell.read();
         }
         Ok(())
@@ -148,4 +152,3 @@ pub fn bell() -> io::Result<EventFd> {
     use nix::sys::eventfd::EfdFlags;
     Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
 }
-

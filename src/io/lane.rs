@@ -22,9 +22,9 @@ use super::udp::{Received, SLOT, SLOTS};
 use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
 use crate::packet::DropReason;
 use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
+use crate::packet::parse;
 use crate::packet::segment::SuperPacket;
 use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
-use crate::packet::parse;
 use crate::snapshot::{Encap, PeerId, Snapshot};
 use crate::tunnel::batch::Run;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
@@ -68,6 +68,8 @@ pub struct LaneOffloads {
     pub tun_tcp: bool,
     /// UDP super-packets to and from the TUN.
     pub tun_udp: bool,
+    /// Joining packets before they are written to the TUN.
+    pub joining: bool,
     /// One send for many datagrams.
     pub udp_segmentation: bool,
     /// One receive for many datagrams.
@@ -81,6 +83,7 @@ impl Default for LaneOffloads {
         LaneOffloads {
             tun_tcp: true,
             tun_udp: true,
+            joining: true,
             udp_segmentation: true,
             udp_receive: true,
             ack_joining: true,
@@ -138,8 +141,18 @@ impl<K: Kernel> LaneLoop<K> {
         }
     }
 
+    /// The offloads in use.
+    pub fn offloads(&self) -> LaneOffloads {
+        self.offloads
+    }
+
+    /// The kernel, to give it another TUN queue.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
     /// Runs until asked to stop; an error is the end of the data path.
-    pub fn run(mut self) -> io::Result<()> {
+    pub fn run(&mut self) -> io::Result<()> {
         let mut last_work = self.kernel.now();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let now = self.kernel.now();
@@ -184,6 +197,8 @@ impl<K: Kernel> LaneLoop<K> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 // Down, but not gone: whoever repairs the interface sets it up again.
                 Err(e) if e.raw_os_error() == Some(libc::EIO) => break,
+                // Gone: the caller opens it again.
+                Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Err(e),
                 Err(e) => return Err(io::Error::new(e.kind(), format!("reading the TUN: {e}"))),
             }
             frames += 1;
@@ -206,8 +221,7 @@ impl<K: Kernel> LaneLoop<K> {
         }
         for i in 0..self.received.len() {
             let r = self.received[i];
-            let arrival =
-                Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
+            let arrival = Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
             self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
         }
         self.flush_tun(now, snapshot);
@@ -338,7 +352,9 @@ impl<K: Kernel> LaneLoop<K> {
         if given_up {
             self.offloads.udp_segmentation = false;
             counters.add(Total::OffloadFallbacks, 1);
-            info!("the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on");
+            info!(
+                "the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on"
+            );
         }
     }
 }
@@ -366,12 +382,7 @@ fn write_frame<K: Kernel>(
 }
 
 /// Cuts a joined frame again and writes its packets one by one; returns how many were lost.
-fn write_apart<K: Kernel>(
-    kernel: &mut K,
-    frame: &Frame<'_>,
-    memory: &Memory<'_>,
-    room: &mut [u8],
-) -> usize {
+fn write_apart<K: Kernel>(kernel: &mut K, frame: &Frame<'_>, memory: &Memory<'_>, room: &mut [u8]) -> usize {
     let all = usize::from(frame.packets);
     let len = frame.gather(memory, room);
     let Ok((vnet, _)) = VnetHdr::decode(&frame.vnet) else { return all };
@@ -460,5 +471,9 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 fn batch_offloads(offloads: &LaneOffloads) -> Offloads {
-    Offloads { tcp: offloads.tun_tcp, udp: offloads.tun_udp, acks: offloads.ack_joining }
+    Offloads {
+        tcp: offloads.tun_tcp && offloads.joining,
+        udp: offloads.tun_udp && offloads.joining,
+        acks: offloads.ack_joining,
+    }
 }

@@ -2,8 +2,11 @@
 #![allow(unsafe_code)] // system calls; each block says why it is sound
 
 pub mod clock;
+pub mod fleet;
+pub mod flows;
 pub mod host;
 pub mod kernel;
 pub mod lane;
 pub mod tun;
 pub mod udp;
+pub mod underlay;

@@ -21,6 +21,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use siphasher::sip::SipHasher24;
 
 use super::problem::{nearest, quote};
 use crate::snapshot::{Encap, MAX_LANES, PeerLane, PublicKey};
@@ -303,7 +304,8 @@ fn endpoints(text: &str) -> Result<Vec<SocketAddr>, String> {
     Ok(endpoints)
 }
 
-fn endpoint(text: &str) -> Result<SocketAddr, String> {
+/// Checks one endpoint.
+pub fn endpoint(text: &str) -> Result<SocketAddr, String> {
     let address: SocketAddr = text.parse().map_err(|_| {
         format!("{} is not an address and port (192.0.2.1:51820 or [2001:db8::1]:51820)", quote(text))
     })?;
@@ -314,7 +316,8 @@ fn endpoint(text: &str) -> Result<SocketAddr, String> {
     Ok(address)
 }
 
-fn location(text: &str) -> Result<String, String> {
+/// Checks a location.
+pub fn location(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
     if text.len() <= 63 && text.chars().all(allowed) {
         Ok(text.to_owned())

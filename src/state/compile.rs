@@ -37,6 +37,15 @@ pub enum EncapPolicy {
 }
 
 impl EncapPolicy {
+    /// Its name in flags and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            EncapPolicy::WireGuard => "wireguard",
+            EncapPolicy::Vxlan => "vxlan",
+            EncapPolicy::Auto => "auto",
+        }
+    }
+
     /// What a node with this policy announces.
     pub const fn encaps(self) -> Encaps {
         match self {

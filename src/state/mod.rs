@@ -23,5 +23,5 @@ pub mod keys;
 pub mod ownership;
 pub mod problem;
 pub mod publish;
-//TMP pub mod run;
+pub mod run;
 pub mod source;

@@ -33,4 +33,3 @@ impl Segments for &[u8] {
         <[u8]>::len(self)
     }
 }
-

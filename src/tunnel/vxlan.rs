@@ -19,7 +19,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::icmpv6::{
     NdpOptionSlice, NeighborAdvertisementHeader, NeighborAdvertisementPayloadSlice,
-    NeighborSolicitationPayloadSlice, TYPE_REDIRECT_MESSAGE, TYPE_ROUTER_SOLICITATION,
+    NeighborSolicitationPayloadSlice, TYPE_NEIGHBOR_ADVERTISEMENT, TYPE_NEIGHBOR_SOLICITATION,
+    TYPE_REDIRECT_MESSAGE, TYPE_ROUTER_ADVERTISEMENT, TYPE_ROUTER_SOLICITATION,
 };
 use etherparse::{
     ArpEthIpv4Packet, ArpHardwareId, ArpOperation, ArpPacketSlice, EtherType, Ethernet2Slice, Icmpv6Header,
@@ -119,12 +120,12 @@ pub fn open(datagram: &[u8], vni: u32, our_mac: &Mac) -> Result<Inner, DropReaso
     let version = payload.first().ok_or(DropReason::Truncated)? >> 4;
     match (frame.ether_type(), version) {
         (EtherType::ARP, _) => return open_arp(payload, source_mac),
-        (EtherType::IPV6, 6) if is_discovery(payload) => return open_discovery(payload, source_mac),
+        (EtherType::IPV6, 6) if is_neighbour_message(payload) => return open_discovery(payload, source_mac),
+        // A Linux machine solicits routers on every device: no more remarkable than other multicast.
+        (EtherType::IPV4, 4) | (EtherType::IPV6, 6) if to_group => return Err(DropReason::Multicast),
+        (EtherType::IPV6, 6) if is_router_message(payload) => return Err(DropReason::BadInnerFrame),
         (EtherType::IPV4, 4) | (EtherType::IPV6, 6) => {}
         _ => return Err(DropReason::BadInnerFrame),
-    }
-    if to_group {
-        return Err(DropReason::Multicast);
     }
     Ok(Inner::Ip { offset: HEADER, source_mac })
 }
@@ -237,17 +238,26 @@ fn open_arp(payload: &[u8], source_mac: Mac) -> Result<Inner, DropReason> {
     }
 }
 
-/// Whether an IPv6 packet is one of the five messages that never leave a link: router solicitation (133)
-/// and advertisement, neighbour solicitation and advertisement, redirect (137).
-fn is_discovery(packet: &[u8]) -> bool {
-    packet.get(6) == Some(&IpNumber::IPV6_ICMP.0)
-        && packet
-            .get(Ipv6Header::LEN)
-            .is_some_and(|kind| (TYPE_ROUTER_SOLICITATION..=TYPE_REDIRECT_MESSAGE).contains(kind))
+/// The ICMPv6 type of a packet that could be neighbour discovery, which has no extension headers (RFC 6980).
+fn icmpv6_type(packet: &[u8]) -> Option<u8> {
+    let icmp = packet.get(6) == Some(&IpNumber::IPV6_ICMP.0);
+    packet.get(Ipv6Header::LEN).copied().filter(|_| icmp)
 }
 
-/// RFC 4861 sections 7.1.1 and 7.1.2. Routers have no business on this link, so their messages (and the
-/// default routes that forged ones plant, CVE-2020-10749) end here.
+fn is_neighbour_message(packet: &[u8]) -> bool {
+    matches!(icmpv6_type(packet), Some(TYPE_NEIGHBOR_SOLICITATION | TYPE_NEIGHBOR_ADVERTISEMENT))
+}
+
+/// Routers have no business on this link: their messages, and the default routes that forged ones plant
+/// (CVE-2020-10749), must not reach our kernel.
+fn is_router_message(packet: &[u8]) -> bool {
+    matches!(
+        icmpv6_type(packet),
+        Some(TYPE_ROUTER_SOLICITATION | TYPE_ROUTER_ADVERTISEMENT | TYPE_REDIRECT_MESSAGE)
+    )
+}
+
+/// RFC 4861 sections 7.1.1 and 7.1.2.
 fn open_discovery(packet: &[u8], source_mac: Mac) -> Result<Inner, DropReason> {
     let ip = Ipv6HeaderSlice::from_slice(packet).map_err(|_| DropReason::Truncated)?;
     let body = packet
@@ -638,7 +648,10 @@ mod tests {
         assert_eq!(fixed(&|p| p[41] = 1), Err(DropReason::BadInnerFrame)); // code
         assert_eq!(fixed(&|p| p[48] = 0xff), Err(DropReason::BadInnerFrame)); // multicast target
         for kind in [133, 134, 137] {
-            assert_eq!(fixed(&|p| p[40] = kind), Err(DropReason::BadInnerFrame));
+            assert_eq!(fixed(&|p| p[40] = kind), Err(DropReason::Multicast));
+            let mut packet = good.clone();
+            packet[40] = kind;
+            assert_eq!(opened(&frame(OURS, THEIRS, 0x86dd, &packet)), Err(DropReason::BadInnerFrame));
         }
         // Other ICMPv6 in a group frame is multicast, in a frame of ours an ordinary packet.
         assert_eq!(fixed(&|p| p[40] = 128), Err(DropReason::Multicast));

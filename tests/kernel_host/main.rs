@@ -300,3 +300,61 @@ fn a_setting_that_cannot_be_written_is_named() {
         assert!(error.to_string().contains("net.ipv6.conf.all.forwarding"), "{error}");
     });
 }
+
+#[test]
+fn a_cluster_without_ipv6_gets_none() {
+    let node = Node::new();
+    node.run(async {
+        let mut network = HostNetwork::open(None).unwrap();
+        network.apply(&config_v4()).await.unwrap();
+        assert!(!sh("ip -6 rule").contains("4700"));
+        assert!(!sh("nft list table inet warren").contains("ip6 "));
+        assert!(sh("sysctl net.ipv6.conf.all.forwarding").contains("= 0"));
+        assert!(network.apply(&config_v4()).await.unwrap().is_empty());
+        // And one that loses it loses what we made of it.
+        network.apply(&config()).await.unwrap();
+        network.apply(&config_v4()).await.unwrap();
+        assert!(!sh("ip -6 rule").contains("4700") && !sh("ip -6 route show table all").contains("proto 87"));
+    });
+}
+
+#[test]
+fn an_uplink_that_lives_from_router_advertisements_keeps_them() {
+    let node = Node::new();
+    node.run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        sh("ip link add eth0 type veth peer name eth1; ip link set eth0 up; ip link set eth1 up");
+        sh("sysctl -w net.ipv6.conf.eth0.accept_ra=1 net.ipv6.conf.eth1.accept_ra=1");
+        sh("ip -6 route add default via fe80::1 dev eth0 proto ra");
+        HostNetwork::open(Some(file.clone())).unwrap().apply(&config()).await.unwrap();
+        assert!(sh("sysctl net.ipv6.conf.eth0.accept_ra").contains("= 2"));
+        assert!(sh("sysctl net.ipv6.conf.eth1.accept_ra").contains("= 1"), "it had no such route");
+        host::cleanup("warren0", Some(&file)).await.unwrap();
+        assert!(sh("sysctl net.ipv6.conf.eth0.accept_ra").contains("= 1"));
+    });
+}
+
+#[test]
+fn without_permission_the_error_says_so() {
+    const PROBE: &str = "WARREN_TEST_PERMISSION_PROBE";
+    if std::env::var_os(PROBE).is_some() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let outcome = runtime.block_on(async { HostNetwork::open(None)?.apply(&config()).await });
+        let error = outcome.unwrap_err();
+        assert!(matches!(error, HostError::NoPermission { .. }), "{error}");
+        return;
+    }
+    let node = Node::new();
+    // The program itself may lie where only root can read.
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("probe");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let status = node.0.enter(|| {
+        let mut probe = std::process::Command::new(&program);
+        probe.args(["--exact", "without_permission_the_error_says_so"]).env(PROBE, "1");
+        std::os::unix::process::CommandExt::uid(&mut probe, 65534).status().unwrap()
+    });
+    assert!(status.success());
+}

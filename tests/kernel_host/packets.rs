@@ -36,7 +36,7 @@ fn pods_keep_their_address_in_the_cluster_and_lose_it_to_the_world() {
         assert_eq!(receive(&pod).expect("the world's answer").0, b"back");
 
         pod.send_to(b"over", (ip(family.remote_pod), 7000)).unwrap();
-        let packet = stage.from_tun(SOON).expect("a pod's packet to another node's pod");
+        let packet = stage.next_in_tunnel(SOON).expect("a pod's packet to another node's pod");
         assert_eq!((packet.from.ip(), packet.to.ip()), (ip(family.pods[0]), ip(family.remote_pod)));
     }
 }
@@ -83,12 +83,13 @@ fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
         // A pod's reply to an address that no route leads into the tunnel, and the host's own.
         for (place, address) in [(&stage.pods[0], family.pods[0]), (&stage.node.0, family.node_address)] {
             let server = place.udp(address, 7000);
-            stage.into_tun(client, SocketAddr::new(ip(address), 7000));
+            stage.inject(client, SocketAddr::new(ip(address), 7000));
             let (_, from) = receive(&server).expect("a packet out of the tunnel");
             assert_eq!(from, client);
             server.send_to(b"reply", from).unwrap();
-            let reply =
-                stage.from_tun(SOON).unwrap_or_else(|| panic!("{address}'s reply is not in the tunnel"));
+            let reply = stage
+                .next_in_tunnel(SOON)
+                .unwrap_or_else(|| panic!("{address}'s reply is not in the tunnel"));
             assert_eq!((reply.from, reply.to), (SocketAddr::new(ip(address), 7000), client));
         }
     }
@@ -96,19 +97,25 @@ fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
 
 #[test]
 fn same_node_replies_come_up_from_the_bridge_when_services_need_them() {
-    for services in [true, false] {
+    for (services, br_netfilter) in [(true, 1), (true, 0), (false, 1)] {
         let stage = Stage::new(false);
+        stage.node.0.enter(|| {
+            for family in ["ip", "ip6"] {
+                // Absent where the kernel has no br_netfilter: then it is like 0.
+                shell(&format!("sysctl -w net.bridge.bridge-nf-call-{family}tables={br_netfilter}"));
+            }
+        });
         stage.apply(&HostConfig { services, ..config() });
         for family in FAMILIES {
             let client = stage.pods[0].udp(family.pods[0], 5000);
             let server = stage.pods[1].udp(family.pods[1], 7000);
             let [client_at, server_at] = [client.local_addr().unwrap(), server.local_addr().unwrap()];
             // The loop has translated a Service to the pod next door: the client's address stays.
-            stage.into_tun(client_at, server_at);
+            stage.inject(client_at, server_at);
             assert_eq!(receive(&server).expect("the loop's packet").1, client_at);
             server.send_to(b"reply", client_at).unwrap();
             if services {
-                let reply = stage.from_tun(SOON).expect("the reply comes up");
+                let reply = stage.next_in_tunnel(SOON).expect("the reply comes up");
                 assert_eq!((reply.from, reply.to), (server_at, client_at));
             } else {
                 assert_eq!(receive(&client).expect("the reply stays on the bridge").1, server_at);
@@ -139,11 +146,8 @@ fn a_dropping_forward_policy_does_not_stop_pods() {
         world.send_to(b"back", from).unwrap();
         receive(&pod).expect("and back");
         pod.send_to(b"over", (ip(family.remote_pod), 7000)).unwrap();
-        stage.from_tun(SOON).expect("into the tunnel");
-        stage.into_tun(
-            SocketAddr::new(ip(family.remote_pod), 5000),
-            SocketAddr::new(ip(family.pods[0]), 7000),
-        );
+        stage.next_in_tunnel(SOON).expect("into the tunnel");
+        stage.inject(SocketAddr::new(ip(family.remote_pod), 5000), SocketAddr::new(ip(family.pods[0]), 7000));
         receive(&pod).expect("out of the tunnel");
     }
     stage.node.run(async {
@@ -247,7 +251,7 @@ impl Stage {
     }
 
     /// The next UDP packet that the node sends into the tunnel.
-    fn from_tun(&self, within: Duration) -> Option<Packet> {
+    fn next_in_tunnel(&self, within: Duration) -> Option<Packet> {
         let mut buffer = [0; 2048];
         // What else comes (a multicast report of a socket) is read over; it is never much.
         for _ in 0..32 {
@@ -259,7 +263,7 @@ impl Stage {
         None
     }
 
-    fn into_tun(&self, from: SocketAddr, to: SocketAddr) {
+    fn inject(&self, from: SocketAddr, to: SocketAddr) {
         let mut bytes = Vec::new();
         let builder = match (from.ip(), to.ip()) {
             (IpAddr::V4(a), IpAddr::V4(b)) => PacketBuilder::ipv4(a.octets(), b.octets(), 63),

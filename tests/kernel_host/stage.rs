@@ -98,6 +98,15 @@ pub(crate) fn config() -> HostConfig {
     }
 }
 
+pub(crate) fn config_v4() -> HostConfig {
+    let mut config = config();
+    config.node_addresses.retain(IpAddr::is_ipv4);
+    config.pod_ranges.retain(|range| range.addr().is_ipv4());
+    config.tunnel_routes.retain(|route| route.range.addr().is_ipv4());
+    config.cluster_ranges.retain(|range| range.addr().is_ipv4());
+    config
+}
+
 pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }

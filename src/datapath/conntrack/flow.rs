@@ -137,6 +137,6 @@ pub struct FlowCounters {
     pub invalid: u64,
     /// Bursts untracked because another lane was at work in the same place.
     pub busy: u64,
-    /// Entries cleared at [`FlowTable::attach`] because they were half written or damaged.
+    /// Entries cleared at [`attach`](super::FlowTable::attach) because they were half written or damaged.
     pub recovered: u64,
 }

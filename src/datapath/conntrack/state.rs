@@ -108,6 +108,8 @@ pub(super) const SCTP: u8 = 132;
 
 /// Seconds of silence after which a flow is forgotten. [`Timeouts::KERNEL`] are Linux's defaults; where the
 /// kernel tracks the same connection, ours must not be longer, or we would speak of flows that it has forgotten.
+/// (For TCP data that stays unacknowledged the kernel falls to five minutes; we do not follow sequence numbers,
+/// so there alone ours is longer.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
     /// SYN sent.

@@ -401,7 +401,7 @@ fn lanes_that_fight_over_a_full_table_lose_no_entry() {
                     let mut expected = key.reversed();
                     let packet = sighting(key, 0);
                     // Every seventh destination is a Service.
-                    let tracked = if key.source_port % 7 == 0 {
+                    let tracked = if key.source_port.is_multiple_of(7) {
                         expected.source = [10, 244, 3, 3].into();
                         let translation = Translation { reply: expected, service: 1, endpoint: 2 };
                         match table.lookup(now, &packet) {

@@ -31,6 +31,9 @@ const AT_HEAD: u16 = libc::NLM_F_CREATE as u16;
 /// NFTNL_UDATA_RULE_COMMENT of libnftnl's udata.h: the type byte of a comment.
 const COMMENT: u8 = 0;
 
+/// Tables that never drop by default and may be huge; listing them at every change would cost.
+const KNOWN_TO_ACCEPT: [&str; 2] = [NAME, "kube-proxy"];
+
 /// One accept rule, identified by its comment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Accept {
@@ -135,7 +138,7 @@ async fn forward_chains(connection: &Connection<Nftables>) -> Result<Vec<Forward
         .filter(|chain| {
             matches!(chain.family, Family::Ip | Family::Ip6 | Family::Inet)
                 && chain.hook == Some(Hook::Forward.number(chain.family))
-                && chain.table != NAME
+                && !KNOWN_TO_ACCEPT.contains(&chain.table.as_str())
         })
         .map(|chain| ForwardChain {
             family: chain.family,

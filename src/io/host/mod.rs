@@ -1,10 +1,10 @@
 //! The node's own network: everything that Warren puts into the kernel beside the tunnel device's
 //! queues, made, compared, repaired and removed, all over netlink.
 //!
-//! 1. [`links`]: the tunnel device's MTU, addresses, and that it is up; where the pod bridges are.
-//! 2. [`sysctl`]: forwarding, reverse-path filter, router advertisements.
-//! 3. [`routes`]: what is routed into the tunnel, and the rule that sends marked replies there.
-//! 4. [`nft`]: marks, masquerade, the leak filter; [`foreign`]: accepts in chains that drop.
+//! 1. `links`: the tunnel device's MTU, addresses, and that it is up; where the pod bridges are.
+//! 2. `sysctl`: forwarding, reverse-path filter, router advertisements.
+//! 3. `routes`: what is routed into the tunnel, and the rule that sends marked replies there.
+//! 4. `nft`: marks, masquerade, the leak filter; `foreign`: accepts in chains that drop.
 //! 5. [`watch`](HostNetwork::watch): somebody removed something, it comes back.
 //!
 //! [`HostNetwork::apply`] walks 1 to 4, compares before it writes, and says what it changed. The
@@ -240,7 +240,7 @@ impl HostNetwork {
         if self.generation == Some(generation) && self.bridges == bridges {
             return Ok(());
         }
-        nft::apply(&self.nft, &nft::inet_table(config, &bridges), report)
+        nft::apply(&self.nft, &nft::inet_table(config), report)
             .await
             .map_err(|e| HostError::nft("write nft table inet warren", e))?;
         if self.bridge_family {

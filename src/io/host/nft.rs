@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `prerouting` | filter, mangle | remember flows that came out of the tunnel; mark their replies |
 //! | `output` | route, mangle | mark replies of the node's own processes, and route them again |
-//! | `redirects` | filter output | no ICMP redirect towards a pod bridge |
+//! | `redirects` | filter output | no ICMP redirect to a pod of this node |
 //! | `leak` | filter postrouting | cluster packets leave by the tunnel or not at all (encrypted mode) |
 //! | `pods` | nat postrouting, srcnat - 5 | pods keep their address in the cluster, are masqueraded to the world |
 //!
@@ -23,8 +23,8 @@ use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig};
 use nlink::netlink::nftables::{
     BaseChain, CtDirection, CtKey, Expr, Family, Field, FilterHook, Match, MetaKey, NFTA_NAT_FAMILY,
     NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_TYPE, NatHook, PacketField,
-    PayloadBase, PayloadCsum, PktType, Policy, Priority, RawExpr, Register, Rule, SetElement, SetKeyType,
-    Value,
+    PayloadBase, PayloadCsum, PktType, Policy, Priority, RangeOp, RawExpr, Register, Rule, SetElement,
+    SetKeyType, Value,
 };
 use nlink::netlink::{Connection, Nftables};
 
@@ -48,6 +48,11 @@ const BRIDGE_DSTNAT: i32 = -300;
 /// ICMP_REDIRECT (RFC 792) and NDISC_REDIRECT (RFC 4861 section 4.5).
 const ICMP_REDIRECT: u8 = 5;
 const ND_REDIRECT: u8 = 137;
+/// IPPROTO_ICMPV6, RFC 4443.
+const IPPROTO_ICMPV6: u8 = 58;
+/// All of neighbour discovery: router solicitation (133) to redirect (RFC 4861 section 4).
+const ND_FIRST: u8 = 133;
+const ND_LAST: u8 = ND_REDIRECT;
 
 /// Another commit can land between comparing and committing; then we compare again, so often.
 const ATTEMPTS: usize = 8;
@@ -107,13 +112,13 @@ pub(super) fn unsupported(error: &nlink::Error) -> bool {
 }
 
 /// `table inet warren`, complete.
-pub(super) fn inet_table(config: &HostConfig, bridges: &[PodBridge]) -> NftablesConfig {
+pub(super) fn inet_table(config: &HostConfig) -> NftablesConfig {
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = sets(table, config);
         let table = marks(table, config);
-        let table = redirects(table, bridges);
+        let table = redirects(table, config);
         let table = leak(table, config);
-        pods(table, config, bridges)
+        pods(table, config)
     })
 }
 
@@ -132,6 +137,26 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
             let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
             chain.base(base.policy(Policy::Accept)).exclusive()
         });
+        if config.has_v6() {
+            // Neighbours answer from pod to pod, unicast; a router in between would spoil it (hop
+            // limit 255, RFC 4861 section 7.1).
+            table = table.rule("prerouting", |rule| {
+                rule.match_l4proto(IPPROTO_ICMPV6)
+                    .expr(Expr::Payload {
+                        dreg: Register::R0,
+                        base: PayloadBase::Transport,
+                        offset: 0,
+                        len: 1,
+                    })
+                    .expr(Expr::Range {
+                        sreg: Register::R0,
+                        op: RangeOp::Eq,
+                        from: vec![ND_FIRST],
+                        to: vec![ND_LAST],
+                    })
+                    .accept()
+            });
+        }
         for (subnet, mac) in bridged {
             table = table.rule("prerouting", |rule| take_up(rule, subnet, mac));
         }
@@ -140,8 +165,7 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
 }
 
 /// A frame from pod to pod of this node is handed to the IP stack instead of being bridged.
-/// `other` leaves out broadcast and multicast; ARP and ND have no pod source or are multicast. The
-/// source's subnet says which bridge it is: `meta ibrname` needs CONFIG_NFT_BRIDGE_META, which not
+/// `other` leaves out broadcast and multicast. The source's subnet says which bridge it is: `meta ibrname` needs CONFIG_NFT_BRIDGE_META, which not
 /// every kernel has.
 fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
     let v6 = subnet.addr().is_ipv6();
@@ -165,7 +189,9 @@ fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
 
 fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
     let table = address_set(table, "pods", &config.pod_ranges);
-    address_set(table, "cluster", &config.cluster_ranges)
+    // This node's pods are of the cluster even if nobody said so yet.
+    let cluster = [config.cluster_ranges.as_slice(), &config.pod_ranges].concat();
+    address_set(table, "cluster", &cluster)
 }
 
 /// A flow that came out of the tunnel is remembered in the connection's mark; its replies, and only
@@ -203,16 +229,21 @@ fn mark_reply(rule: Rule) -> Rule {
 
 /// Packets that the loop sends back out of the bridge they came from make the kernel tell the pod a
 /// "better" way that goes round the loop. IPv6 has no sysctl against it.
-fn redirects(table: DeclaredTableBuilder, bridges: &[PodBridge]) -> DeclaredTableBuilder {
-    let mut table = table.chain("redirects", |chain| {
-        chain.base(BaseChain::filter(FilterHook::Output, Priority::Filter).policy(Policy::Accept)).exclusive()
-    });
-    for bridge in bridges {
-        table = table
-            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmp_type(ICMP_REDIRECT).drop())
-            .rule("redirects", |rule| rule.match_oif(&bridge.name).match_icmpv6_type(ND_REDIRECT).drop());
+fn redirects(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
+    let table = table
+        .chain("redirects", |chain| {
+            let base = BaseChain::filter(FilterHook::Output, Priority::Filter);
+            chain.base(base.policy(Policy::Accept)).exclusive()
+        })
+        .rule("redirects", |rule| {
+            rule.match_in_set(PacketField::Ip4Daddr, "pods4").match_icmp_type(ICMP_REDIRECT).drop()
+        });
+    if !config.has_v6() {
+        return table;
     }
-    table
+    table.rule("redirects", |rule| {
+        rule.match_in_set(PacketField::Ip6Daddr, "pods6").match_icmpv6_type(ND_REDIRECT).drop()
+    })
 }
 
 /// A packet for another node's pods that finds no way into the tunnel (device gone, route gone) would
@@ -226,7 +257,7 @@ fn leak(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
     if !config.encrypted {
         return table;
     }
-    for v6 in [false, true] {
+    for v6 in families(config) {
         let (_, daddr) = addresses(v6);
         table = table.rule("leak", |rule| {
             rule.match_in_set(daddr, set_name("cluster", v6))
@@ -243,11 +274,11 @@ fn leak(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
 
 /// Source translation of pods. Within one hook the first chain that binds a source wins, so this
 /// stands before srcnat (100), where the `bridge` plugin's ipMasq and kube-proxy have theirs.
-fn pods(table: DeclaredTableBuilder, config: &HostConfig, bridges: &[PodBridge]) -> DeclaredTableBuilder {
+fn pods(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
     let priority = Priority::Custom(Priority::SrcNat.to_i32() - 5);
     let mut table =
         table.chain("pods", |chain| chain.base(BaseChain::nat(NatHook::Postrouting, priority)).exclusive());
-    for v6 in [false, true] {
+    for v6 in families(config) {
         let (saddr, daddr) = addresses(v6);
         let from_pod = |rule: Rule| {
             rule.match_in_set(saddr, set_name("pods", v6))
@@ -259,13 +290,7 @@ fn pods(table: DeclaredTableBuilder, config: &HostConfig, bridges: &[PodBridge])
                 keep_source(from_pod(rule).match_in_set(daddr, set_name("cluster", v6)), v6)
             });
         if config.masquerade {
-            table = table.rule("pods", |mut rule| {
-                rule = from_pod(rule);
-                for bridge in bridges {
-                    rule = rule.match_oif_not(&bridge.name);
-                }
-                no_multicast(rule, v6).masquerade()
-            });
+            table = table.rule("pods", |rule| no_multicast(from_pod(rule), v6).masquerade());
         }
     }
     table
@@ -296,6 +321,11 @@ fn keep_source(rule: Rule, v6: bool) -> Rule {
     shown.extend(number(NFTA_NAT_FLAGS, MAP_IPS));
     rule.expr(Expr::Payload { dreg: Register::R0, base: PayloadBase::Network, offset, len })
         .expr(RawExpr::new("nat", sent).echo(shown))
+}
+
+/// IPv6 rules only where there is IPv6: a kernel built without it refuses them.
+fn families(config: &HostConfig) -> impl Iterator<Item = bool> {
+    std::iter::once(false).chain(config.has_v6().then_some(true))
 }
 
 fn addresses(v6: bool) -> (PacketField, PacketField) {
@@ -331,4 +361,72 @@ fn address_set(table: DeclaredTableBuilder, base: &str, ranges: &[IpNet]) -> Dec
         .set(set_name(base, true), |set| {
             set.key_type(SetKeyType::Ipv6Addr).interval().elements(of(true).collect::<Vec<_>>())
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::TunnelRoute;
+    use super::*;
+
+    fn config(v6: bool) -> HostConfig {
+        let all = ["10.244.0.0/16", "10.244.1.0/24", "fd00::/16", "fd00:1::/64"];
+        let ranges = |wanted: [usize; 2]| -> Vec<IpNet> {
+            wanted
+                .iter()
+                .map(|i| all[*i].parse().unwrap())
+                .filter(|r: &IpNet| v6 || r.addr().is_ipv4())
+                .collect()
+        };
+        let routes = ranges([0, 2]);
+        HostConfig {
+            tun: "warren0".to_owned(),
+            mtu: 1420,
+            node_addresses: Vec::new(),
+            loop_v4: std::net::Ipv4Addr::new(169, 254, 77, 1),
+            loop_v6: std::net::Ipv6Addr::LOCALHOST,
+            pod_ranges: ranges([1, 3]),
+            tunnel_routes: routes
+                .iter()
+                .map(|range| TunnelRoute { range: *range, source: None, mtu: 1400 })
+                .collect(),
+            cluster_ranges: routes,
+            masquerade: true,
+            encrypted: true,
+            services: true,
+        }
+    }
+
+    fn bridge() -> PodBridge {
+        let subnets = vec!["10.244.1.0/24".parse().unwrap()];
+        PodBridge { name: "cbr0".to_owned(), bridge_mac: Some([2, 0, 0, 0, 0, 1]), subnets }
+    }
+
+    #[test]
+    fn the_tables_are_valid_and_have_ipv6_only_where_there_is_any() {
+        for v6 in [false, true] {
+            let config = config(v6);
+            for table in [inet_table(&config), bridge_table(&config, &[bridge()])] {
+                table.validate().unwrap();
+                let rules = table.tables()[0].rules();
+                let six = |rule: &Rule| rule.nft_syntax().is_some_and(|text| text.contains("v6 "));
+                assert!(v6 || !rules.iter().any(|rule| six(rule.body())), "IPv6 in an IPv4 cluster");
+            }
+        }
+    }
+
+    #[test]
+    fn without_services_or_a_bridge_there_is_no_bridge_table() {
+        let with = config(true);
+        let without = HostConfig { services: false, ..config(true) };
+        let routed = PodBridge { bridge_mac: None, ..bridge() };
+        for table in [
+            bridge_table(&without, &[bridge()]),
+            bridge_table(&with, &[]),
+            // The `ptp` plugin's: an interface per pod, nothing to bridge.
+            bridge_table(&with, &[routed]),
+        ] {
+            assert!(table.tables().is_empty());
+            assert_eq!(table.absent_tables(), [(Family::Bridge, NAME.to_owned())]);
+        }
+    }
 }

@@ -150,7 +150,10 @@ impl Saved {
     /// Remembers the value before our first change.
     fn remember(&mut self, key: &str, before: &str, ours: &str) -> io::Result<()> {
         let first = self.values.get(key).map_or(before, |(first, _)| first).to_owned();
-        self.values.insert(key.to_owned(), (first, ours.to_owned()));
+        let entry = (first, ours.to_owned());
+        if self.values.insert(key.to_owned(), entry.clone()) == Some(entry) {
+            return Ok(());
+        }
         let Some(path) = &self.file else { return Ok(()) };
         let lines: String =
             self.values.iter().map(|(key, (before, ours))| format!("{key} {before} {ours}\n")).collect();
@@ -228,7 +231,12 @@ fn dotted(key: &str) -> String {
 }
 
 fn refused(key: &str, value: &str, source: io::Error) -> HostError {
-    HostError::Sysctl { key: dotted(key), value: value.to_owned(), source }
+    let key = dotted(key);
+    // A read-only /proc/sys answers EROFS; EACCES and EPERM are about us.
+    if source.kind() == io::ErrorKind::PermissionDenied {
+        return HostError::NoPermission { doing: format!("set sysctl {key} to {value}") };
+    }
+    HostError::Sysctl { key, value: value.to_owned(), source }
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@
 //!    the Node that some other file holds, whose own annotations win.
 //! 4. If two files hold the same object, the file whose name sorts first wins, the other is reported.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -313,8 +314,11 @@ fn stamp(metadata: &fs::Metadata) -> Stamp {
     }
 }
 
+/// A file that cannot be read: what it looked like, if that is known, and why.
+type Unreadable = (Option<Stamp>, String);
+
 /// The file's content; `None` when there is no such file.
-fn read_file(path: &Path) -> Result<Option<(Stamp, Vec<u8>)>, (Option<Stamp>, String)> {
+fn read_file(path: &Path) -> Result<Option<(Stamp, Vec<u8>)>, Unreadable> {
     let fail = |stamp| move |error: io::Error| (stamp, format!("cannot be read: {error}"));
     // O_NONBLOCK: opening a FIFO that somebody put here must not hang the agent.
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
@@ -373,10 +377,12 @@ fn take(name: &str, parsed: manifest::Manifest) -> (BTreeMap<Key, Object>, Vec<P
                 }
             },
         };
-        if objects.contains_key(&key) {
-            problems.push(file_problem(name, "", format!("holds {key} twice; the first is used")));
-        } else {
-            objects.insert(key, object);
+        match objects.entry(key) {
+            Entry::Vacant(entry) => drop(entry.insert(object)),
+            Entry::Occupied(entry) => {
+                let reason = format!("holds {} twice; the first is used", entry.key());
+                problems.push(file_problem(name, "", reason));
+            }
         }
     }
     (objects, problems, bad)

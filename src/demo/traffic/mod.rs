@@ -1,0 +1,156 @@
+//! A tiny server and client: what stands in for the programs of a cluster's users.
+//!
+//! The server answers on TCP and UDP and says whom it saw; the client asks and prints what it heard as JSON.
+//! On TCP the first line says what is wanted:
+//!
+//! | line | answer |
+//! |---|---|
+//! | `who` | the server's name and the address it saw |
+//! | `pinged ID` | from which address the ICMP echo requests with that identifier came |
+//! | `sink` | reads until the end, then says how much came in how long |
+//! | `echo` | every byte back |
+//! | `GET ...` | as `who`, for curl and browsers |
+
+pub(super) mod client;
+pub(super) mod ping;
+pub(super) mod server;
+
+use std::net::{IpAddr, SocketAddr};
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// Where every pod answers.
+pub(super) const PORT: u16 = 8080;
+/// Longest question: hostile or lost bytes cost no more than this.
+const LONGEST_LINE: usize = 64;
+
+/// How to serve.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ServeArgs {
+    /// Who answers.
+    #[arg(long)]
+    pub name: String,
+    /// Where, TCP and UDP.
+    #[arg(long, required = true)]
+    pub listen: Vec<SocketAddr>,
+    /// Remember who sends ICMP echo requests.
+    #[arg(long)]
+    pub pings: bool,
+}
+
+/// What to ask.
+#[derive(Args, Clone, Debug, PartialEq, Eq)]
+pub(super) struct AskArgs {
+    /// Over which protocol.
+    #[arg(value_enum)]
+    pub protocol: Protocol,
+    /// Whom.
+    pub target: SocketAddr,
+    /// How long one try may take.
+    #[arg(long, default_value_t = 1000)]
+    pub timeout_ms: u64,
+    /// For how long to try again.
+    #[arg(long, default_value_t = 0)]
+    pub retry_ms: u64,
+}
+
+/// What to measure.
+#[derive(Args, Clone, Debug)]
+pub(super) struct MeasureArgs {
+    /// Towards whom.
+    pub target: SocketAddr,
+    /// For how long.
+    #[arg(long, default_value_t = 3000)]
+    pub for_ms: u64,
+}
+
+/// Protocols of the demo's traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Protocol {
+    /// A connection.
+    Tcp,
+    /// A datagram.
+    Udp,
+    /// A ping.
+    Icmp,
+}
+
+impl Protocol {
+    /// As a person calls it.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Icmp => "ping",
+        }
+    }
+
+    /// As the command line calls it.
+    pub(super) const fn flag(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Icmp => "icmp",
+        }
+    }
+}
+
+/// What a server said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Answer {
+    /// Its name.
+    pub by: String,
+    /// The address it saw the question come from.
+    pub saw: IpAddr,
+    /// From question to answer, in microseconds; of the try that succeeded.
+    pub micros: u64,
+}
+
+/// What went through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Sunk {
+    /// Bytes the server read.
+    pub bytes: u64,
+    /// From its first byte to its last.
+    pub micros: u64,
+}
+
+/// Round trips of one byte over one TCP connection, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct RoundTrips {
+    /// How many.
+    pub count: usize,
+    /// Half were faster.
+    pub p50: u64,
+    /// One in a hundred was slower.
+    pub p99: u64,
+}
+
+/// The words in which a server answers `who`, and any datagram.
+fn greeting(name: &str, saw: IpAddr) -> String {
+    format!("{name} saw {saw}\n")
+}
+
+/// Reads those words.
+fn read_greeting(text: &str) -> Option<(String, IpAddr)> {
+    let (name, saw) = text.trim_end().split_once(" saw ")?;
+    Some((name.to_string(), saw.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_greeting_is_understood() {
+        let saw = "fd00:10:244:1::2".parse().expect("an address");
+        assert_eq!(read_greeting(&greeting("pod-1a", saw)), Some(("pod-1a".into(), saw)));
+    }
+
+    #[test]
+    fn nonsense_is_not_a_greeting() {
+        assert_eq!(read_greeting("pod-1a saw nothing"), None);
+        assert_eq!(read_greeting(""), None);
+    }
+}

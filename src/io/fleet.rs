@@ -1,0 +1,264 @@
+//! All lanes of a node: opens their queues and sockets, runs their threads, asks them.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use nix::sys::eventfd::EventFd;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use super::clock;
+use super::kernel::{self, Linux};
+use super::lane::{Command, LaneLoop, LaneOffloads, Shared};
+use super::tun::{TunError, TunOffloads, TunQueue};
+use super::udp::{self, UdpError, UdpOptions, UdpSocket};
+use crate::datapath::conntrack::FlowTable;
+use crate::datapath::{Counters, Lane, LaneConfig};
+use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
+
+/// VXLAN source sockets of a lane: what a hash over source ports needs to spread flows a little.
+const VXLAN_SOURCES: u8 = 4;
+/// Commands that may wait for a lane.
+const COMMANDS: usize = 64;
+/// How long a lane tries to open the TUN again after somebody removed it, and how often.
+const TUN_RETRIES: u32 = 50;
+const TUN_RETRY_EVERY: Duration = Duration::from_millis(100);
+
+/// Why the lanes cannot be started.
+#[derive(Debug, Error)]
+pub enum FleetError {
+    /// The TUN.
+    #[error(transparent)]
+    Tun(#[from] TunError),
+    /// A socket.
+    #[error(transparent)]
+    Udp(#[from] UdpError),
+    /// A thread or a descriptor.
+    #[error("cannot start a lane: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// What the lanes are made with.
+pub struct FleetConfig {
+    /// The interface.
+    pub tun: String,
+    /// UDP port of lane 0; lane i has the one `i` above.
+    pub port: u16,
+    /// UDP port of VXLAN, shared by all lanes; `None` when the node does not speak it.
+    pub vxlan_port: Option<u16>,
+    /// The lanes' private keys, one each.
+    pub keys: Vec<[u8; 32]>,
+    /// Offloads that may be used.
+    pub offloads: LaneOffloads,
+    /// The flow table.
+    pub flows: Arc<FlowTable>,
+    /// What the lanes read.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+}
+
+/// One running lane, from the outside.
+#[derive(Debug)]
+pub struct RunningLane {
+    /// Which.
+    pub id: LaneId,
+    /// Its public key.
+    pub public_key: PublicKey,
+    /// Its WireGuard port.
+    pub port: u16,
+    /// To ask it something; ring the bell afterwards.
+    pub commands: SyncSender<Command>,
+    /// Wakes it.
+    pub bell: Arc<EventFd>,
+    /// Its counters.
+    pub counters: Arc<Counters>,
+    /// Offloads that it started with.
+    pub offloads: LaneOffloads,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// All lanes. Dropping it stops them.
+#[derive(Debug)]
+pub struct Fleet {
+    /// The lanes, lane 0 first.
+    pub lanes: Vec<RunningLane>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Fleet {
+    /// Opens everything, then starts the threads. `ended` is called with the reason when a lane fails: the
+    /// data path is broken then, and the process should end.
+    pub fn start(
+        config: FleetConfig,
+        ended: impl Fn(LaneId, String) + Clone + Send + 'static,
+    ) -> Result<Fleet, FleetError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut fleet = Fleet { lanes: Vec::new(), stop: Arc::clone(&stop) };
+        let shared = Shared { snapshot: Arc::clone(&config.snapshot), stop };
+        let epoch = (clock::now(), clock::since_boot_ms());
+        // Everything is opened before anything runs: a taken port must not leave half a data path.
+        let mut ready = Vec::new();
+        for (index, key) in config.keys.iter().enumerate() {
+            let id = LaneId(index as u8);
+            let (kernel, offloads) = open_kernel(&config, id)?;
+            let lane = Lane::new(LaneConfig {
+                id,
+                private: *key,
+                seed: random_seed()?,
+                vxlan_sources: VXLAN_SOURCES,
+                flows: Arc::clone(&config.flows),
+                epoch,
+            });
+            let (commands, orders) = sync_channel(COMMANDS);
+            fleet.lanes.push(RunningLane {
+                id,
+                public_key: lane.wireguard().public_key(),
+                port: kernel.wireguard.port(),
+                commands,
+                bell: Arc::clone(&kernel.bell),
+                counters: lane.counters(),
+                offloads,
+                thread: None,
+            });
+            ready.push((kernel, lane, orders, offloads));
+        }
+        for (running, (kernel, lane, orders, offloads)) in fleet.lanes.iter_mut().zip(ready) {
+            let (id, ended, shared, tun) = (running.id, ended.clone(), shared.clone(), config.tun.clone());
+            let thread = std::thread::Builder::new().name(format!("lane-{}", id.0)).spawn(move || {
+                let lane = LaneLoop::new(kernel, lane, shared, orders, offloads);
+                if let Err(reason) = run_lane(lane, &tun) {
+                    ended(id, reason);
+                }
+            })?;
+            running.thread = Some(thread);
+        }
+        Ok(fleet)
+    }
+
+    /// Wakes all lanes, for instance after a new snapshot.
+    pub fn ring(&self) {
+        for lane in &self.lanes {
+            // Full is rung already.
+            let _ = lane.bell.write(1);
+        }
+    }
+
+    /// Tells every lane to start sessions with these peers.
+    pub fn initiate(&self, peers: &[PeerId]) {
+        for lane in &self.lanes {
+            let _ = lane.commands.try_send(Command::Initiate(peers.to_vec()));
+        }
+        self.ring();
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.ring();
+        for lane in &mut self.lanes {
+            if let Some(thread) = lane.thread.take() {
+                // A panic was told through `ended`.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads), FleetError> {
+    let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
+    let receive_offload = config.offloads.udp_receive;
+    let port = config.port.checked_add(u16::from(id.0)).unwrap_or(config.port);
+    // Ports first: a port that is taken must not leave an interface behind.
+    let wireguard = UdpSocket::bind(UdpOptions { port, share_port: false, receive_offload })?;
+    let vxlan = config
+        .vxlan_port
+        .map(|port| UdpSocket::bind(UdpOptions { port, share_port: true, receive_offload }))
+        .transpose()?;
+    let source = UdpOptions { port: 0, share_port: false, receive_offload: false };
+    let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 })
+        .map(|_| UdpSocket::bind(source))
+        .collect::<Result<_, _>>()?;
+    let tun = TunQueue::open(&config.tun, wanted)?;
+    let offloads = LaneOffloads {
+        tun_tcp: tun.offloads().tcp,
+        tun_udp: tun.offloads().udp,
+        joining: config.offloads.joining,
+        udp_segmentation: config.offloads.udp_segmentation && wireguard.segmentation(),
+        udp_receive: wireguard.receive_offload(),
+        ack_joining: config.offloads.ack_joining,
+    };
+    if offloads != config.offloads {
+        info!(lane = id.0, ?offloads, "this kernel offers fewer offloads than Warren can use");
+    }
+    let kernel = Linux {
+        tun,
+        wireguard,
+        vxlan,
+        vxlan_sources,
+        bell: Arc::new(kernel::bell()?),
+        receiver: udp::Receiver::default(),
+        sender: udp::Sender::default(),
+    };
+    Ok((kernel, offloads))
+}
+
+/// Runs a lane to its end; a TUN that was removed is opened again, its sessions go on.
+fn run_lane(mut lane: LaneLoop<Linux>, tun: &str) -> Result<(), String> {
+    loop {
+        let ended = catch_unwind(AssertUnwindSafe(|| lane.run()));
+        let error = match ended {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(panic) => return Err(format!("panicked: {}", panic_text(&*panic))),
+        };
+        if error.raw_os_error() != Some(libc::EBADFD) {
+            return Err(error.to_string());
+        }
+        warn!("somebody removed the interface {tun}: making it again");
+        let offloads = lane.offloads();
+        let wanted = TunOffloads { tcp: offloads.tun_tcp, udp: offloads.tun_udp };
+        let queue = reopen(tun, wanted).map_err(|e| e.to_string())?;
+        lane.kernel_mut().tun = queue;
+    }
+}
+
+fn reopen(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
+    let mut tries = 0;
+    loop {
+        match TunQueue::open(name, wanted) {
+            Err(_) if tries < TUN_RETRIES => {
+                tries += 1;
+                std::thread::sleep(TUN_RETRY_EVERY);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a message")
+}
+
+/// Randomness for keyed hashes.
+pub fn random_seed() -> io::Result<(u64, u64)> {
+    let mut bytes = [0; 16];
+    // SAFETY: the buffer is ours and as long as said.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got != bytes.len() as isize {
+        return Err(io::Error::last_os_error());
+    }
+    let (low, high) = bytes.split_at(8);
+    let word = |half: &[u8]| half.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
+    Ok((word(low), word(high)))
+}

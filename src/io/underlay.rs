@@ -1,0 +1,96 @@
+//! What the node has under the tunnels: its addresses there, and the MTU.
+
+use std::net::IpAddr;
+
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader};
+use rtnetlink::{Handle, RouteMessageBuilder};
+use thiserror::Error;
+
+/// What everybody assumes of Ethernet.
+const DEFAULT_MTU: u16 = 1500;
+
+/// The underlay cannot be looked at.
+#[derive(Debug, Error)]
+#[error("cannot read the node's addresses and links: {0}")]
+pub struct UnderlayError(#[from] rtnetlink::Error);
+
+/// The node's network below the tunnels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    /// Addresses of the interface that the default route uses, IPv4 first; for nodes whose object says none.
+    pub addresses: Vec<IpAddr>,
+    /// The smallest MTU of the interfaces that tunnels may use.
+    pub mtu: u16,
+}
+
+/// Looks at the interfaces that hold `announced` addresses; without any, at the one of the default route.
+pub async fn look(handle: &Handle, announced: &[IpAddr], skip: &str) -> Result<Underlay, UnderlayError> {
+    let mut held: Vec<(u32, IpAddr)> = Vec::new();
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) = addresses.try_next().await? {
+        if message.header.scope != AddressScope::Universe {
+            continue;
+        }
+        let local = message.attributes.iter().find_map(|a| match a {
+            AddressAttribute::Local(ip) => Some(*ip),
+            _ => None,
+        });
+        let address = local.or_else(|| {
+            message.attributes.iter().find_map(|a| match a {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            })
+        });
+        held.extend(address.map(|ip| (message.header.index, ip)));
+    }
+    let mut links: Vec<u32> =
+        held.iter().filter(|(_, ip)| announced.contains(ip)).map(|(index, _)| *index).collect();
+    if links.is_empty() {
+        links = default_route_links(handle).await?;
+    }
+    let mut mtu = None;
+    let mut stream = handle.link().get().execute();
+    while let Some(link) = stream.try_next().await? {
+        let name = link.attributes.iter().find_map(|a| match a {
+            LinkAttribute::IfName(name) => Some(name.as_str()),
+            _ => None,
+        });
+        if !links.contains(&link.header.index) || name == Some(skip) {
+            continue;
+        }
+        let this = link.attributes.iter().find_map(|a| match a {
+            LinkAttribute::Mtu(mtu) => Some((*mtu).min(u32::from(u16::MAX)) as u16),
+            _ => None,
+        });
+        mtu = mtu.into_iter().chain(this).min();
+    }
+    held.retain(|(index, _)| links.contains(index));
+    let mut addresses: Vec<IpAddr> = held.into_iter().map(|(_, ip)| ip).collect();
+    addresses.sort();
+    Ok(Underlay { addresses, mtu: mtu.unwrap_or(DEFAULT_MTU) })
+}
+
+async fn default_route_links(handle: &Handle) -> Result<Vec<u32>, UnderlayError> {
+    let mut links = Vec::new();
+    let queries = [
+        RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    ];
+    for query in queries {
+        let mut routes = handle.route().get(query).execute();
+        while let Some(route) = routes.try_next().await? {
+            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN
+            {
+                continue;
+            }
+            links.extend(route.attributes.iter().find_map(|a| match a {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            }));
+        }
+    }
+    Ok(links)
+}

@@ -1,0 +1,454 @@
+//! Turns the handle of the state line: source events in; snapshot, host plan, report, checkpoint and our
+//! own announcement out.
+//!
+//! Per turn: take everything that waits, change the desired state, compile once, hand over. Saving and
+//! publishing come after, so that a slow disk delays no packet's route.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::checkpoint::{Checkpoint, CheckpointFiles};
+use super::compile::{Compiled, Compiler, HostPlan, Settings};
+use super::desired::{Desired, Outcome};
+use super::problem::{Problem, ProblemBoard, ProblemKind};
+use super::publish::{Published, Publisher};
+use super::source::{Kind, SourceEvent};
+use crate::snapshot::{LocalNode, Mesh, Snapshot};
+
+/// How often our published file is looked at, and the state saved if it has changed.
+const TICK: Duration = Duration::from_secs(2);
+/// Most events of one turn; more are the next one's.
+const BATCH: usize = 4096;
+
+/// Where the time comes from (`io::clock` in the agent).
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// The monotonic clock.
+    pub now: fn() -> Instant,
+    /// The wall clock.
+    pub wall: fn() -> SystemTime,
+}
+
+/// What the state line knows about itself, for `status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StateReport {
+    /// Whether the source has given its first full list.
+    pub listed: bool,
+    /// When the state in force was saved, if it comes from a checkpoint and the source has not spoken yet.
+    pub from_checkpoint: Option<u64>,
+    /// How many Nodes there are, this one included.
+    pub nodes: usize,
+    /// The snapshot's generation.
+    pub generation: u64,
+    /// What is wrong now.
+    pub problems: Vec<Problem>,
+    /// How many problems of each kind there ever were.
+    pub problems_seen: Vec<(ProblemKind, u64)>,
+}
+
+/// What the rest of the agent reads.
+#[derive(Clone, Debug)]
+pub struct Outputs {
+    /// For the lanes.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// For the host; `None` until there is a saved or a full state, so that nothing is torn down early.
+    pub plan: watch::Receiver<Option<Arc<HostPlan>>>,
+    /// For `status`.
+    pub report: watch::Receiver<Arc<StateReport>>,
+}
+
+/// The state line. [`StateLine::handle`] and [`StateLine::compile`] are all of it without the waiting.
+#[derive(Debug)]
+pub struct StateLine {
+    desired: Desired,
+    compiler: Compiler,
+    board: ProblemBoard,
+    settings: Settings,
+    from_checkpoint: Option<u64>,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    plan: watch::Sender<Option<Arc<HostPlan>>>,
+    report: watch::Sender<Arc<StateReport>>,
+}
+
+impl StateLine {
+    /// A state line that starts from what was saved, if anything was.
+    pub fn new(settings: Settings, saved: Option<Checkpoint>) -> (StateLine, Outputs) {
+        let empty = Snapshot {
+            generation: 0,
+            local: Arc::new(LocalNode {
+                name: settings.node.clone(),
+                address_v4: None,
+                address_v6: None,
+                vni: settings.vni,
+                mac: settings.mac,
+            }),
+            mesh: Arc::new(Mesh::default()),
+        };
+        let snapshot = Arc::new(ArcSwap::from_pointee(empty));
+        let (plan, plan_reader) = watch::channel(None);
+        let (report, report_reader) = watch::channel(Arc::new(StateReport::default()));
+        let from_checkpoint = saved.as_ref().map(|saved| saved.saved);
+        let saved = saved.unwrap_or_default();
+        let mut line = StateLine {
+            desired: Desired::default(),
+            compiler: Compiler::with_ids(saved.ids),
+            board: ProblemBoard::default(),
+            settings,
+            from_checkpoint,
+            snapshot: snapshot.clone(),
+            plan,
+            report,
+        };
+        for object in &saved.objects {
+            let outcome = line.desired.apply(object);
+            line.take_in(outcome);
+        }
+        line.compile();
+        (line, Outputs { snapshot, plan: plan_reader, report: report_reader })
+    }
+
+    /// Takes in one event; says whether a compile could give something new.
+    pub fn handle(&mut self, event: SourceEvent) -> bool {
+        let outcome = match event {
+            SourceEvent::Apply(object) => self.desired.apply(&object),
+            SourceEvent::Delete(key) => self.desired.delete(&key),
+            SourceEvent::Reset { kind, objects } => self.desired.reset(kind, &objects),
+            SourceEvent::Problems { origin, problems } => {
+                Outcome { changed: false, reports: vec![(origin, problems)] }
+            }
+        };
+        self.take_in(outcome)
+    }
+
+    /// Compiles and hands over, once there is a saved or a full state to speak of.
+    pub fn compile(&mut self) {
+        if self.is_listed() {
+            self.from_checkpoint = None;
+        }
+        if self.is_listed() || self.from_checkpoint.is_some() {
+            let Compiled { snapshot, plan, problems } = self.compiler.compile(&self.desired, &self.settings);
+            self.snapshot.store(snapshot);
+            self.note("compile", problems);
+            self.plan.send_if_modified(|last| {
+                let changed = last.as_ref() != Some(&plan);
+                *last = Some(plan);
+                changed
+            });
+        }
+        self.tell();
+    }
+
+    /// What is to be saved.
+    pub fn checkpoint(&self, wall: SystemTime) -> Checkpoint {
+        let saved = wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        CheckpointFiles::capture(&self.desired, self.compiler.ids(), saved)
+    }
+
+    /// Runs until the source and everyone else who could send an event is gone; then saves once more.
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<SourceEvent>,
+        mut settings: watch::Receiver<Settings>,
+        files: Option<CheckpointFiles>,
+        mut publisher: Option<Publisher>,
+        clock: Clock,
+    ) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH.min(256));
+        let (mut unsaved, mut settings_open) = (false, true);
+        loop {
+            let publish;
+            tokio::select! {
+                count = events.recv_many(&mut batch, BATCH) => {
+                    if count == 0 {
+                        break;
+                    }
+                    publish = batch.iter().any(|event| self.concerns_this_node(event));
+                    let mut changed = false;
+                    for event in batch.drain(..) {
+                        changed |= self.handle(event);
+                    }
+                    if changed {
+                        self.compile();
+                        unsaved = true;
+                    } else {
+                        self.tell();
+                    }
+                }
+                result = settings.changed(), if settings_open => {
+                    settings_open = result.is_ok();
+                    self.settings = settings.borrow_and_update().clone();
+                    self.compile();
+                    publish = true;
+                }
+                _ = tick.tick() => {
+                    publish = true;
+                    if unsaved && self.is_listed() {
+                        unsaved = !self.save(files.as_ref(), clock).await;
+                    }
+                }
+            }
+            if publish {
+                publisher = self.publish(publisher, clock).await;
+            }
+        }
+        if unsaved && self.is_listed() {
+            self.save(files.as_ref(), clock).await;
+        }
+    }
+
+    fn is_listed(&self) -> bool {
+        [Kind::Node, Kind::ServiceCidr].into_iter().all(|kind| self.desired.is_listed(kind))
+    }
+
+    fn concerns_this_node(&self, event: &SourceEvent) -> bool {
+        match event {
+            SourceEvent::Apply(object) => {
+                let key = object.key();
+                key.kind == Kind::Node && key.name == self.settings.node
+            }
+            SourceEvent::Delete(key) => key.kind == Kind::Node && key.name == self.settings.node,
+            SourceEvent::Reset { kind, .. } => *kind == Kind::Node,
+            SourceEvent::Problems { .. } => false,
+        }
+    }
+
+    fn take_in(&mut self, outcome: Outcome) -> bool {
+        for (origin, problems) in outcome.reports {
+            self.note(&origin, problems);
+        }
+        outcome.changed
+    }
+
+    /// Each problem is logged once, when it appears.
+    fn note(&mut self, origin: &str, problems: Vec<Problem>) {
+        for problem in self.board.set(origin, problems) {
+            tracing::warn!(kind = problem.kind.name(), "{problem}");
+        }
+    }
+
+    fn tell(&mut self) {
+        let report = StateReport {
+            listed: self.is_listed(),
+            from_checkpoint: self.from_checkpoint,
+            nodes: self.desired.nodes().count(),
+            generation: self.snapshot.load().generation,
+            problems: self.board.list(),
+            problems_seen: self.board.seen().collect(),
+        };
+        self.report.send_if_modified(|last| {
+            let changed = **last != report;
+            if changed {
+                *last = Arc::new(report);
+            }
+            changed
+        });
+    }
+
+    /// Saves the state; a failure is reported and tried again.
+    async fn save(&mut self, files: Option<&CheckpointFiles>, clock: Clock) -> bool {
+        let Some(files) = files.cloned() else { return true };
+        let checkpoint = self.checkpoint((clock.wall)());
+        let saved = tokio::task::spawn_blocking(move || files.save(&checkpoint)).await;
+        let problem = match saved.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(()) => None,
+            Err(error) => Some(setting("state folder", format!("the state cannot be saved: {error}"))),
+        };
+        let good = problem.is_none();
+        self.note("checkpoint", problem.into_iter().collect());
+        self.tell();
+        good
+    }
+
+    /// Makes the published file say what it should; hands the publisher back.
+    async fn publish(&mut self, publisher: Option<Publisher>, clock: Clock) -> Option<Publisher> {
+        let mut publisher = publisher?;
+        let path = publisher.path().display().to_string();
+        let announcement = self.settings.announcement.clone();
+        let now = (clock.now)();
+        let done = tokio::task::spawn_blocking(move || {
+            let result = publisher.reconcile(&announcement, now);
+            (publisher, result)
+        });
+        let Ok((publisher, result)) = done.await else { return None };
+        let problem = match result {
+            Ok(Published::Unchanged | Published::Written) => None,
+            Ok(Published::Healed) => {
+                tracing::info!("{path} had been changed or removed: written again");
+                None
+            }
+            Ok(Published::Waiting) => Some(setting(
+                &path,
+                "somebody keeps changing it: does another agent run with this node's name?".to_owned(),
+            )),
+            Err(error) => Some(setting(&path, format!("this node cannot be announced: {error}"))),
+        };
+        self.note("publish", problem.into_iter().collect());
+        self.tell();
+        Some(publisher)
+    }
+}
+
+fn setting(subject: &str, reason: String) -> Problem {
+    Problem { kind: ProblemKind::Setting, subject: subject.to_owned(), field: String::new(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::annotations::{Announcement, Encaps, key_text};
+    use crate::state::checkpoint::CheckpointFiles;
+    use crate::state::compile::EncapPolicy;
+    use crate::state::durable::Loaded;
+    use crate::state::source::dir::DirSource;
+    use std::fs;
+    use std::path::Path;
+
+    #[expect(clippy::disallowed_methods, reason = "the agent would pass io::clock")]
+    const CLOCK: Clock = Clock { now: Instant::now, wall: SystemTime::now };
+
+    fn settings(node: &str, key: u8) -> Settings {
+        Settings {
+            node: node.to_owned(),
+            encap: EncapPolicy::WireGuard,
+            announcement: Announcement {
+                lanes: vec![crate::snapshot::PeerLane { key: [key; 32], port: 51820 }],
+                encaps: Encaps { wireguard: true, vxlan: false },
+                ..Announcement::default()
+            },
+            vxlan_port: 8472,
+            vni: 1,
+            mac: [2, 0, 0, 0, 0, key],
+            underlay_mtu: 1500,
+            cluster_ranges: Vec::new(),
+            service_ranges: Vec::new(),
+        }
+    }
+
+    fn node(name: &str, number: u8) -> String {
+        format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [10.244.{number}.0/24]}}\n\
+             status: {{addresses: [{{type: InternalIP, address: 192.0.2.{number}}}]}}\n---\n"
+        )
+    }
+
+    /// An agent's state line on this folder, as the agent would start it.
+    fn start(
+        folder: &Path,
+        state: &Path,
+        name: &str,
+        key: u8,
+    ) -> (Outputs, Vec<tokio::task::JoinHandle<()>>) {
+        let files = CheckpointFiles::new(state, name);
+        let saved = match files.load().unwrap() {
+            Loaded::Good(saved) => Some(saved),
+            Loaded::Missing => None,
+            Loaded::SetAside { reason, .. } => panic!("{reason}"),
+        };
+        let (line, outputs) = StateLine::new(settings(name, key), saved);
+        let (sender, events) = mpsc::channel(64);
+        let (_, settings) = watch::channel(settings(name, key));
+        let publisher = Publisher::new(folder, name);
+        let source = tokio::spawn(DirSource::new(folder).run(sender));
+        let line = tokio::spawn(line.run(events, settings, Some(files), Some(publisher), CLOCK));
+        (outputs, vec![source, line])
+    }
+
+    async fn until(outputs: &mut Outputs, what: &str, wanted: impl Fn(&Snapshot, &StateReport) -> bool) {
+        let wait = async {
+            loop {
+                let report = outputs.report.borrow_and_update().clone();
+                if wanted(&outputs.snapshot.load(), &report) {
+                    return;
+                }
+                // What is waited for may also be outside, a file: look again soon in any case.
+                let changed = tokio::time::timeout(Duration::from_millis(50), outputs.report.changed()).await;
+                assert!(!matches!(changed, Ok(Err(_))), "the state line ended");
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        assert!(waited.is_ok(), "not in time: {what}; {:?}", outputs.report.borrow());
+    }
+
+    fn has_lanes(snapshot: &Snapshot, name: &str, key: u8) -> bool {
+        let peer = snapshot.mesh.peers.iter().flatten().find(|peer| peer.name == name);
+        peer.is_some_and(|peer| {
+            peer.lanes.iter().any(|lane| lane.key == [key; 32]) && !peer.endpoints.is_empty()
+        })
+    }
+
+    #[tokio::test]
+    async fn two_agents_find_each_other_through_a_folder_and_remember() {
+        let (folder, states) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let state = |name: &str| states.path().join(name);
+        fs::write(folder.path().join("nodes.yaml"), node("a", 1) + &node("b", 2)).unwrap();
+        let (mut a, a_tasks) = start(folder.path(), &state("a"), "a", 1);
+        let (mut b, b_tasks) = start(folder.path(), &state("b"), "b", 2);
+        until(&mut a, "b's key at a", |snapshot, _| has_lanes(snapshot, "b", 2)).await;
+        until(&mut b, "a's key at b", |snapshot, report| {
+            has_lanes(snapshot, "a", 1) && report.problems.is_empty()
+        })
+        .await;
+
+        // Somebody edits and removes what b says; it comes back, and a does not lose b for long.
+        fs::write(folder.path().join("b.warren.yaml"), "kind: [").unwrap();
+        fs::remove_file(folder.path().join("b.warren.yaml")).unwrap();
+        until(&mut a, "b's key again", |snapshot, _| {
+            has_lanes(snapshot, "b", 2) && folder.path().join("b.warren.yaml").exists()
+        })
+        .await;
+
+        // An agent whose folder is lost starts with what it knew.
+        let id = a.snapshot.load().mesh.peers.iter().flatten().next().unwrap().id;
+        for task in a_tasks.into_iter().chain(b_tasks) {
+            task.abort();
+            let _ = task.await;
+        }
+        let (mut line, _) = StateLine::new(settings("a", 1), None);
+        for event in crate::state::source::folder::Folder::new(folder.path()).scan(true).unwrap() {
+            line.handle(event);
+        }
+        line.compile();
+        CheckpointFiles::new(state("a"), "a").save(&line.checkpoint(SystemTime::UNIX_EPOCH)).unwrap();
+        let (mut again, tasks) = start(&states.path().join("no-such-folder"), &state("a"), "a", 1);
+        let known = again.snapshot.load_full();
+        assert!(has_lanes(&known, "b", 2) && known.mesh.peer(id).is_some());
+        assert!(again.plan.borrow().is_some());
+        until(&mut again, "the missing folder is named", |_, report| {
+            report.from_checkpoint == Some(0)
+                && report.problems.iter().any(|p| p.reason.contains("does not exist"))
+        })
+        .await;
+        assert!(has_lanes(&again.snapshot.load(), "b", 2));
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+
+    #[tokio::test]
+    async fn one_bad_peer_costs_that_peer() {
+        let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let hand_made = |name: &str, number: u8, key: &str| {
+            node(name, number).replace(
+                "}\nspec",
+                &format!(", annotations: {{warren.dev/public-key: '{key}', warren.dev/endpoint: '192.0.2.{number}:51820'}}}}\nspec"),
+            )
+        };
+        let text = node("a", 1) + &hand_made("b", 2, "$(reboot)") + &hand_made("c", 3, &key_text(&[3; 32]));
+        fs::write(folder.path().join("nodes.yaml"), text).unwrap();
+        let (mut a, tasks) = start(folder.path(), state.path(), "a", 1);
+        until(&mut a, "c alone", |snapshot, report| {
+            let reason =
+                report.problems.iter().any(|p| p.to_string().starts_with("Node/b, warren.dev/public-key: "));
+            has_lanes(snapshot, "c", 3) && !has_lanes(snapshot, "b", 2) && reason
+        })
+        .await;
+        let report = a.report.borrow().clone();
+        assert!(report.problems_seen.contains(&(ProblemKind::Annotation, 1)), "{report:?}");
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}

@@ -1,0 +1,162 @@
+//! A `warren agent` in a node's namespace.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{CLUSTER, Lab, Node, wait_for};
+
+/// The binary under test.
+pub const WARREN: &str = env!("CARGO_BIN_EXE_warren");
+/// An agent that needs longer to start has a problem.
+pub const READY: Duration = Duration::from_secs(20);
+/// How much of a log is shown when a test fails.
+const TAIL: usize = 6000;
+
+/// A running agent; dropping it kills it.
+#[derive(Debug)]
+pub struct Agent {
+    name: String,
+    child: Child,
+    folder: PathBuf,
+    arguments: Vec<String>,
+}
+
+impl Agent {
+    /// Starts the agent of a node and waits until it is ready.
+    pub fn start(lab: &Lab, node: &Node, arguments: &[&str]) -> Agent {
+        let mut agent = Agent::launch(lab, node, arguments);
+        agent.wait_ready();
+        agent
+    }
+
+    /// Starts it without waiting.
+    pub fn launch(lab: &Lab, node: &Node, arguments: &[&str]) -> Agent {
+        let folder = folder(lab, node);
+        fs::create_dir_all(&folder).expect("make the agent's folder");
+        let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
+        let child = spawn(lab, node, &folder, &arguments);
+        Agent { name: node.name.clone(), child, folder, arguments }
+    }
+
+    /// Waits for `ready`; panics with the log when the agent ends first.
+    pub fn wait_ready(&mut self) {
+        let ready = self.folder.join("run/ready");
+        let (child, name) = (&mut self.child, &self.name);
+        wait_for(&format!("the agent of {name} is ready"), READY, || {
+            let ended = child.try_wait().expect("look after the agent");
+            assert!(ended.is_none(), "the agent of {name} ended by itself: {ended:?}");
+            fs::read(&ready).ok().filter(|text| !text.is_empty())
+        });
+    }
+
+    /// Kills it without warning, as the kernel's out-of-memory killer would.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill the agent");
+        self.child.wait().expect("wait for the killed agent");
+        // A new agent's readiness must not be read from the old one's file.
+        let _ = fs::remove_file(self.folder.join("run/ready"));
+    }
+
+    /// Asks it to stop and waits.
+    pub fn stop(&mut self) -> ExitStatus {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits"));
+        kill(pid, Signal::SIGTERM).expect("signal the agent");
+        wait_for("the agent stops", Duration::from_secs(10), || {
+            self.child.try_wait().expect("look after the agent")
+        })
+    }
+
+    /// Starts it again with the same arguments, and waits until it is ready.
+    pub fn restart(&mut self, lab: &Lab, node: &Node) {
+        let _ = fs::remove_file(self.folder.join("run/ready"));
+        self.child = spawn(lab, node, &self.folder, &self.arguments);
+        self.wait_ready();
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("look after the agent").is_none()
+    }
+
+    /// Everything it logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    /// What it wrote when it became ready.
+    pub fn ready(&self) -> String {
+        fs::read_to_string(self.folder.join("run/ready")).unwrap_or_default()
+    }
+
+    /// The MTU that its pods should have.
+    pub fn pod_mtu(&self) -> u32 {
+        let ready: serde_json::Value = serde_json::from_str(&self.ready()).expect("ready is JSON");
+        let mtu = ready["pod_mtu"].as_u64().expect("ready has pod_mtu");
+        u32::try_from(mtu).expect("an MTU fits")
+    }
+
+    /// The folder that holds its `state`, `run` and `log`.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let from = log.len().saturating_sub(TAIL);
+            let tail = log.get(from..).unwrap_or(&log);
+            eprintln!("--- log of the agent of {} (last part)\n{tail}\n---", self.name);
+        }
+    }
+}
+
+/// The agent's command line in the node's namespace, for runs that are to end by themselves.
+pub fn command(lab: &Lab, node: &Node, arguments: &[&str]) -> Command {
+    let folder = folder(lab, node);
+    fs::create_dir_all(&folder).expect("make the agent's folder");
+    let mut command = node.ns.command(WARREN);
+    command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments);
+    command
+}
+
+fn folder(lab: &Lab, node: &Node) -> PathBuf {
+    lab.path().join(&node.name)
+}
+
+fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
+    let log = File::options().create(true).append(true).open(folder.join("log")).expect("open the log");
+    node.ns
+        .command(WARREN)
+        .arg("agent")
+        .args(ordinary(lab, node, folder))
+        .args(arguments)
+        .env("RUST_BACKTRACE", "1")
+        .stdout(log.try_clone().expect("duplicate the log"))
+        .stderr(log)
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("start {WARREN}: {e}"))
+}
+
+fn ordinary(lab: &Lab, node: &Node, folder: &Path) -> Vec<String> {
+    let path = |name: &str| folder.join(name).display().to_string();
+    [
+        ("--source", format!("dir:{}", lab.cluster().display())),
+        ("--node", node.name.clone()),
+        ("--state-dir", path("state")),
+        ("--run-dir", path("run")),
+        ("--cluster-cidr", CLUSTER.to_owned()),
+    ]
+    .into_iter()
+    .flat_map(|(flag, value)| [flag.to_owned(), value])
+    .collect()
+}

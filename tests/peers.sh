@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Builds the other programs that Warren is tested with and measured against, outside the tree:
+#
+#     tests/peers.sh          build what is missing, print the folder
+#     tests/peers.sh --path   print the folder only
+#
+# Needs cargo, go and a C compiler. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
+# wireguard-go is the reference and many kernels (the reason for Warren) have no module.
+set -euo pipefail
+
+# The versions that the results in bench/results and the interop tests stand for.
+wireguard_go=v0.0.0-20260522210424-ecfc5a8d5446
+boringtun=0.7.1
+gotatun=0.10.2
+
+cache=${WARREN_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/warren-peers}
+bin=$cache/bin
+if [[ ${1:-} == --path ]]; then
+    echo "$bin"
+    exit
+fi
+mkdir -p "$bin"
+
+# One version file per program: a changed version above rebuilds it.
+fresh() { [[ -x $bin/$1 && $(cat "$cache/$1.version" 2>/dev/null) == "$2" ]]; }
+built() { echo "$2" >"$cache/$1.version"; }
+need() { command -v "$1" >/dev/null || { echo "peers.sh: $1 is needed to build $2" >&2; exit 1; }; }
+
+if ! fresh wireguard-go "$wireguard_go"; then
+    need go wireguard-go
+    # GOFLAGS= : flags meant for another tree must not change what is measured.
+    GOFLAGS='' GOBIN=$cache/go nice go install "golang.zx2c4.com/wireguard@$wireguard_go" >&2
+    mv "$cache/go/wireguard" "$bin/wireguard-go"
+    built wireguard-go "$wireguard_go"
+fi
+
+# PACKAGE VERSION BINARY
+crate() {
+    fresh "$3" "$2" && return
+    need cargo "$3"
+    CARGO_TARGET_DIR=$cache/target nice cargo install --quiet --locked --force \
+        --root "$cache" --version "$2" "$1" >&2
+    built "$3" "$2"
+}
+crate boringtun-cli "$boringtun" boringtun-cli
+crate gotatun-cli "$gotatun" gotatun
+
+echo "$bin"
