@@ -69,8 +69,8 @@ pub struct PeersArgs {
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "no agent is running here: nobody answers on {}\nStart it with `warren agent`, or name its directory \
-         with --run-dir (the agent prints it when it starts)",
+        "no agent is running here: nobody answers on {}\nStart it with `warren agent`; if it runs with a \
+         --run-dir of its own, give the same here",
         .socket.display()
     )]
     NotRunning {
