@@ -21,7 +21,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use siphasher::sip::SipHasher24;
 
 use super::problem::{nearest, quote};
 use crate::snapshot::{Encap, MAX_LANES, PeerLane, PublicKey};
