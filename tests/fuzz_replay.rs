@@ -1,5 +1,4 @@
 //! Replays the fuzz targets' committed corpus: what a fuzzer once found interesting stays tested.
-#![cfg(feature = "agent")]
 
 #[path = "fuzz/targets/mod.rs"]
 mod targets;
@@ -16,7 +15,9 @@ macro_rules! replay {
     )* };
 }
 
-replay! { packet batch datagrams frames annotations objects }
+replay! { packet batch datagrams frames }
+#[cfg(feature = "agent")]
+replay! { annotations objects }
 
 fn replay(target: &str) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
@@ -36,8 +37,9 @@ fn replay(target: &str) {
 
 #[test]
 fn every_target_is_replayed() {
-    let names: Vec<_> = targets::TARGETS.iter().map(|(name, _)| *name).collect();
-    assert_eq!(names, ["packet", "batch", "datagrams", "frames", "annotations", "objects"]);
+    let mut names: Vec<_> = targets::TARGETS.iter().map(|(name, _)| *name).collect();
+    names.retain(|name| !["packet", "batch", "datagrams", "frames", "annotations", "objects"].contains(name));
+    assert!(names.is_empty(), "not in replay! above: {names:?}");
 }
 
 #[test]

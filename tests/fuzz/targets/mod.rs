@@ -1,9 +1,11 @@
 //! What is fuzzed: plain functions from bytes to "nothing is broken", called by libFuzzer and, with the
 //! committed corpus, by the ordinary tests. A target panics where one of our promises does not hold.
 
+#[cfg(feature = "agent")]
 mod annotations;
 mod batch;
 mod build;
+#[cfg(feature = "agent")]
 mod objects;
 mod packet;
 mod world;
@@ -12,12 +14,14 @@ mod world;
 pub(crate) use world::assert_alive;
 
 /// Every target: a folder of that name in `tests/fuzz/corpus` holds its corpus.
-pub(crate) const TARGETS: [(&str, fn(&[u8])); 6] = [
+pub(crate) const TARGETS: &[(&str, fn(&[u8]))] = &[
     ("packet", packet::run),
     ("batch", batch::run),
     ("datagrams", world::datagrams),
     ("frames", world::frames),
+    #[cfg(feature = "agent")]
     ("annotations", annotations::run),
+    #[cfg(feature = "agent")]
     ("objects", objects::run),
 ];
 
