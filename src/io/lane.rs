@@ -477,3 +477,7 @@ fn batch_offloads(offloads: &LaneOffloads) -> Offloads {
         acks: offloads.ack_joining,
     }
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;
