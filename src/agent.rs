@@ -167,7 +167,7 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
 }
 
 fn host_state(config: &AgentConfig) -> PathBuf {
-    config.state_dir.join("host.json")
+    config.state_dir.join("host.saved")
 }
 
 async fn agent(config: AgentConfig) -> Result<(), AgentError> {

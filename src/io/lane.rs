@@ -174,9 +174,9 @@ impl<K: Kernel> LaneLoop<K> {
     /// One bounded turn; whether there was anything to do.
     pub fn turn(&mut self, now: Instant) -> io::Result<bool> {
         let snapshot = self.shared.snapshot.load_full();
-        let mut worked = self.from_tun(now, &snapshot)?;
+        let mut worked = self.take_frames(now, &snapshot)?;
         for encap in [Encap::WireGuard, Encap::Vxlan] {
-            worked |= self.from_network(now, &snapshot, encap)?;
+            worked |= self.take_datagrams(now, &snapshot, encap)?;
         }
         worked |= self.commands(now, &snapshot);
         if self.lane.poll_timeout().is_some_and(|at| at <= now) {
@@ -188,7 +188,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- 1 ---------------------------------------------------------------------------------------
 
-    fn from_tun(&mut self, now: Instant, snapshot: &Snapshot) -> io::Result<bool> {
+    fn take_frames(&mut self, now: Instant, snapshot: &Snapshot) -> io::Result<bool> {
         let mut frames = 0;
         while frames < TUN_FRAMES && self.out.has_room() {
             match self.kernel.read_tun(&mut self.frame) {
@@ -210,7 +210,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- 2 ---------------------------------------------------------------------------------------
 
-    fn from_network(&mut self, now: Instant, snapshot: &Snapshot, encap: Encap) -> io::Result<bool> {
+    fn take_datagrams(&mut self, now: Instant, snapshot: &Snapshot, encap: Encap) -> io::Result<bool> {
         self.received.clear();
         match self.kernel.receive(encap, &mut self.receive, &mut self.received) {
             Ok(_) => {}
@@ -477,3 +477,7 @@ fn batch_offloads(offloads: &LaneOffloads) -> Offloads {
         acks: offloads.ack_joining,
     }
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;

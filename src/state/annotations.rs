@@ -3,7 +3,7 @@
 //! | annotation | value |
 //! |---|---|
 //! | `warren.dev/protocol` | `1` |
-//! | `warren.dev/lanes` | `KEY:PORT,KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
+//! | `warren.dev/lanes` | `KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
 //! | `warren.dev/next-lanes` | the same, for the keys that are to come (rotation) |
 //! | `warren.dev/endpoints` | `IP:PORT,[IPV6]:PORT,...`: where lane 0 may be reached, best first |
 //! | `warren.dev/location` | a word: nodes of one location may speak VXLAN to each other in `auto` mode |

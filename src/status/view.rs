@@ -56,6 +56,7 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         not_ready_reason: live.not_ready.clone().unwrap_or_default(),
         tun: info.tun.clone(),
         pod_mtu: u32::from(live.pod_mtu),
+        pod_ranges: live.pod_ranges.iter().map(ToString::to_string).collect(),
         generation: snapshot.generation,
         addresses: addresses.into_iter().flatten().collect(),
         settings: info

@@ -90,6 +90,7 @@ impl VxlanLink {
 
     /// Wraps packets for `peer` into `tx`; `flow` picks the source port. Returns how many were sent; an
     /// error tells how many were before the reason for the others.
+    #[allow(clippy::too_many_arguments)] // one packet and everything that is known about it
     pub fn seal(
         &mut self,
         now: Instant,
