@@ -28,8 +28,8 @@ fn wg_shows_the_mesh() {
     let lines: Vec<Vec<&str>> = dump.lines().map(|line| line.split('\t').collect()).collect();
     assert_eq!(lines.iter().map(Vec::len).collect::<Vec<_>>(), [4, 8], "interface and one peer: {dump}");
     let (received, sent) = (lines[1][5].parse::<u64>().unwrap_or(0), lines[1][6].parse::<u64>().unwrap_or(0));
-    // `exchange` moves 8 MiB four times each way, and their echo.
-    assert!(received > 60_000_000 && sent > 60_000_000, "bytes are counted: {dump}");
+    // `exchange` moves 8 MiB there and back, by both families, from both ends.
+    assert!(received > 30_000_000 && sent > 30_000_000, "bytes are counted: {dump}");
 
     let config = one.ns.run("wg showconf warren0");
     assert!(config.contains(&format!("PublicKey = {}", key)), "{config}");
