@@ -195,6 +195,11 @@ impl Lane {
         &self.traffic
     }
 
+    /// How many packets wait for a session or a MAC address.
+    pub fn waiting(&self) -> usize {
+        self.wireguard.waiting() + self.vxlan.waiting()
+    }
+
     /// Starts a session with a peer that was active before a restart.
     pub fn initiate(&mut self, now: Instant, snapshot: &Snapshot, peer: PeerId, out: &mut Output) {
         self.follow(&snapshot.mesh);
@@ -208,15 +213,17 @@ impl Lane {
 
     /// When [`Self::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.wireguard.poll_timeout(), self.next_sweep].into_iter().flatten().min()
+        let timers = [self.wireguard.poll_timeout(), self.vxlan.poll_timeout(), self.next_sweep];
+        timers.into_iter().flatten().min()
     }
 
     /// Lets time pass: handshakes, rekeys, keepalives.
     pub fn handle_timeout(&mut self, now: Instant, snapshot: &Snapshot, out: &mut Output) {
         self.follow(&snapshot.mesh);
         self.wireguard.handle_timeout(now, &mut out.tx);
+        self.vxlan.handle_timeout(now, &snapshot.local, &mut out.tx);
         self.sweep_flows(now);
-        self.count_waited_in_vain();
+        self.count_waited(now);
     }
 
     fn follow(&mut self, mesh: &Arc<Mesh>) {
@@ -250,8 +257,27 @@ impl Lane {
         }
     }
 
-    fn count_waited_in_vain(&mut self) {
-        let waited = std::mem::take(&mut self.wireguard.stats.queue_dropped);
-        self.counters.count_drops(DropReason::AwaitingSession, waited as usize);
+    /// Counts what became of packets that waited for a session or a MAC address.
+    fn count_waited(&mut self, now: Instant) {
+        for (waited, reason) in [
+            (self.wireguard.take_waited(), DropReason::AwaitingSession),
+            (self.vxlan.take_waited(), DropReason::AwaitingMac),
+        ] {
+            self.counters.count_drops(reason, waited.dropped);
+            for (peer, bytes) in waited.sent {
+                self.count_sent(now, peer, 1, bytes);
+            }
+        }
+    }
+
+    fn count_sent(&mut self, now: Instant, peer: PeerId, packets: usize, bytes: usize) {
+        self.counters.add(Total::PacketsSent, packets);
+        if let Some(traffic) = self.traffic.get_mut(peer.0 as usize)
+            && packets > 0
+        {
+            traffic.packets_sent += packets as u64;
+            traffic.bytes_sent += bytes as u64;
+            traffic.last_sent = Some(now);
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::hash::Hasher;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use siphasher::sip::SipHasher13;
 
@@ -15,14 +15,18 @@ const BURST: u32 = 100;
 /// Buckets: enough for 5,000 nodes to hardly ever share one. Sources that do share one share its limit.
 const BUCKETS: usize = 16_384;
 
-const COST: Duration = Duration::from_micros(1_000_000 / PER_SECOND as u64);
-const DEPTH: Duration = Duration::from_micros(1_000_000 / PER_SECOND as u64 * BURST as u64);
+/// Nanoseconds that one handshake costs, and how far a source may go into debt.
+const COST: u64 = 1_000_000_000 / PER_SECOND as u64;
+const DEPTH: u64 = COST * BURST as u64;
 
 /// A token bucket per source address, in a fixed table keyed by a secret hash.
 pub struct SourceLimiter {
     seed: (u64, u64),
-    /// When each bucket will be empty of debt ("theoretical arrival time" of the GCRA).
-    due: Box<[Option<Instant>]>,
+    /// The first time it was asked; the buckets count from here.
+    start: Option<Instant>,
+    /// When each bucket will be empty of debt ("theoretical arrival time" of the GCRA), in nanoseconds.
+    /// Zeroes, so that the kernel gives no memory to buckets that nobody uses.
+    due: Box<[u64]>,
 }
 
 impl std::fmt::Debug for SourceLimiter {
@@ -34,17 +38,19 @@ impl std::fmt::Debug for SourceLimiter {
 impl SourceLimiter {
     /// A limiter whose hash nobody outside can predict.
     pub fn new(seed: (u64, u64)) -> SourceLimiter {
-        SourceLimiter { seed, due: vec![None; BUCKETS].into_boxed_slice() }
+        SourceLimiter { seed, start: None, due: vec![0; BUCKETS].into_boxed_slice() }
     }
 
     /// Whether this source may start one more handshake now; if so, it has.
     pub fn allow(&mut self, source: IpAddr, now: Instant) -> bool {
+        let start = *self.start.get_or_insert(now);
+        let now = now.saturating_duration_since(start).as_nanos() as u64;
         let slot = &mut self.due[bucket(self.seed, source)];
-        let due = slot.map_or(now, |due| due.max(now));
-        if due.duration_since(now) + COST > DEPTH {
+        let due = (*slot).max(now) + COST;
+        if due - now > DEPTH {
             return false;
         }
-        *slot = Some(due + COST);
+        *slot = due;
         true
     }
 }
@@ -63,6 +69,7 @@ fn bucket(seed: (u64, u64), source: IpAddr) -> usize {
 mod tests {
     use super::*;
     use std::net::Ipv4Addr;
+    use std::time::Duration;
 
     /// Tests begin at some instant; which one does not matter.
     fn start() -> Instant {

@@ -4,13 +4,13 @@
 //! one that does not (a kernel `vxlan` device set up by hand) the address is asked for and learnt, per
 //! peer and never across peers, and packets wait for it in a small queue.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::vxlan::{self, HEADER, Inner, MAX_NEIGHBOUR, Mac};
-use super::{Segments, TxBatch, Via};
+use super::{Sealed, Segments, TxBatch, Via, Waited};
 use crate::packet::DropReason;
 use crate::snapshot::{Encap, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
 
@@ -44,15 +44,14 @@ pub enum Opened {
 pub struct VxlanLink {
     sources: u8,
     learnt: HashMap<PeerId, Mac>,
-    waiting: HashMap<PeerId, Waiting>,
+    waiting: BTreeMap<PeerId, Waiting>,
+    waited: Waited,
     mesh: Option<Arc<Mesh>>,
-    /// Packets that waited in vain, since somebody last took the number.
-    pub queue_dropped: usize,
 }
 
 #[derive(Debug)]
 struct Waiting {
-    asked: Option<Instant>,
+    asked: Instant,
     packets: VecDeque<(Instant, Vec<u8>)>,
 }
 
@@ -62,9 +61,9 @@ impl VxlanLink {
         VxlanLink {
             sources: sources.max(1),
             learnt: HashMap::new(),
-            waiting: HashMap::new(),
+            waiting: BTreeMap::new(),
+            waited: Waited::default(),
             mesh: None,
-            queue_dropped: 0,
         }
     }
 
@@ -80,7 +79,7 @@ impl VxlanLink {
             after.is_some() && before == after
         };
         self.learnt.retain(|id, _| same(id));
-        let dropped = &mut self.queue_dropped;
+        let dropped = &mut self.waited.dropped;
         self.waiting.retain(|id, waiting| {
             let keep = same(id);
             *dropped += if keep { 0 } else { waiting.packets.len() };
@@ -88,8 +87,43 @@ impl VxlanLink {
         });
     }
 
-    /// Wraps packets for `peer` into `tx`; `flow` picks the source port. Returns how many were sent; an
-    /// error tells how many were before the reason for the others.
+    /// How many packets wait for a MAC address.
+    pub fn waiting(&self) -> usize {
+        self.waiting.values().map(|waiting| waiting.packets.len()).sum()
+    }
+
+    /// What became of packets that waited, since this was last asked.
+    pub fn take_waited(&mut self) -> Waited {
+        std::mem::take(&mut self.waited)
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.waiting.values().map(|waiting| waiting.asked + ASK_EVERY).min()
+    }
+
+    /// Asks again, and lets go of what has waited too long.
+    pub fn handle_timeout(&mut self, now: Instant, local: &LocalNode, tx: &mut TxBatch) {
+        if self.poll_timeout().is_none_or(|at| now < at) {
+            return;
+        }
+        let (mesh, dropped) = (self.mesh.as_deref(), &mut self.waited.dropped);
+        self.waiting.retain(|id, waiting| {
+            *dropped += waiting.expire(now);
+            let Some((_, packet)) = waiting.packets.front() else { return false };
+            if now.saturating_duration_since(waiting.asked) < ASK_EVERY {
+                return true;
+            }
+            waiting.asked = now;
+            let peer = mesh.and_then(|mesh| mesh.peer(*id)).and_then(|peer| peer.vxlan.as_ref());
+            if let (Some(remote), Ok(headers)) = (peer, crate::packet::parse(packet)) {
+                ask(local, SocketAddr::new(remote.address, remote.port), headers.destination, tx);
+            }
+            true
+        });
+    }
+
+    /// Wraps packets for `peer` into `tx`; `flow` picks the source port.
     #[allow(clippy::too_many_arguments)] // one packet and everything that is known about it
     pub fn seal(
         &mut self,
@@ -100,23 +134,23 @@ impl VxlanLink {
         destination: IpAddr,
         packets: &impl Segments,
         tx: &mut TxBatch,
-    ) -> Result<usize, (usize, DropReason)> {
-        let Some(remote) = &peer.vxlan else { return Err((0, DropReason::NoEndpoint)) };
+    ) -> Sealed {
+        let Some(remote) = &peer.vxlan else { return Sealed::refused(DropReason::NoEndpoint) };
         let to = SocketAddr::new(remote.address, remote.port);
         let Some(mac) = remote.mac.or_else(|| self.learnt.get(&peer.id).copied()) else {
-            return self.ask_and_wait(now, local, peer.id, to, destination, packets, tx).map(|()| 0);
+            return self.ask_and_wait(now, local, peer.id, to, destination, packets, tx);
         };
         let via = self.via(flow);
         let header = vxlan::header(local.vni, mac, local.mac, destination.is_ipv6());
         for i in 0..packets.count() {
             let Some(slot) = tx.reserve(HEADER + packets.len(i)) else {
-                return Err((i, DropReason::NoBuffer));
+                return Sealed { sent: i, waiting: 0, refused: Some(DropReason::NoBuffer) };
             };
             slot[..HEADER].copy_from_slice(&header);
             let len = HEADER + packets.write(i, &mut slot[HEADER..]);
             tx.commit(to, via, len);
         }
-        Ok(packets.count())
+        Sealed { sent: packets.count(), waiting: 0, refused: None }
     }
 
     fn via(&self, flow: u64) -> Via {
@@ -133,40 +167,28 @@ impl VxlanLink {
         destination: IpAddr,
         packets: &impl Segments,
         tx: &mut TxBatch,
-    ) -> Result<(), (usize, DropReason)> {
-        let waiting =
-            self.waiting.entry(peer).or_insert_with(|| Waiting { asked: None, packets: VecDeque::new() });
-        while waiting.packets.front().is_some_and(|(since, _)| now.duration_since(*since) > QUEUE_AGE) {
-            waiting.packets.pop_front();
-            self.queue_dropped += 1;
-        }
-        let mut full = 0;
+    ) -> Sealed {
+        let mut unasked = false;
+        let waiting = self.waiting.entry(peer).or_insert_with(|| {
+            unasked = true;
+            Waiting { asked: now, packets: VecDeque::new() }
+        });
+        self.waited.dropped += waiting.expire(now);
+        let mut sealed = Sealed::default();
         for i in 0..packets.count() {
             if waiting.packets.len() >= QUEUE_PACKETS {
-                full = packets.count() - i;
+                sealed.refused = Some(DropReason::AwaitingMac);
                 break;
             }
             let mut packet = vec![0; packets.len(i)];
             packets.write(i, &mut packet);
             waiting.packets.push_back((now, packet));
+            sealed.waiting += 1;
         }
-        if waiting.asked.is_none_or(|asked| now.duration_since(asked) >= ASK_EVERY) {
-            waiting.asked = Some(now);
-            self.ask(local, to, destination, tx);
+        if unasked {
+            ask(local, to, destination, tx);
         }
-        if full > 0 { Err((packets.count() - full, DropReason::AwaitingMac)) } else { Ok(()) }
-    }
-
-    fn ask(&self, local: &LocalNode, to: SocketAddr, destination: IpAddr, tx: &mut TxBatch) {
-        let Some(room) = tx.reserve(MAX_NEIGHBOUR) else { return };
-        let written = match (destination, local.address_v4, local.address_v6) {
-            (IpAddr::V4(target), Some(ours), _) => vxlan::ask_v4(room, local.vni, local.mac, ours, target),
-            (IpAddr::V6(target), _, Some(ours)) => vxlan::ask_v6(room, local.vni, local.mac, ours, target),
-            (IpAddr::V4(_), None, _) | (IpAddr::V6(_), _, None) => return,
-        };
-        if let Ok(len) = written {
-            tx.commit(to, Via::Vxlan(0), len);
-        }
+        sealed
     }
 
     /// Opens a datagram: only a known node's, only with our network identifier, and only if VXLAN is what
@@ -222,16 +244,45 @@ impl VxlanLink {
             return;
         }
         self.learnt.insert(peer.id, mac);
-        let Some(waiting) = self.waiting.remove(&peer.id) else { return };
+        let Some(mut waiting) = self.waiting.remove(&peer.id) else { return };
+        self.waited.dropped += waiting.expire(now);
         for (_, packet) in waiting.packets {
             let destination = match crate::packet::parse(&packet) {
                 Ok(headers) => headers.destination,
-                Err(_) => continue,
+                Err(_) => {
+                    self.waited.dropped += 1;
+                    continue;
+                }
             };
-            if self.seal(now, local, peer, 0, destination, &&packet[..], tx).is_err() {
-                self.queue_dropped += 1;
+            if self.seal(now, local, peer, 0, destination, &&packet[..], tx).sent == 1 {
+                self.waited.sent.push((peer.id, packet.len()));
+            } else {
+                self.waited.dropped += 1;
             }
         }
+    }
+}
+
+impl Waiting {
+    /// Drops what has waited too long; returns how many.
+    fn expire(&mut self, now: Instant) -> usize {
+        let before = self.packets.len();
+        while self.packets.front().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= QUEUE_AGE) {
+            self.packets.pop_front();
+        }
+        before - self.packets.len()
+    }
+}
+
+fn ask(local: &LocalNode, to: SocketAddr, destination: IpAddr, tx: &mut TxBatch) {
+    let Some(room) = tx.reserve(MAX_NEIGHBOUR) else { return };
+    let written = match (destination, local.address_v4, local.address_v6) {
+        (IpAddr::V4(target), Some(ours), _) => vxlan::ask_v4(room, local.vni, local.mac, ours, target),
+        (IpAddr::V6(target), _, Some(ours)) => vxlan::ask_v6(room, local.vni, local.mac, ours, target),
+        (IpAddr::V4(_), None, _) | (IpAddr::V6(_), _, None) => return,
+    };
+    if let Ok(len) = written {
+        tx.commit(to, Via::Vxlan(0), len);
     }
 }
 

@@ -27,7 +27,7 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use x25519_dalek::{PublicKey as DalekPublic, StaticSecret};
 
 use super::limit::SourceLimiter;
-use super::{Segments, TxBatch, Via};
+use super::{Sealed, Segments, TxBatch, Via, Waited};
 use crate::packet::DropReason;
 use crate::snapshot::{LaneId, Mesh, Peer, PeerId, PublicKey};
 
@@ -38,7 +38,12 @@ const HANDSHAKE_ROOM: usize = 256;
 /// How often timers are looked at; WireGuard's own timers are in seconds.
 const TICK: Duration = Duration::from_millis(250);
 /// Handshakes a second on one lane above which cookies are demanded; boringtun's device uses 100.
-const HANDSHAKES_BEFORE_COOKIES: u64 = 200;
+const HANDSHAKES_BEFORE_COOKIES: u32 = 200;
+/// A session ends before its counter does (WireGuard paper section 6.5: 2^64 - 2^13 - 1 messages); boringtun
+/// would compute with larger ones.
+const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+/// boringtun keeps its sessions in a ring of this many; see [`Ring`].
+const RING: u8 = 8;
 /// Packets that wait for one session, and the bytes that wait on one lane.
 const QUEUE_PACKETS: usize = 128;
 const QUEUE_BYTES: usize = 8 << 20;
@@ -121,13 +126,61 @@ struct Session {
     key: PublicKey,
     established: bool,
     confirmed: Option<SocketAddr>,
-    candidates: Vec<SocketAddr>,
+    announced: Vec<SocketAddr>,
+    /// Where it called from, without having announced it: a peer behind NAT.
+    learnt: VecDeque<SocketAddr>,
     attempts: u32,
+    ring: Ring,
     queue: VecDeque<Queued>,
     created: Instant,
     last_data: Option<Instant>,
     received: u64,
     sent: u64,
+}
+
+/// Which places of boringtun's ring of sessions matter. Each answered initiation takes the next place, whether
+/// its sender ever proves himself or not, and so recorded initiations that are new to a restarted node could
+/// push out the session in use. What would land on one of the two that last proved themselves is not answered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ring {
+    last: u8,
+    proven: [Option<u8>; 2],
+}
+
+impl Ring {
+    /// A handshake message of ours carries the place it took, in the low byte of its sender index.
+    fn sent(&mut self, message: &[u8]) {
+        self.last = message.get(4).copied().unwrap_or(self.last);
+    }
+
+    fn proved(&mut self, place: u8) {
+        if self.proven[0] != Some(place) {
+            self.proven = [Some(place), self.proven[0]];
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        let next = self.last.wrapping_add(1) % RING;
+        self.proven.iter().flatten().all(|place| place % RING != next)
+    }
+}
+
+/// Handshakes of the current second.
+#[derive(Clone, Copy, Debug, Default)]
+struct Load {
+    since: Option<Instant>,
+    count: u32,
+}
+
+impl Load {
+    /// Counts one; whether there are too many.
+    fn count(&mut self, now: Instant) -> bool {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
+            *self = Load { since: Some(now), count: 0 };
+        }
+        self.count = self.count.saturating_add(1);
+        self.count > HANDSHAKES_BEFORE_COOKIES
+    }
 }
 
 /// Sessions of one peer's lane, as indices.
@@ -142,16 +195,21 @@ pub struct WireGuard {
     private: StaticSecret,
     public: DalekPublic,
     lane: LaneId,
-    /// Checks the first MAC of handshakes and demands cookies when there are too many.
-    gate: Arc<RateLimiter>,
-    /// Given to every session: what the gate let through is not counted again.
+    /// Demands a cookie of whoever it is asked about.
+    cookies: Arc<RateLimiter>,
+    /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
     open_gate: Arc<RateLimiter>,
+    load: Load,
+    /// The share of a source that may be forged, and that of one that has shown a cookie: who forges an
+    /// honest node's address can use up only the first.
     sources: SourceLimiter,
+    proven_sources: SourceLimiter,
     sessions: Vec<Option<Box<Session>>>,
     free: Vec<usize>,
     live: usize,
     slots: HashMap<(PeerId, LaneId), Slot>,
     queue_bytes: usize,
+    waited: Waited,
     next_tick: Option<Instant>,
     mesh: Option<Arc<Mesh>>,
     scratch: Box<[u8]>,
@@ -170,17 +228,20 @@ impl WireGuard {
     pub fn new(private: StaticSecret, lane: LaneId, seed: (u64, u64)) -> WireGuard {
         let public = DalekPublic::from(&private);
         WireGuard {
-            gate: Arc::new(RateLimiter::new(&public, HANDSHAKES_BEFORE_COOKIES)),
+            cookies: Arc::new(RateLimiter::new(&public, 0)),
             open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
             private,
             public,
             lane,
+            load: Load::default(),
             sources: SourceLimiter::new(seed),
+            proven_sources: SourceLimiter::new((seed.1, seed.0)),
             sessions: Vec::new(),
             free: Vec::new(),
             live: 0,
             slots: HashMap::new(),
             queue_bytes: 0,
+            waited: Waited::default(),
             next_tick: None,
             mesh: None,
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
@@ -195,29 +256,26 @@ impl WireGuard {
 
     // --- 1. out ----------------------------------------------------------------------------------
 
-    /// Seals packets for `peer` into `tx`, or queues them until the session is there. Returns how many
-    /// were sent; an error is the reason why the others (all of them, or the rest) were dropped.
-    pub fn seal(
-        &mut self,
-        now: Instant,
-        peer: &Peer,
-        packets: &impl Segments,
-        tx: &mut TxBatch,
-    ) -> Result<usize, (usize, DropReason)> {
-        let index = self.session_towards(now, peer).map_err(|reason| (0, reason))?;
+    /// Seals packets for `peer` into `tx`, or queues them until the session is there.
+    pub fn seal(&mut self, now: Instant, peer: &Peer, packets: &impl Segments, tx: &mut TxBatch) -> Sealed {
+        let index = match self.session_towards(now, peer) {
+            Ok(index) => index,
+            Err(reason) => return Sealed::refused(reason),
+        };
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
-            return Err((0, DropReason::NoEndpoint));
+            return Sealed::refused(DropReason::NoEndpoint);
         };
         let Some(to) = session.target() else {
-            return Err((0, DropReason::NoEndpoint));
+            return Sealed::refused(DropReason::NoEndpoint);
         };
         if !session.established {
-            return self.enqueue(now, index, packets, tx).map(|()| 0).map_err(|reason| (0, reason));
+            return self.enqueue(now, index, packets, tx);
         }
         for i in 0..packets.count() {
+            let some = |reason| Sealed { sent: i, waiting: 0, refused: Some(reason) };
             let len = packets.write(i, &mut self.scratch);
             let Some(slot) = tx.reserve((len + DATA_OVERHEAD).max(HANDSHAKE_ROOM)) else {
-                return Err((i, DropReason::NoBuffer));
+                return some(DropReason::NoBuffer);
             };
             match session.tunn.encapsulate(&self.scratch[..len], slot) {
                 TunnResult::WriteToNetwork(message) => {
@@ -226,20 +284,32 @@ impl WireGuard {
                     session.sent += len as u64;
                 }
                 // The session ended between two ticks: boringtun has kept the packet and asks for a handshake.
-                TunnResult::Done | TunnResult::Err(_) => return Err((i, DropReason::ExpiredSession)),
+                TunnResult::Done | TunnResult::Err(_) => return some(DropReason::ExpiredSession),
                 TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                    return Err((i, DropReason::ExpiredSession));
+                    return some(DropReason::ExpiredSession);
                 }
             }
         }
-        Ok(packets.count())
+        Sealed { sent: packets.count(), waiting: 0, refused: None }
+    }
+
+    /// How many packets wait for a session.
+    pub fn waiting(&self) -> usize {
+        self.sessions.iter().flatten().map(|session| session.queue.len()).sum()
+    }
+
+    /// What became of packets that waited, since this was last asked.
+    pub fn take_waited(&mut self) -> Waited {
+        std::mem::take(&mut self.waited)
     }
 
     /// Starts a handshake with `peer` now, if there is no session: used for peers that were active
     /// before a restart, which may be waiting for us.
     pub fn initiate(&mut self, now: Instant, peer: &Peer, tx: &mut TxBatch) -> Result<(), DropReason> {
         let index = self.session_towards(now, peer)?;
-        self.send_initiation(index, false, tx);
+        if self.sessions.get(index).and_then(Option::as_ref).is_some_and(|session| !session.established) {
+            self.send_initiation(index, false, tx);
+        }
         Ok(())
     }
 
@@ -283,8 +353,10 @@ impl WireGuard {
             key,
             established: false,
             confirmed: None,
-            candidates: lane_endpoints(peer, lane),
+            announced: lane_endpoints(peer, lane),
+            learnt: VecDeque::new(),
             attempts: 0,
+            ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
             last_data: None,
@@ -296,21 +368,21 @@ impl WireGuard {
         Ok(index)
     }
 
-    /// Keeps packets until the session is there, oldest dropped first, and sees that a handshake runs.
+    /// Keeps packets until the session is there, as many as there is room for, and sees that a handshake runs.
     fn enqueue(
         &mut self,
         now: Instant,
         index: usize,
         packets: &impl Segments,
         tx: &mut TxBatch,
-    ) -> Result<(), DropReason> {
-        let mut full = false;
+    ) -> Sealed {
+        let mut sealed = Sealed::default();
         if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
             for i in 0..packets.count() {
                 let len = packets.len(i);
                 if session.queue.len() >= QUEUE_PACKETS || self.queue_bytes + len > QUEUE_BYTES {
-                    full = true;
                     self.stats.queue_dropped += (packets.count() - i) as u64;
+                    sealed.refused = Some(DropReason::AwaitingSession);
                     break;
                 }
                 let mut packet = vec![0; len];
@@ -318,10 +390,11 @@ impl WireGuard {
                 self.queue_bytes += len;
                 self.stats.queued += 1;
                 session.queue.push_back(Queued { since: now, packet });
+                sealed.waiting += 1;
             }
         }
         self.send_initiation(index, false, tx);
-        if full { Err(DropReason::AwaitingSession) } else { Ok(()) }
+        sealed
     }
 
     fn send_initiation(&mut self, index: usize, force: bool, tx: &mut TxBatch) {
@@ -330,6 +403,7 @@ impl WireGuard {
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
         if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, force) {
             let len = message.len();
+            session.ring.sent(message);
             tx.commit(to, Via::WireGuard, len);
             session.attempts += 1;
             self.stats.initiations_sent += 1;
@@ -353,6 +427,9 @@ impl WireGuard {
             return Opened::Drop(DropReason::NoBuffer);
         }
         let index = match Tunn::parse_incoming_packet(datagram) {
+            Ok(Packet::PacketData(_)) if counter(datagram) >= REJECT_AFTER_MESSAGES => {
+                return Opened::Drop(DropReason::ExpiredSession);
+            }
             Ok(Packet::PacketData(p)) => p.receiver_idx,
             Ok(Packet::HandshakeResponse(p)) => p.receiver_idx,
             Ok(Packet::PacketCookieReply(p)) => p.receiver_idx,
@@ -396,6 +473,7 @@ impl WireGuard {
         };
         // A cookie reply proves nothing about who sent it.
         if data || datagram[0] == 2 {
+            session.ring.proved(datagram[if data { 4 } else { 8 }]);
             self.authenticated(now, index, from, tx);
         }
         result
@@ -410,6 +488,7 @@ impl WireGuard {
                 self.stats.roamed += 1;
             }
             session.confirmed = Some(from);
+            session.learn(from);
         }
         if session.established || session.tunn.time_since_last_handshake().is_none() {
             return;
@@ -434,6 +513,8 @@ impl WireGuard {
             self.free.push(old);
             if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
                 session.queue.append(&mut waiting.queue);
+                session.received += waiting.received;
+                session.sent += waiting.sent;
             }
         }
     }
@@ -445,15 +526,19 @@ impl WireGuard {
             self.queue_bytes -= waiting.packet.len();
             let room = (waiting.packet.len() + DATA_OVERHEAD).max(HANDSHAKE_ROOM);
             let fresh = now.saturating_duration_since(waiting.since) < QUEUE_AGE;
-            let Some(slot) = tx.reserve(room).filter(|_| fresh) else {
+            let sealed = match tx.reserve(room).filter(|_| fresh) {
+                Some(slot) => session.tunn.encapsulate(&waiting.packet, slot),
+                None => TunnResult::Done,
+            };
+            let TunnResult::WriteToNetwork(message) = sealed else {
                 self.stats.queue_dropped += 1;
+                self.waited.dropped += 1;
                 continue;
             };
-            if let TunnResult::WriteToNetwork(message) = session.tunn.encapsulate(&waiting.packet, slot) {
-                let len = message.len();
-                tx.commit(to, Via::WireGuard, len);
-                session.sent += waiting.packet.len() as u64;
-            }
+            let len = message.len();
+            tx.commit(to, Via::WireGuard, len);
+            session.sent += waiting.packet.len() as u64;
+            self.waited.sent.push((session.peer, waiting.packet.len()));
         }
     }
 
@@ -466,27 +551,16 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        let mut cookie = [0; 64];
-        let message = match self.gate.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+        let message = match self.open_gate.verify_packet(None, datagram, &mut []) {
             Ok(Packet::HandshakeInit(message)) => message,
             Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
                 return Opened::Drop(DropReason::NotTunnel);
             }
-            Err(TunnResult::WriteToNetwork(reply)) => {
-                if let Some(room) = tx.reserve(reply.len()) {
-                    room.copy_from_slice(reply);
-                    tx.commit(from, Via::WireGuard, reply.len());
-                }
-                return Opened::Drop(DropReason::CookieDemanded);
-            }
             Err(TunnResult::Err(error)) => return Opened::Drop(reason(&error)),
-            Err(TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..)) => {
-                return Opened::Drop(DropReason::NotTunnel);
-            }
+            Err(_) => return Opened::Drop(DropReason::NotTunnel),
         };
-        self.next_tick.get_or_insert(now + TICK);
-        if !self.sources.allow(from.ip(), now) {
-            return Opened::Drop(DropReason::HandshakeRate);
+        if let Err(reason) = self.admit(now, from, datagram, tx) {
+            return Opened::Drop(reason);
         }
         let Ok(half) = parse_handshake_anon(&self.private, &self.public, &message) else {
             return Opened::Drop(DropReason::BadAuthentication);
@@ -498,6 +572,36 @@ impl WireGuard {
             return Opened::Drop(DropReason::UnknownPeer);
         };
         self.answer_initiation(now, peer, lane, from, datagram, tx)
+    }
+
+    /// Whether there is time for the expensive part of a handshake. When there are too many, or too many
+    /// from this source, its sender first proves with a cookie that he is there.
+    fn admit(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        datagram: &[u8],
+        tx: &mut TxBatch,
+    ) -> Result<(), DropReason> {
+        if !self.load.count(now) && self.sources.allow(from.ip(), now) {
+            return Ok(());
+        }
+        let mut cookie = [0; 64];
+        match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+            Ok(_) if self.proven_sources.allow(from.ip(), now) => Ok(()),
+            Ok(_) => Err(DropReason::HandshakeRate),
+            Err(TunnResult::WriteToNetwork(reply)) => {
+                if let Some(room) = tx.reserve(reply.len()) {
+                    room.copy_from_slice(reply);
+                    tx.commit(from, Via::WireGuard, reply.len());
+                }
+                Err(DropReason::CookieDemanded)
+            }
+            Err(TunnResult::Err(error)) => Err(reason(&error)),
+            Err(TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..)) => {
+                Err(DropReason::NotTunnel)
+            }
+        }
     }
 
     fn answer_initiation(
@@ -520,10 +624,19 @@ impl WireGuard {
                 Err(reason) => return Opened::Drop(reason),
             },
         };
-        match self.respond(active, from, datagram, tx) {
-            Err(WireGuardError::WrongTai64nTimestamp) => {}
-            Err(error) => return Opened::Drop(reason(&error)),
-            Ok(()) => return Opened::Control,
+        let in_the_way = |s: &Session| s.established && !s.ring.has_room();
+        if !self.sessions.get(active).and_then(Option::as_ref).is_some_and(|s| in_the_way(s)) {
+            match self.respond(active, from, datagram, tx) {
+                Err(WireGuardError::WrongTai64nTimestamp) => {}
+                Err(error) => {
+                    // Whoever knows two public keys can write what makes a session here: not for long.
+                    if known.is_none() {
+                        self.remove(active);
+                    }
+                    return Opened::Drop(reason(&error));
+                }
+                Ok(()) => return Opened::Control,
+            }
         }
         // The candidate may have answered an earlier one of the same peer: let it judge first.
         if let Some(candidate) = known.and_then(|slot| slot.candidate) {
@@ -567,12 +680,10 @@ impl WireGuard {
         match session.tunn.decapsulate(None, datagram, room) {
             TunnResult::WriteToNetwork(message) => {
                 let len = message.len();
+                session.ring.sent(message);
                 tx.commit(from, Via::WireGuard, len);
                 self.stats.initiations_answered += 1;
-                // A peer without a reachable announcement may be answered where it called from.
-                if session.candidates.len() < MAX_CANDIDATES && !session.candidates.contains(&from) {
-                    session.candidates.push(from);
-                }
+                session.learn(from);
                 Ok(())
             }
             TunnResult::Err(error) => Err(error),
@@ -594,7 +705,6 @@ impl WireGuard {
         if self.next_tick.is_none_or(|tick| now < tick) {
             return;
         }
-        self.gate.reset_count();
         for index in 0..self.sessions.len() {
             self.tick_session(now, index, tx);
         }
@@ -608,6 +718,7 @@ impl WireGuard {
             TunnResult::WriteToNetwork(message) => {
                 let (len, initiation) = (message.len(), message[0] == 1);
                 if initiation {
+                    session.ring.sent(message);
                     session.attempts += 1;
                     self.stats.initiations_sent += 1;
                 }
@@ -623,6 +734,7 @@ impl WireGuard {
             if let Some(old) = session.queue.pop_front() {
                 self.queue_bytes -= old.packet.len();
                 self.stats.queue_dropped += 1;
+                self.waited.dropped += 1;
             }
         }
     }
@@ -651,6 +763,7 @@ impl WireGuard {
         self.free.push(index);
         self.queue_bytes -= session.queue.iter().map(|q| q.packet.len()).sum::<usize>();
         self.stats.queue_dropped += session.queue.len() as u64;
+        self.waited.dropped += session.queue.len();
         let key = (session.peer, session.lane);
         let Some(slot) = self.slots.get_mut(&key) else { return };
         if slot.candidate == Some(index) {
@@ -685,33 +798,48 @@ impl WireGuard {
     }
 }
 
-/// Most endpoints kept for one session.
-const MAX_CANDIDATES: usize = 16;
+/// Most announced endpoints kept for one session, and most that it called from.
+const MAX_ENDPOINTS: usize = 16;
+const MAX_LEARNT: usize = 4;
 
 impl Session {
-    /// Where to send: what last proved to work; after two unanswered initiations the candidates in turn.
+    /// Where to send: what last proved to work; after two unanswered initiations every endpoint in turn.
     fn target(&self) -> Option<SocketAddr> {
+        let known = self.announced.len() + self.learnt.len();
         if let Some(confirmed) = self.confirmed
-            && (self.attempts <= LOYAL_ATTEMPTS || self.candidates.is_empty())
+            && (self.attempts <= LOYAL_ATTEMPTS || known == 0)
         {
             return Some(confirmed);
         }
-        let turn = self.attempts.saturating_sub(1) as usize;
-        self.candidates.get(turn % self.candidates.len().max(1)).copied()
+        let turn = self.attempts.saturating_sub(1) as usize % known.max(1);
+        self.announced.iter().chain(&self.learnt).nth(turn).copied()
     }
 
-    /// Takes newly announced endpoints; one that worked but is no longer announced loses its preference.
+    /// A peer without a reachable announcement may be answered where it called from.
+    fn learn(&mut self, from: SocketAddr) {
+        if self.announced.contains(&from) || self.learnt.contains(&from) {
+            return;
+        }
+        if self.learnt.len() >= MAX_LEARNT {
+            self.learnt.pop_front();
+        }
+        self.learnt.push_back(from);
+    }
+
+    /// Takes newly announced endpoints; one that worked but is no longer announced loses its preference. One
+    /// that never was announced (NAT) keeps it.
     fn follow(&mut self, announced: Vec<SocketAddr>) {
-        if self.candidates == announced {
+        if self.announced == announced {
             return;
         }
         if let Some(confirmed) = self.confirmed
-            && self.candidates.contains(&confirmed)
+            && self.announced.contains(&confirmed)
             && !announced.contains(&confirmed)
         {
             self.confirmed = None;
         }
-        self.candidates = announced;
+        self.learnt.retain(|learnt| !announced.contains(learnt));
+        self.announced = announced;
     }
 }
 
@@ -724,8 +852,13 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
             Some(port) if lane.0 > 0 => SocketAddr::new(e.ip(), port),
             Some(_) | None => *e,
         })
-        .take(MAX_CANDIDATES)
+        .take(MAX_ENDPOINTS)
         .collect()
+}
+
+/// The counter of a data message.
+fn counter(datagram: &[u8]) -> u64 {
+    datagram.get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes)
 }
 
 /// boringtun's errors in our words.
