@@ -10,7 +10,7 @@
 //! which stands still while virtual time passes. So a session made anew later sends timestamps that are older
 //! than those its predecessor sent after its first second: a clock that was set back.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use warren::snapshot::{
     Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, PeerLane, PeerVxlan, PublicKey, Snapshot,
 };
 use warren::tunnel::Via;
+use warren::tunnel::vxlan_link::Neighbours;
 use x25519_dalek::StaticSecret;
 
 use crate::ledger::Ledger;
@@ -186,7 +187,7 @@ impl World {
 
     fn boot(&mut self, id: usize) {
         let flows = FlowTable::in_memory(256, Seed(1, id as u64)).expect("a small table");
-        let flows = Arc::new(flows);
+        let (flows, neighbours) = (Arc::new(flows), Arc::new(Neighbours::default()));
         let epoch = (self.now(), 0);
         let seeds: Vec<(u64, u64)> = (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
         let node = &mut self.nodes[id];
@@ -198,6 +199,7 @@ impl World {
                     private: *key,
                     seed,
                     vxlan_sources: 4,
+                    neighbours: Arc::clone(&neighbours),
                     flows: Arc::clone(&flows),
                     epoch,
                 })
@@ -326,7 +328,7 @@ impl World {
         let routed = probe.destination != IpAddr::V4(node_v4(to)) && probe.destination != IpAddr::V6(node_v6(to));
         let expected = Probe { hop_limit: probe.hop_limit - u8::from(routed), ..*probe }.build();
         // VXLAN does not notice a datagram that the network has doubled.
-        let twice = self.net.faults.duplicate > 0 && self.encap(from, to) == Encap::Vxlan;
+        let twice = self.encap(from, to) == Encap::Vxlan;
         self.ledger.sent(probe.id, to, expected, self.at, twice);
         self.hand_over(from, probe);
         probe.id
@@ -440,7 +442,7 @@ impl World {
         }
         let arrival = Arrival { encap, from: landing.from, offset: 0, len: all.len(), stride: stride.max(1) };
         let packets = all.chunks(stride.max(1)).filter(|datagram| carries_packet(encap, datagram)).count();
-        let before = drops(&self.nodes[landing.host].lanes[lane].counters());
+        let before = refused(&self.nodes[landing.host].lanes[lane].counters());
         let icmp = self.nodes[landing.host].lanes[lane].counters().total(Total::IcmpSent);
         self.drive(landing.host, lane, |lane, now, snapshot, receive, out| {
             receive[..all.len()].copy_from_slice(&all);
@@ -451,7 +453,7 @@ impl World {
         node.books.arrived += packets as u64;
         node.books.handed += counters.total(Total::IcmpSent) - icmp;
         if packets == 0 {
-            node.books.control_drops += drops(&counters) - before;
+            node.books.control_drops += refused(&counters) - before;
         }
     }
 
@@ -491,7 +493,7 @@ impl World {
         }
         for packet in packets {
             match packets::probe_id(&packet) {
-                Some(number) => self.ledger.arrived(number, id, &packet, self.at),
+                Some(number) => self.ledger.arrived(number, id, &packet, self.at, self.net.doubled),
                 None => self.nodes[id].other.push(packet),
             }
         }
@@ -595,6 +597,12 @@ fn drops(counters: &Counters) -> u64 {
     fates.map(|reason| counters.dropped(*reason)).sum()
 }
 
+/// Drops that are not of packets that waited: those a datagram may bring about, but it is not one of them.
+fn refused(counters: &Counters) -> u64 {
+    let waited = [DropReason::AwaitingSession, DropReason::AwaitingMac];
+    drops(counters) - waited.iter().map(|reason| counters.dropped(*reason)).sum::<u64>()
+}
+
 fn accounted(counters: &Counters) -> u64 {
     counters.total(Total::PacketsSent) + counters.total(Total::PacketsReceived) + drops(counters)
 }
@@ -648,5 +656,3 @@ fn mac(id: usize) -> [u8; 6] {
     [2, 0, 0, 0, (id >> 8) as u8, id as u8]
 }
 
-/// Nodes of a test by what is in this map; keeps scenarios short.
-pub(crate) type Numbers = HashMap<(usize, usize), Vec<u64>>;
