@@ -9,14 +9,13 @@
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -24,21 +23,21 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info, warn};
 
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig, FleetError};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
-use crate::io::lane::{Command, LaneReport};
+use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows, underlay};
-use crate::snapshot::{LaneId, PeerId, PeerLane, Snapshot};
-use crate::state::annotations::Announcement;
+use crate::snapshot::{LaneId, PeerId, Snapshot};
 use crate::state::checkpoint::{CheckpointFiles, RecentPeer};
-use crate::state::compile::{EncapPolicy, HostPlan, Settings};
+use crate::state::compile::{HostPlan, Settings};
 use crate::state::durable::Loaded;
 use crate::state::keys::{self, KeyError};
 use crate::state::publish::Publisher;
 use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::state::source::dir::DirSource;
-use crate::tunnel::vxlan::mac_from_key;
+use crate::status::socket::{OwnedSocket, SocketError};
+use crate::status::{Handle, LaneHandle, NodeInfo, pb, server, uapi};
 
 /// The loop's own addresses: routed into the TUN, assigned to nothing, never seen outside the node.
 const LOOP_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 87, 87);
@@ -67,12 +66,9 @@ pub enum AgentError {
         /// Why.
         source: io::Error,
     },
-    /// The lock is held.
-    #[error(
-        "another agent is running with the run directory {0}: stop it first, or give this one its own --run-dir, \
-         --state-dir, --tun-name and --port"
-    )]
-    AlreadyRunning(PathBuf),
+    /// The status socket, which is also what makes sure that there is only one of us.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// Not in the source.
     #[error(
         "there is no Node named `{node}` in {source_name}{}: write one (kind: Node, with spec.podCIDRs and \
@@ -155,7 +151,11 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         .enable_all()
         .build()
         .map_err(|source| AgentError::Io { what: "cannot start the runtime", source })?;
-    let _lock = lock(&config.run_dir)?;
+    make_dir(&config.run_dir, "--run-dir")?;
+    let _only_one = {
+        let _runtime = runtime.enter();
+        server::bind(&config.run_dir)?
+    };
     let saved = host_state(config);
     let mut removed = runtime.block_on(host::cleanup(&config.tun_name, Some(&saved)))?;
     for file in ["ready", "flows"] {
@@ -167,66 +167,54 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
 }
 
 fn host_state(config: &AgentConfig) -> PathBuf {
-    config.state_dir.join("host.json")
+    config.state_dir.join("host.saved")
 }
 
 async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     // 1 what there is
     make_dir(&config.state_dir, "--state-dir")?;
-    let _lock = lock(&config.run_dir)?;
+    make_dir(&config.run_dir, "--run-dir")?;
+    let status_socket = server::bind(&config.run_dir)?;
     let ready = ReadyFile::new(&config.run_dir);
-    let keys = keys::load_or_create(&config.state_dir, config.lanes)?;
+    let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
     let saved = match files.load() {
         Ok(Loaded::Good(saved)) => Some(saved),
         Ok(Loaded::Missing) => None,
-        Ok(Loaded::SetAside { path, reason }) => {
-            warn!("the saved state was not usable ({reason}); set aside as {}", path.display());
+        Ok(Loaded::SetAside { reason, moved_to }) => {
+            let moved = moved_to.map(|to| format!(" (moved to {})", to.display())).unwrap_or_default();
+            warn!("the saved state is not obeyed: {reason}{moved}");
             None
         }
         Err(source) => return Err(AgentError::Io { what: "cannot read the saved state", source }),
     };
 
     // 2 the state line
-    let announcement = Announcement {
-        lanes: keys
-            .iter()
-            .enumerate()
-            .map(|(i, key)| PeerLane { key: key.public(), port: config.port + i as u16 })
-            .collect(),
-        endpoints: config.endpoints.clone(),
-        location: config.location.clone(),
-        encaps: config.encap.encaps(),
-        vxlan_mac: Some(mac_from_key(&keys[0].public())),
-        keepalive: config.keepalive,
-        ..Announcement::default()
+    let public: Vec<_> = keys.iter().map(|key| key.public()).collect();
+    let fixed_mtu = match config.underlay_mtu {
+        UnderlayMtu::Fixed(mtu) => Some(mtu),
+        UnderlayMtu::Auto => None,
     };
-    let mut settings = Settings {
-        node: config.node.clone(),
-        encap: config.encap,
-        vxlan_port: config.vxlan_port,
-        vni: config.vni,
-        mac: mac_from_key(&keys[0].public()),
-        underlay_mtu: config.underlay_mtu.unwrap_or(1500),
-        cluster_ranges: config.cluster_cidrs.clone(),
-        service_ranges: config.service_cidrs.clone(),
-        announcement,
-    };
+    let mut settings = config.settings(&public, fixed_mtu.unwrap_or(1500));
     let mut node = Node::open(&config).await?;
     node.follow_underlay(&mut settings, &[]).await;
     let (line, mut outputs) = StateLine::new(settings.clone(), saved);
     let (events, source_events) = mpsc::channel(EVENTS);
     let (settings_sender, settings_reader) = watch::channel(settings.clone());
-    let publisher = Publisher::new(&config.source_dir, &config.node);
+    let folder = source_folder(&config);
+    let publisher = Publisher::new(&folder, &config.node);
     let time = Clock { now: clock::now, wall: clock::wall };
-    let source = tokio::spawn(DirSource::new(&config.source_dir).run(events));
-    let line = tokio::spawn(line.run(source_events, settings_reader, Some(files.clone()), Some(publisher), time));
+    let source = tokio::spawn(DirSource::new(&folder).run(events));
+    let line =
+        tokio::spawn(line.run(source_events, settings_reader, Some(files.clone()), Some(publisher), time));
     let _tasks = Tasks(vec![source, line]);
     let plan = first_plan(&config, &mut outputs).await?;
 
     // 3 lanes
-    let table = flows::open(&config.run_dir.join("flows"), seed())
-        .map_err(|source| AgentError::Io { what: "cannot open the flow table in the run directory", source })?;
+    let table = flows::open(&config.run_dir.join("flows"), seed()).map_err(|source| AgentError::Io {
+        what: "cannot open the flow table in the run directory",
+        source,
+    })?;
     let (ended, mut ends) = mpsc::unbounded_channel();
     let fleet = Fleet::start(
         FleetConfig {
@@ -234,7 +222,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
             port: config.port,
             vxlan_port: config.encap.encaps().vxlan.then_some(config.vxlan_port),
             keys: keys.iter().map(|key| key.secret().to_bytes()).collect(),
-            offloads: config.offloads,
+            offloads: lane_offloads(&config),
             flows: Arc::new(table),
             snapshot: Arc::clone(&outputs.snapshot),
         },
@@ -258,6 +246,13 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     })]);
 
     // 5 ready
+    let handle = status_handle(&config, &outputs, &fleet);
+    let mut services = Tasks(serve_status(&config, handle.clone(), status_socket));
+    services.0.push(tokio::spawn(follow_problems(handle.clone(), outputs.report.clone())));
+    handle.update(|live| {
+        live.pod_mtu = plan.pod_mtu;
+        live.not_ready = None;
+    });
     call_recent_peers(&files, &outputs.snapshot.load(), &fleet);
     ready.write(&config.node, plan.pod_mtu)?;
     info!(
@@ -288,6 +283,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
                 if next.pod_mtu != plan.pod_mtu {
                     info!(from = plan.pod_mtu, to = next.pod_mtu, "the MTU for new pods has changed");
                     ready.write(&config.node, next.pod_mtu)?;
+                    handle.update(|live| live.pod_mtu = next.pod_mtu);
                 }
                 plan = next;
                 host_sender.send_replace(host_config(&config, &plan));
@@ -310,12 +306,14 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
                 if node.follow_underlay(&mut settings, &plan.host_addresses).await {
                     settings_sender.send_replace(settings.clone());
                 }
-                note_recent_peers(&files, &outputs.snapshot.load(), &fleet).await;
+                note_recent_peers(&files, &handle).await;
             }
         }
     }
-    info!("stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` removes them)");
-    note_recent_peers(&files, &outputs.snapshot.load(), &fleet).await;
+    info!(
+        "stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` removes them)"
+    );
+    note_recent_peers(&files, &handle).await;
     Ok(())
 }
 
@@ -347,7 +345,7 @@ async fn first_plan(config: &AgentConfig, outputs: &mut Outputs) -> Result<Arc<H
             _ = outputs.plan.changed() => {}
             _ = outputs.report.changed() => {}
             _ = waits.tick() => {
-                info!("waiting for the first full list of objects from {}", config.source_dir.display());
+                info!("waiting for the first full list of objects from {}", source_folder(config).display());
             }
         }
     }
@@ -358,20 +356,43 @@ fn missing(config: &AgentConfig, outputs: &Outputs) -> AgentError {
     let report: Arc<StateReport> = outputs.report.borrow().clone();
     let node = config.node.clone();
     let about = format!("Node/{node}");
-    let known = report.node_names.clone();
-    if known.contains(&node) {
+    let known: Vec<String> =
+        outputs.snapshot.load().mesh.peers.iter().flatten().map(|peer| peer.name.clone()).collect();
+    if report.nodes > known.len() {
         let problems =
             report.problems.iter().filter(|p| p.subject == about).map(ToString::to_string).collect();
         return AgentError::NoPodRange { node, problems };
     }
-    AgentError::NoSuchNode { node, source_name: config.source_dir.display().to_string(), known }
+    AgentError::NoSuchNode { node, source_name: source_folder(config).display().to_string(), known }
+}
+
+/// The folder that the objects come from.
+fn source_folder(config: &AgentConfig) -> PathBuf {
+    match &config.source {
+        Some(SourceSpec::Dir(path)) => path.clone(),
+        None => PathBuf::new(), // only with --cleanup, which reads no objects
+    }
+}
+
+fn lane_offloads(config: &AgentConfig) -> LaneOffloads {
+    let wanted = config.offloads;
+    LaneOffloads {
+        tun_tcp: wanted.tun_gso,
+        tun_udp: wanted.tun_gso,
+        joining: wanted.coalescing,
+        udp_segmentation: wanted.udp_gso,
+        udp_receive: wanted.udp_gro,
+        ack_joining: wanted.ack_coalescing,
+    }
 }
 
 /// The plan in the host's terms.
 fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     let source = |like: IpAddr| plan.node_addresses.iter().copied().find(|ip| ip.is_ipv4() == like.is_ipv4());
-    let route = |range: ipnet::IpNet, mtu: u16| TunnelRoute { range, source: source(range.addr()), mtu: mtu.into() };
-    let mut routes: Vec<TunnelRoute> = plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu)).collect();
+    let route =
+        |range: ipnet::IpNet, mtu: u16| TunnelRoute { range, source: source(range.addr()), mtu: mtu.into() };
+    let mut routes: Vec<TunnelRoute> =
+        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu)).collect();
     // Pods of nodes that nobody has seen yet are answered by us, not sent out in clear.
     for range in &plan.cluster_ranges {
         let known = routes.iter().any(|r| r.range == *range) || plan.pod_ranges.contains(range);
@@ -389,7 +410,11 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         pod_ranges: plan.pod_ranges.clone(),
         tunnel_routes: routes,
         cluster_ranges: plan.cluster_ranges.clone(),
-        masquerade: config.masquerade,
+        masquerade: match config.masquerade {
+            // Whoever masquerades first wins, and ours leaves the cluster's ranges out: it does no harm beside others.
+            Masquerade::Auto | Masquerade::On => true,
+            Masquerade::Off => false,
+        },
         encrypted: plan.encrypted,
         services: false,
     }
@@ -414,7 +439,7 @@ impl Node {
             tun: config.tun_name.clone(),
             port: config.port,
             fixed_endpoints: !config.endpoints.is_empty(),
-            fixed_mtu: config.underlay_mtu.is_some(),
+            fixed_mtu: config.underlay_mtu != UnderlayMtu::Auto,
             _connection: Tasks(vec![tokio::spawn(connection)]),
         })
     }
@@ -445,7 +470,9 @@ fn call_recent_peers(files: &CheckpointFiles, snapshot: &Snapshot, fleet: &Fleet
     let recent = match files.load_recent() {
         Ok(Loaded::Good(recent)) => recent,
         Ok(Loaded::Missing) => return,
-        Ok(Loaded::SetAside { reason, .. }) => return warn!("the list of active peers was not usable: {reason}"),
+        Ok(Loaded::SetAside { reason, .. }) => {
+            return warn!("the list of active peers was not usable: {reason}");
+        }
         Err(error) => return warn!("the list of active peers cannot be read: {error}"),
     };
     let now = unix_seconds();
@@ -462,20 +489,15 @@ fn call_recent_peers(files: &CheckpointFiles, snapshot: &Snapshot, fleet: &Fleet
 }
 
 /// Saves who is active now.
-async fn note_recent_peers(files: &CheckpointFiles, snapshot: &Snapshot, fleet: &Fleet) {
-    let reports = reports(fleet).await;
-    let now = clock::now();
+async fn note_recent_peers(files: &CheckpointFiles, handle: &Handle) {
+    let Ok(view) = handle.collect_async().await else { return };
     let wall = unix_seconds();
-    let mut recent: Vec<RecentPeer> = Vec::new();
-    for peer in snapshot.mesh.peers.iter().flatten() {
-        let last = reports
-            .iter()
-            .filter_map(|report| report.traffic.get(peer.id.0 as usize))
-            .flat_map(|traffic| [traffic.last_received, traffic.last_sent])
-            .flatten()
-            .max();
-        let age = last.map(|at| now.saturating_duration_since(at)).filter(|age| *age <= RECENT);
-        recent.extend(age.map(|age| RecentPeer { name: peer.name.clone(), at: wall.saturating_sub(age.as_secs()) }));
+    let mut recent = Vec::new();
+    for peer in &view.peers {
+        let ages = [peer.last_received_age_ms, peer.last_sent_age_ms];
+        let age = ages.into_iter().flatten().min().map(Duration::from_millis);
+        let at = age.filter(|age| *age <= RECENT).map(|age| wall.saturating_sub(age.as_secs()));
+        recent.extend(at.map(|at| RecentPeer { name: peer.name.clone(), at }));
     }
     let files = files.clone();
     let saved = tokio::task::spawn_blocking(move || files.save_recent(&recent)).await;
@@ -484,20 +506,63 @@ async fn note_recent_peers(files: &CheckpointFiles, snapshot: &Snapshot, fleet: 
     }
 }
 
-/// Asks all lanes; one that does not answer within a second is left out.
-async fn reports(fleet: &Fleet) -> Vec<LaneReport> {
-    let mut waiting = Vec::new();
-    for lane in &fleet.lanes {
-        let (answer, reader) = std::sync::mpsc::sync_channel(1);
-        if lane.commands.try_send(Command::Report(answer)).is_ok() {
-            waiting.push(reader);
+// --- status --------------------------------------------------------------------------------------
+
+fn status_handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Handle {
+    let lanes = fleet.lanes.iter().map(|lane| LaneHandle {
+        id: lane.id,
+        public_key: lane.public_key,
+        port: lane.port,
+        commands: lane.commands.clone(),
+        bell: Arc::clone(&lane.bell),
+        counters: Arc::clone(&lane.counters),
+        offloads: lane.offloads,
+    });
+    let info = NodeInfo {
+        name: config.node.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        tun: config.tun_name.clone(),
+        settings: vec![
+            ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
+            ("encap".to_owned(), config.encap.name().to_owned()),
+            ("location".to_owned(), config.location.clone().unwrap_or_else(|| "none".to_owned())),
+        ],
+        started: clock::now(),
+    };
+    Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
+}
+
+/// Where `wg` and other tools look for userspace WireGuard interfaces.
+const UAPI_DIR: &str = "/var/run/wireguard";
+
+fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
+    let grpc = handle.clone();
+    let mut tasks = vec![tokio::spawn(async move {
+        if let Err(error) = server::serve(socket, grpc, std::future::pending()).await {
+            error!("`warren status` does not work any more: {error}");
+        }
+    })];
+    match uapi::bind(Path::new(UAPI_DIR), &config.tun_name) {
+        Ok(socket) => tasks.push(tokio::spawn(async move {
+            if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
+                warn!("`wg show` does not work any more: {error}");
+            }
+        })),
+        // The mesh works without it.
+        Err(error) => warn!("`wg show` will not work: {error}"),
+    }
+    tasks
+}
+
+/// Hands what the state line finds wrong to whoever asks.
+async fn follow_problems(handle: Handle, mut report: watch::Receiver<Arc<StateReport>>) {
+    loop {
+        let problems: Vec<_> = report.borrow_and_update().problems.iter().map(pb::Problem::from).collect();
+        handle.update(|live| live.problems.clone_from(&problems));
+        if report.changed().await.is_err() {
+            return;
         }
     }
-    fleet.ring();
-    let collect = move || {
-        waiting.into_iter().filter_map(|r| r.recv_timeout(Duration::from_secs(1)).ok()).collect()
-    };
-    tokio::task::spawn_blocking(collect).await.unwrap_or_default()
 }
 
 // --- small things --------------------------------------------------------------------------------
@@ -521,7 +586,10 @@ impl Signals {
         let listen = |kind| {
             signal(kind).map_err(|source| AgentError::Io { what: "cannot listen for signals", source })
         };
-        Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+        Ok(Signals {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
     }
 
     async fn wait(&mut self) {
@@ -546,9 +614,10 @@ impl ReadyFile {
     fn write(&self, node: &str, pod_mtu: u16) -> Result<(), AgentError> {
         let text = serde_json::json!({ "node": node, "pod_mtu": pod_mtu }).to_string();
         let next = self.0.with_extension("next");
-        fs::write(&next, text)
-            .and_then(|()| fs::rename(&next, &self.0))
-            .map_err(|source| AgentError::Io { what: "cannot write the file `ready` in the run directory", source })
+        fs::write(&next, text).and_then(|()| fs::rename(&next, &self.0)).map_err(|source| AgentError::Io {
+            what: "cannot write the file `ready` in the run directory",
+            source,
+        })
     }
 }
 
@@ -560,25 +629,11 @@ impl Drop for ReadyFile {
 
 fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError> {
     use std::os::unix::fs::DirBuilderExt as _;
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| AgentError::Directory { path: path.to_owned(), flag, source })
-}
-
-/// One agent per run directory; the kernel forgets the lock with the process.
-fn lock(run_dir: &Path) -> Result<Flock<File>, AgentError> {
-    make_dir(run_dir, "--run-dir")?;
-    let path = run_dir.join("agent.lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|source| AgentError::Directory { path, flag: "--run-dir", source })?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|_| AgentError::AlreadyRunning(run_dir.to_owned()))
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| AgentError::Directory {
+        path: path.to_owned(),
+        flag,
+        source,
+    })
 }
 
 fn unix_seconds() -> u64 {

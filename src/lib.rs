@@ -6,6 +6,8 @@ pub mod snapshot;
 pub mod tunnel;
 
 #[cfg(feature = "agent")]
+pub mod agent;
+#[cfg(feature = "agent")]
 pub mod config;
 #[cfg(feature = "agent")]
 pub mod demo;

@@ -1,3 +1,52 @@
-//! The `warren` binary: everything is in the library.
+//! The `warren` binary: parses the command line and calls the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use warren::config::{AgentArgs, AgentConfig, Cli, Command, environment_warnings};
+use warren::{agent, demo, status};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Agent(args) => run_agent(*args),
+        Command::Demo(args) => return demo::run(args).unwrap_or_else(|error| fail(&error)),
+        Command::Status(args) => status::client::status(&args).map_err(Into::into),
+        Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&*error),
+    }
+}
+
+fn run_agent(args: AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
+    let config = AgentConfig::resolve(args)?;
+    start_log(&config.log)?;
+    for warning in environment_warnings(std::env::vars_os().map(|(name, _)| name)) {
+        tracing::warn!("{warning}");
+    }
+    if !config.cleanup {
+        return Ok(agent::run(config)?);
+    }
+    let removed = agent::cleanup(&config)?;
+    match removed.as_slice() {
+        [] => println!("nothing of Warren's was found"),
+        some => some.iter().for_each(|what| println!("removed {what}")),
+    }
+    Ok(())
+}
+
+/// boringtun logs every expired session as an error; what matters of that, Warren counts and says itself.
+fn start_log(filter: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let filter = EnvFilter::try_new(format!("boringtun=off,{filter}"))
+        .map_err(|e| format!("--log {filter}: {e}; for example info, or warn,warren::state=debug"))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    Ok(())
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("warren: {error}");
+    ExitCode::FAILURE
+}

@@ -238,7 +238,7 @@ impl Lane {
     }
 
     /// Puts a packet of our own making into the TUN batch.
-    fn to_own_tun(&mut self, packet: &[u8], headers: &Headers, out: &mut Output) {
+    fn answer_into_tun(&mut self, packet: &[u8], headers: &Headers, out: &mut Output) {
         let at = out.plain_used;
         let Some(room) = out.plain.get_mut(at..at + packet.len()) else {
             return self.counters.count_drop(DropReason::NoBuffer);

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use super::{Exit, Lane, Output, Total};
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
+use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::segment::{SuperPacket, fragment_v4, owes_checksum};
 use crate::packet::vnet::VnetHdr;
-use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::{DropReason, Headers, L4, parse};
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
 use crate::tunnel::Segments;
@@ -65,14 +65,14 @@ impl Lane {
             }
         };
         match exit {
-            Exit::Peer(peer) => self.to_peer(now, snapshot, peer, &vnet, packet, &headers, out),
+            Exit::Peer(peer) => self.send_to_peer(now, snapshot, peer, &vnet, packet, &headers, out),
             // Only a translated packet comes back into the TUN it came from.
             Exit::LocalPod | Exit::LocalNode | Exit::Outside => Err(DropReason::NotOurs),
         }
     }
 
     #[allow(clippy::too_many_arguments)] // one packet and everything that is known about it
-    fn to_peer(
+    fn send_to_peer(
         &mut self,
         now: Instant,
         snapshot: &Snapshot,
@@ -191,7 +191,7 @@ impl Lane {
         if let Some(answer) = self.icmp_error(now, snapshot, packet, headers, error, &mut room)
             && let Ok(headers) = parse(answer)
         {
-            self.to_own_tun(answer, &headers, out);
+            self.answer_into_tun(answer, &headers, out);
         }
     }
 

@@ -57,7 +57,8 @@ impl RouteCache {
         {
             return exit;
         }
-        let exit = self.mesh.as_ref().map_or(Err(DropReason::NotOurs), |m| inbound(m, peer, source, destination));
+        let exit =
+            self.mesh.as_ref().map_or(Err(DropReason::NotOurs), |m| inbound(m, peer, source, destination));
         self.into = Some((peer, source, destination, exit));
         exit
     }
@@ -142,7 +143,11 @@ mod tests {
             ("fd00:10:244::5", "ff02::1", Err(DropReason::Multicast)),
         ] {
             for _ in 0..2 {
-                assert_eq!(cache.outbound(ip(source), ip(destination)), expected, "{source} -> {destination}");
+                assert_eq!(
+                    cache.outbound(ip(source), ip(destination)),
+                    expected,
+                    "{source} -> {destination}"
+                );
             }
         }
     }

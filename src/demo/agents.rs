@@ -17,7 +17,9 @@ use crate::io::clock;
 use crate::snapshot::Encap;
 
 /// WireGuard's usual port; every node has its own network, so all may use it.
-const PORT: u16 = 51820;
+pub(super) const WIREGUARD_PORT: u16 = 51820;
+/// Flannel's and the kernel's VXLAN port, the agent's default.
+pub(super) const VXLAN_PORT: u16 = 8472;
 /// An agent that needs longer has a problem.
 const READY_WITHIN: Duration = Duration::from_secs(20);
 /// After that it is killed.
@@ -122,7 +124,7 @@ fn start_one(node: &Node, encap: Encap) -> Result<Process, DemoError> {
         .arg(node.folder().join("state"))
         // In the node's own /run, where `warren status` looks.
         .args(["--run-dir", "/run/warren"])
-        .args(["--port", &PORT.to_string(), "--cluster-cidr", CLUSTER_RANGES])
+        .args(["--port", &WIREGUARD_PORT.to_string(), "--cluster-cidr", CLUSTER_RANGES])
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(log_too)

@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use clap::{Args, Subcommand};
 use nix::sched::{CloneFlags, setns};
 
-use super::traffic::{AskArgs, MeasureArgs, ServeArgs, client, server};
+use super::traffic::{AskArgs, EavesdropArgs, MeasureArgs, ServeArgs, client, eavesdrop, server};
 use super::{DemoError, DemoOptions, sandbox, scenes};
 
 /// One process of the demo.
@@ -46,6 +46,8 @@ enum Part {
     Serve(ServeArgs),
     /// A container that asks one that answers.
     Ask(AskArgs),
+    /// Somebody who listens in between the nodes.
+    Eavesdrop(EavesdropArgs),
     /// How much fits through.
     Throughput(MeasureArgs),
     /// How long one byte takes there and back.
@@ -66,6 +68,7 @@ pub(super) fn run(args: InternalArgs) -> Result<ExitCode, DemoError> {
         Part::Exec { command } => exec(&command),
         Part::Serve(args) => server::serve(&args).map(|()| ExitCode::SUCCESS),
         Part::Ask(args) => answer(&client::ask(&args)),
+        Part::Eavesdrop(args) => answer(&eavesdrop::listen(&args)),
         Part::Throughput(args) => answer(&client::throughput(&args)),
         Part::Latency(args) => answer(&client::latency(&args)),
     }

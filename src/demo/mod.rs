@@ -2,15 +2,15 @@
 //!
 //! How it stands up, and why nothing of it can stay behind:
 //!
-//! 1. [`sandbox`]: the process that the user started makes a PID namespace (as an ordinary user inside a user
+//! 1. `sandbox`: the process that the user started makes a PID namespace (as an ordinary user inside a user
 //!    namespace) and starts its first process, the *stage*. It only waits from then on. When either of the two
 //!    ends, however it ends, the kernel kills everything in the PID namespace, and with the last process the
 //!    anonymous namespaces, their devices, nft tables and the tmpfs that holds the files are gone.
-//! 2. [`world`]: the stage builds the underlay, the nodes and the pods with [`link`], and starts one
-//!    [`agents`] process per node, fed from a folder of Kubernetes YAML.
-//! 3. [`scenes`]: what is shown, on the [`stage`], in plain words through [`report`]; the packets come from
-//!    [`traffic`], a tiny server and client that run inside the pods.
-//! 4. [`attach`]: `warren demo enter POD` and `warren demo stop`, for a demo that was started with `--keep`.
+//! 2. `world`: the stage builds the underlay, the nodes and the pods with `link`, and starts one
+//!    `agents` process per node, fed from a folder of Kubernetes YAML.
+//! 3. `scenes`: what is shown, on the `stage`, in plain words through `report`; the packets come from
+//!    `traffic`, a tiny server and client that run inside the pods.
+//! 4. `attach`: `warren demo enter POD` and `warren demo stop`, for a demo that was started with `--keep`.
 
 mod agents;
 mod attach;

@@ -65,7 +65,8 @@ pub(super) struct Report {
     started: Instant,
     scene_started: Instant,
     spoke: Instant,
-    transient: bool,
+    /// The moving line now on the terminal: the second it shows.
+    transient: Option<u64>,
     scenes: Vec<Scene>,
     figures: Vec<Figure>,
     nodes: Vec<String>,
@@ -85,7 +86,7 @@ impl Report {
             started: now,
             scene_started: now,
             spoke: now,
-            transient: false,
+            transient: None,
             scenes: Vec::new(),
             figures: Vec::new(),
             nodes: Vec::new(),
@@ -150,11 +151,16 @@ impl Report {
         if silent < PATIENCE {
             return;
         }
-        let text = format!("   ... {for_what} ({} s)", now.duration_since(self.scene_started).as_secs());
+        let seconds = now.duration_since(self.scene_started).as_secs();
+        let text = format!("   ... {for_what} ({seconds} s)");
         if self.live {
+            // Asked very often, by what is measuring: once a second is enough.
+            if self.transient == Some(seconds) {
+                return;
+            }
             let _ = write!(self.out, "\r\x1b[K{text}");
             let _ = self.out.flush();
-            self.transient = true;
+            self.transient = Some(seconds);
         } else {
             self.say(&text);
             self.spoke = now;
@@ -255,9 +261,8 @@ impl Report {
     }
 
     fn clear(&mut self) {
-        if self.transient {
+        if self.transient.take().is_some() {
             let _ = write!(self.out, "\r\x1b[K");
-            self.transient = false;
         }
     }
 

@@ -11,11 +11,12 @@ use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 use super::report::{Check, Figure, Report};
 use super::sandbox::{self, FOLDER};
 use super::stage::{Asker, Stage};
+use super::traffic::eavesdrop::Overheard;
 use super::traffic::{PORT, Protocol, RoundTrips, Sunk};
-use super::world::{Node, Process, World};
+use super::world::{CLUSTER_RANGES, Node, Process, World, ourselves};
 use super::{DemoError, DemoOptions, agents};
 use crate::io::clock;
-use crate::snapshot::Encap;
+use crate::snapshot::{Encap, MAX_LANES};
 
 /// Only inside a pod: no other pod can reach it.
 const SIDECAR_PORT: u16 = 9000;
@@ -145,6 +146,7 @@ impl Stage {
             ),
         };
         self.open(title, explanation);
+        let eavesdropper = self.start_eavesdropper(encap)?;
         self.all_protocols((0, 0), (1, 0))?;
         let nodes = self.world.nodes.len();
         for from in 1..nodes {
@@ -153,6 +155,43 @@ impl Stage {
             let (name, target) = self.whom(to, 1, self.world.v6 && from % 2 == 1)?;
             self.must_answer(&asker, Protocol::Tcp, target, &name)?;
         }
+        self.hear_eavesdropper(eavesdropper, encap)
+    }
+
+    /// Listens on the network between the nodes: that the pods' packets arrive does not say how they went.
+    fn start_eavesdropper(&self, encap: Encap) -> Result<Process, DemoError> {
+        let (port, ports) = match encap {
+            Encap::WireGuard => (agents::WIREGUARD_PORT, MAX_LANES),
+            Encap::Vxlan => (agents::VXLAN_PORT, 1),
+        };
+        let mut command = ourselves(None);
+        command.args(["eavesdrop", "--pods", CLUSTER_RANGES, "--tunnel", encap.name()]);
+        command.args(["--port", &port.to_string(), "--ports", &ports.to_string()]);
+        Process::start(command, "the eavesdropper", "listening")
+    }
+
+    fn hear_eavesdropper(&mut self, mut process: Process, encap: Encap) -> Result<(), DemoError> {
+        // The end of its input asks for its answer.
+        drop(process.0.stdin.take());
+        let heard = self.answer_of::<Overheard>(process, "the eavesdropper", "hearing the eavesdropper")?;
+        let ok = heard.as_ref().is_ok_and(|heard| heard.tunnel > 0 && heard.clear == 0);
+        let name = match encap {
+            Encap::WireGuard => "WireGuard",
+            Encap::Vxlan => "VXLAN",
+        };
+        let seen = match heard {
+            Ok(Overheard { tunnel, clear: 0, .. }) => {
+                format!("{tunnel} {name} packets, no pod's address outside")
+            }
+            Ok(Overheard { tunnel, clear, example }) => {
+                let example = example.unwrap_or_default();
+                format!("{tunnel} {name} packets, but {clear} with a pod's address, as {example}")
+            }
+            Err(error) => error,
+        };
+        let expected = format!("{name} packets only, no pod's address outside");
+        let check = Check { what: "who listens between the nodes sees".into(), expected, seen, ok };
+        self.report.check(check, clock::now());
         Ok(())
     }
 

@@ -156,18 +156,28 @@ impl Stage {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(|e| DemoError::system(doing(), e))?;
-        let mut process = Process(child);
+        self.answer_of(Process(child), &words.join(" "), waiting)
+    }
+
+    /// Waits for the end of one of our small programs, and reads what it said.
+    pub(super) fn answer_of<T: DeserializeOwned>(
+        &mut self,
+        mut process: Process,
+        who: &str,
+        waiting: &str,
+    ) -> Result<Result<T, String>, DemoError> {
+        let wrong = |e| DemoError::system(format!("running {who}"), e);
         // What it says is shorter than a pipe is long: it can end before we read.
-        while process.0.try_wait().map_err(|e| DemoError::system(doing(), e))?.is_none() {
+        while process.0.try_wait().map_err(wrong)?.is_none() {
             self.report.waiting(waiting, clock::now());
             std::thread::sleep(PAUSE);
         }
         let mut line = String::new();
         if let Some(out) = process.0.stdout.as_mut() {
-            out.read_to_string(&mut line).map_err(|e| DemoError::system(doing(), e))?;
+            out.read_to_string(&mut line).map_err(wrong)?;
         }
         serde_json::from_str(&line).map_err(|_| DemoError::Process {
-            who: doing(),
+            who: who.into(),
             what: "gave no answer that can be read".into(),
             log: line,
         })

@@ -14,11 +14,11 @@ use nix::sys::eventfd::EventFd;
 use thiserror::Error;
 use tracing::{info, warn};
 
+use super::clock;
 use super::kernel::{self, Linux};
 use super::lane::{Command, LaneLoop, LaneOffloads, Shared};
 use super::tun::{TunError, TunOffloads, TunQueue};
 use super::udp::{self, UdpError, UdpOptions, UdpSocket};
-use super::clock;
 use crate::datapath::conntrack::FlowTable;
 use crate::datapath::{Counters, Lane, LaneConfig};
 use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
@@ -182,11 +182,14 @@ fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads)
         .map(|port| UdpSocket::bind(UdpOptions { port, share_port: true, receive_offload }))
         .transpose()?;
     let source = UdpOptions { port: 0, share_port: false, receive_offload: false };
-    let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 }).map(|_| UdpSocket::bind(source)).collect::<Result<_, _>>()?;
+    let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 })
+        .map(|_| UdpSocket::bind(source))
+        .collect::<Result<_, _>>()?;
     let tun = TunQueue::open(&config.tun, wanted)?;
     let offloads = LaneOffloads {
         tun_tcp: tun.offloads().tcp,
         tun_udp: tun.offloads().udp,
+        joining: config.offloads.joining,
         udp_segmentation: config.offloads.udp_segmentation && wireguard.segmentation(),
         udp_receive: wireguard.receive_offload(),
         ack_joining: config.offloads.ack_joining,
@@ -259,4 +262,3 @@ pub fn random_seed() -> io::Result<(u64, u64)> {
     let word = |half: &[u8]| half.iter().fold(0, |word, byte| word << 8 | u64::from(*byte));
     Ok((word(low), word(high)))
 }
-

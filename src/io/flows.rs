@@ -20,7 +20,8 @@ pub fn open(path: &Path, seed: (u64, u64)) -> io::Result<FlowTable> {
     let capacity = FlowTable::default_capacity(physical_memory());
     let words = FlowTable::words_for(capacity);
     let epoch = boot_id()?;
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     if file.metadata()?.len() == words as u64 * 8 {
         let now = clock::since_boot_ms();
         match FlowTable::attach(FlowMemory::Shared(map(&file, words)?), now, epoch, seed, Timeouts::KERNEL) {

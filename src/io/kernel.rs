@@ -152,4 +152,3 @@ pub fn bell() -> io::Result<EventFd> {
     use nix::sys::eventfd::EfdFlags;
     Ok(EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)
 }
-

@@ -22,9 +22,9 @@ use super::udp::{Received, SLOT, SLOTS};
 use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
 use crate::packet::DropReason;
 use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
+use crate::packet::parse;
 use crate::packet::segment::SuperPacket;
 use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
-use crate::packet::parse;
 use crate::snapshot::{Encap, PeerId, Snapshot};
 use crate::tunnel::batch::Run;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
@@ -68,6 +68,8 @@ pub struct LaneOffloads {
     pub tun_tcp: bool,
     /// UDP super-packets to and from the TUN.
     pub tun_udp: bool,
+    /// Joining packets before they are written to the TUN.
+    pub joining: bool,
     /// One send for many datagrams.
     pub udp_segmentation: bool,
     /// One receive for many datagrams.
@@ -81,6 +83,7 @@ impl Default for LaneOffloads {
         LaneOffloads {
             tun_tcp: true,
             tun_udp: true,
+            joining: true,
             udp_segmentation: true,
             udp_receive: true,
             ack_joining: true,
@@ -171,9 +174,9 @@ impl<K: Kernel> LaneLoop<K> {
     /// One bounded turn; whether there was anything to do.
     pub fn turn(&mut self, now: Instant) -> io::Result<bool> {
         let snapshot = self.shared.snapshot.load_full();
-        let mut worked = self.from_tun(now, &snapshot)?;
+        let mut worked = self.take_frames(now, &snapshot)?;
         for encap in [Encap::WireGuard, Encap::Vxlan] {
-            worked |= self.from_network(now, &snapshot, encap)?;
+            worked |= self.take_datagrams(now, &snapshot, encap)?;
         }
         worked |= self.commands(now, &snapshot);
         if self.lane.poll_timeout().is_some_and(|at| at <= now) {
@@ -185,7 +188,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- 1 ---------------------------------------------------------------------------------------
 
-    fn from_tun(&mut self, now: Instant, snapshot: &Snapshot) -> io::Result<bool> {
+    fn take_frames(&mut self, now: Instant, snapshot: &Snapshot) -> io::Result<bool> {
         let mut frames = 0;
         while frames < TUN_FRAMES && self.out.has_room() {
             match self.kernel.read_tun(&mut self.frame) {
@@ -207,7 +210,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- 2 ---------------------------------------------------------------------------------------
 
-    fn from_network(&mut self, now: Instant, snapshot: &Snapshot, encap: Encap) -> io::Result<bool> {
+    fn take_datagrams(&mut self, now: Instant, snapshot: &Snapshot, encap: Encap) -> io::Result<bool> {
         self.received.clear();
         match self.kernel.receive(encap, &mut self.receive, &mut self.received) {
             Ok(_) => {}
@@ -218,8 +221,7 @@ impl<K: Kernel> LaneLoop<K> {
         }
         for i in 0..self.received.len() {
             let r = self.received[i];
-            let arrival =
-                Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
+            let arrival = Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
             self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
         }
         self.flush_tun(now, snapshot);
@@ -350,7 +352,9 @@ impl<K: Kernel> LaneLoop<K> {
         if given_up {
             self.offloads.udp_segmentation = false;
             counters.add(Total::OffloadFallbacks, 1);
-            info!("the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on");
+            info!(
+                "the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on"
+            );
         }
     }
 }
@@ -378,12 +382,7 @@ fn write_frame<K: Kernel>(
 }
 
 /// Cuts a joined frame again and writes its packets one by one; returns how many were lost.
-fn write_apart<K: Kernel>(
-    kernel: &mut K,
-    frame: &Frame<'_>,
-    memory: &Memory<'_>,
-    room: &mut [u8],
-) -> usize {
+fn write_apart<K: Kernel>(kernel: &mut K, frame: &Frame<'_>, memory: &Memory<'_>, room: &mut [u8]) -> usize {
     let all = usize::from(frame.packets);
     let len = frame.gather(memory, room);
     let Ok((vnet, _)) = VnetHdr::decode(&frame.vnet) else { return all };
@@ -472,5 +471,13 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 fn batch_offloads(offloads: &LaneOffloads) -> Offloads {
-    Offloads { tcp: offloads.tun_tcp, udp: offloads.tun_udp, acks: offloads.ack_joining }
+    Offloads {
+        tcp: offloads.tun_tcp && offloads.joining,
+        udp: offloads.tun_udp && offloads.joining,
+        acks: offloads.ack_joining,
+    }
 }
+
+#[cfg(test)]
+#[path = "lane_tests.rs"]
+mod tests;

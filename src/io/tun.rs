@@ -27,7 +27,9 @@ const TUN_F_USO6: libc::c_uint = 0x40;
 #[derive(Debug, Error)]
 pub enum TunError {
     /// The device file is not there.
-    #[error("/dev/net/tun is missing: load the module (`modprobe tun`) or give the container the device /dev/net/tun")]
+    #[error(
+        "/dev/net/tun is missing: load the module (`modprobe tun`) or give the container the device /dev/net/tun"
+    )]
     Missing,
     /// The device file may not be opened.
     #[error("/dev/net/tun may not be opened: run as root, or allow it with `chmod 666 /dev/net/tun`")]
@@ -42,7 +44,9 @@ pub enum TunError {
     )]
     OtherKind(String),
     /// Something holds all queues.
-    #[error("the interface {0} is in use by another program: stop it, or choose another name with --tun-name")]
+    #[error(
+        "the interface {0} is in use by another program: stop it, or choose another name with --tun-name"
+    )]
     Busy(String),
     /// Interface names have at most 15 bytes.
     #[error("`{0}` is no interface name: 1 to 15 characters, no slash and no space")]

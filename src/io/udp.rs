@@ -210,10 +210,7 @@ impl Receiver {
     ) -> io::Result<usize> {
         assert!(buffer.len() >= SLOTS * SLOT);
         for i in 0..SLOTS {
-            self.vectors[i] = libc::iovec {
-                iov_base: buffer[i * SLOT..].as_mut_ptr().cast(),
-                iov_len: SLOT,
-            };
+            self.vectors[i] = libc::iovec { iov_base: buffer[i * SLOT..].as_mut_ptr().cast(), iov_len: SLOT };
             let header = &mut self.messages[i].msg_hdr;
             header.msg_name = (&raw mut self.names[i]).cast();
             header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -304,7 +301,8 @@ impl Sender {
         self.names.extend(runs[..count].iter().map(|run| socket.raw_address(run.to)));
         for (i, run) in runs[..count].iter().enumerate() {
             let bytes = batch.bytes(run);
-            self.vectors[i] = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+            self.vectors[i] =
+                libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
             let header = &mut self.messages[i].msg_hdr;
             header.msg_name = self.names[i].as_ptr().cast_mut().cast();
             header.msg_namelen = self.names[i].len();

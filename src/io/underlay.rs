@@ -82,7 +82,8 @@ async fn default_route_links(handle: &Handle) -> Result<Vec<u32>, UnderlayError>
     for query in queries {
         let mut routes = handle.route().get(query).execute();
         while let Some(route) = routes.try_next().await? {
-            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN {
+            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN
+            {
                 continue;
             }
             links.extend(route.attributes.iter().find_map(|a| match a {

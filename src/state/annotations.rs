@@ -3,7 +3,7 @@
 //! | annotation | value |
 //! |---|---|
 //! | `warren.dev/protocol` | `1` |
-//! | `warren.dev/lanes` | `KEY:PORT,KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
+//! | `warren.dev/lanes` | `KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
 //! | `warren.dev/next-lanes` | the same, for the keys that are to come (rotation) |
 //! | `warren.dev/endpoints` | `IP:PORT,[IPV6]:PORT,...`: where lane 0 may be reached, best first |
 //! | `warren.dev/location` | a word: nodes of one location may speak VXLAN to each other in `auto` mode |
@@ -21,7 +21,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use siphasher::sip::SipHasher24;
 
 use super::problem::{nearest, quote};
 use crate::snapshot::{Encap, MAX_LANES, PeerLane, PublicKey};
@@ -172,12 +171,6 @@ pub fn key_text(key: &PublicKey) -> String {
 /// A MAC address as `ip link` writes it.
 pub fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-/// The inner MAC address that goes with a node's first key: the same after every restart, and its own.
-pub fn mac_of(key: &PublicKey) -> [u8; 6] {
-    let [a, b, c, d, e, ..] = SipHasher24::new().hash(key).to_le_bytes();
-    [2, a, b, c, d, e] // 2: locally administered (IEEE 802), of one device
 }
 
 /// The special range that this one overlaps, if any: no node, pod or Service has its address there.

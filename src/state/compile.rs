@@ -4,7 +4,7 @@
 //! the routes. A peer that did not change keeps its `Arc`; a mesh that did not change keeps its too.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -15,7 +15,11 @@ use super::desired::Desired;
 use super::ownership::{self, ClusterRanges, Grant};
 use super::problem::{Problem, ProblemKind};
 use super::source::Kind;
-use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, PeerVxlan, Snapshot};
+use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
+
+mod local;
+
+use local::{Local, path_mtu};
 
 /// The smallest MTU that IPv6 allows on a link (RFC 8200, 5).
 pub const MIN_MTU_V6: u16 = 1280;
@@ -37,6 +41,15 @@ pub enum EncapPolicy {
 }
 
 impl EncapPolicy {
+    /// Its name in flags and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            EncapPolicy::WireGuard => "wireguard",
+            EncapPolicy::Vxlan => "vxlan",
+            EncapPolicy::Auto => "auto",
+        }
+    }
+
     /// What a node with this policy announces.
     pub const fn encaps(self) -> Encaps {
         match self {
@@ -340,188 +353,5 @@ fn place(mesh: &mut Mesh, peer: Arc<Peer>) {
     mesh.peers[index] = Some(peer);
 }
 
-/// This node among the others.
-struct Local<'a> {
-    info: Option<&'a NodeInfo>,
-    grant: Grant,
-    location: Option<&'a str>,
-    ipv6: bool,
-    settings: &'a Settings,
-}
-
-impl<'a> Local<'a> {
-    fn new(nodes: &[&'a Arc<NodeInfo>], grants: &[Grant], settings: &'a Settings) -> Local<'a> {
-        let found = nodes.iter().zip(grants).find(|(node, _)| node.name == settings.node);
-        let info: Option<&'a NodeInfo> =
-            found.map(|(node, _)| -> &'a Arc<NodeInfo> { node }).map(Arc::as_ref);
-        let grant = found.map(|(_, grant)| grant.clone()).unwrap_or_default();
-        // What the others see counts, so that both ends choose the same.
-        let seen = info.and_then(|info| info.announcement.location.as_deref());
-        Local {
-            info,
-            location: seen.or(settings.announcement.location.as_deref()),
-            ipv6: grant.ranges.iter().any(is_v6),
-            grant,
-            settings,
-        }
-    }
-
-    fn check(&self, desired: &Desired, problems: &mut Vec<Problem>) {
-        let node = &self.settings.node;
-        let mut report = |field: &str, reason: &str| {
-            problems.push(Problem::node(ProblemKind::Setting, node, field, reason));
-        };
-        match self.info {
-            None if desired.is_listed(Kind::Node) => report("", "no such Node: is --node right?"),
-            None => {}
-            Some(_) if self.grant.ranges.is_empty() => {
-                report("spec.podCIDRs", "this node has no pod range: its pods cannot be reached");
-            }
-            Some(info) => {
-                let (seen, own) = (&info.announcement, &self.settings.announcement);
-                if !seen.lanes.is_empty() && seen.lanes != own.lanes {
-                    report("warren.dev/lanes", "the keys announced for this node are not its own");
-                }
-            }
-        }
-    }
-
-    /// How packets between this node and that one are wrapped. Both ends ask this and must agree, so it
-    /// depends only on what both know: the two announcements and the two Nodes' addresses.
-    fn encap(&self, peer: &NodeInfo, grant: &Grant, settings: &Settings) -> Option<Encap> {
-        let mine = settings.encap.encaps();
-        let theirs = peer.announcement.encaps;
-        if theirs.is_empty() {
-            // Nothing announced yet. Never plain by default.
-            return mine.wireguard.then_some(Encap::WireGuard);
-        }
-        let together = self.location.is_some() && self.location == peer.announcement.location.as_deref();
-        let both_choose = mine.wireguard && mine.vxlan || theirs.wireguard && theirs.vxlan;
-        // A node in `auto` speaks VXLAN only inside its location, whatever the other would accept.
-        let vxlan = mine.vxlan && theirs.vxlan && (together || !both_choose);
-        if vxlan && self.vxlan_address(grant).is_some() {
-            Some(Encap::Vxlan)
-        } else if mine.wireguard && theirs.wireguard {
-            Some(Encap::WireGuard)
-        } else {
-            None
-        }
-    }
-
-    fn vxlan(&self, peer: &NodeInfo, grant: &Grant, settings: &Settings) -> Option<PeerVxlan> {
-        let address = self.vxlan_address(grant).filter(|_| peer.announcement.encaps.vxlan)?;
-        Some(PeerVxlan { address, port: settings.vxlan_port, mac: peer.announcement.vxlan_mac })
-    }
-
-    /// The peer's first address of a family that this node has too.
-    fn vxlan_address(&self, grant: &Grant) -> Option<IpAddr> {
-        let shared = |address: &&IpAddr| {
-            let own = &self.grant.addresses;
-            own.iter().any(|own| own.is_ipv4() == address.is_ipv4())
-        };
-        grant.addresses.iter().find(shared).copied()
-    }
-
-    fn place(&self, mesh: &mut Mesh) {
-        for range in &self.grant.ranges {
-            mesh.routes.insert(*range, Owner::LocalPod);
-        }
-        for address in self.node_addresses().into_iter().chain(self.grant.addresses.iter().copied()) {
-            mesh.routes.insert(address.into(), Owner::LocalNode);
-        }
-    }
-
-    fn node_addresses(&self) -> Vec<IpAddr> {
-        self.grant.ranges.iter().map(IpNet::network).collect()
-    }
-
-    fn host_addresses(&self) -> Vec<IpAddr> {
-        let mut addresses = self.grant.addresses.clone();
-        addresses.sort();
-        addresses
-    }
-
-    fn node(&self, settings: &Settings) -> LocalNode {
-        let v4 = |address| match address {
-            IpAddr::V4(v4) => Some(v4),
-            IpAddr::V6(_) => None,
-        };
-        let v6 = |address| match address {
-            IpAddr::V6(v6) => Some(v6),
-            IpAddr::V4(_) => None,
-        };
-        LocalNode {
-            name: settings.node.clone(),
-            address_v4: self.node_addresses().into_iter().find_map(v4),
-            address_v6: self.node_addresses().into_iter().find_map(v6),
-            vni: settings.vni,
-            mac: settings.mac,
-        }
-    }
-
-    fn plan(&self, mesh: &Mesh, cluster: ClusterRanges, settings: &Settings) -> HostPlan {
-        let peers = || mesh.peers.iter().flatten();
-        let of_peer = |peer: &Arc<Peer>| {
-            let (mtu, name) = (peer.mtu, peer.name.clone());
-            let ranges = peer.pod_ranges.clone();
-            ranges.into_iter().map(move |range| PeerRange { range, mtu, peer: name.clone() })
-        };
-        let mut peer_ranges: Vec<PeerRange> = peers().flat_map(of_peer).collect();
-        peer_ranges.sort();
-        let guessed = cluster.pods.is_empty();
-        let cluster_ranges = if guessed {
-            let seen = peer_ranges.iter().map(|peer| peer.range).chain(self.grant.ranges.iter().copied());
-            IpNet::aggregate(&seen.collect())
-        } else {
-            IpNet::aggregate(&cluster.pods)
-        };
-        let pod_mtu = peers().map(|peer| peer.mtu).min();
-        // With nobody to ask: the dearest encapsulation, so that a pod made now fits what may come.
-        let alone =
-            || clamp(settings.underlay_mtu.saturating_sub(Encap::WireGuard.overhead(true)), self.ipv6);
-        HostPlan {
-            node: settings.node.clone(),
-            pod_ranges: self.grant.ranges.clone(),
-            node_addresses: self.node_addresses(),
-            host_addresses: self.host_addresses(),
-            peer_ranges,
-            cluster_ranges,
-            cluster_ranges_guessed: guessed,
-            service_ranges: IpNet::aggregate(&cluster.services),
-            pod_mtu: pod_mtu.unwrap_or_else(alone),
-            encrypted: settings.encap != EncapPolicy::Vxlan,
-        }
-    }
-}
-
-/// The largest inner packet for a peer. Where the outer family is not settled (WireGuard peers roam), the
-/// larger header is assumed. Never below what IPv6 needs where IPv6 is used: on a smaller underlay the
-/// outer packet is then fragmented.
-fn path_mtu(
-    encap: Option<Encap>,
-    grant: &Grant,
-    vxlan: Option<&PeerVxlan>,
-    local: &Local<'_>,
-    underlay: u16,
-) -> u16 {
-    let outer_v6 = match encap {
-        Some(Encap::Vxlan) => vxlan.is_none_or(|vxlan| vxlan.address.is_ipv6()),
-        Some(Encap::WireGuard) | None => {
-            grant.endpoints.is_empty() || grant.endpoints.iter().any(SocketAddr::is_ipv6)
-        }
-    };
-    let overhead = encap.unwrap_or(Encap::WireGuard).overhead(outer_v6);
-    clamp(underlay.saturating_sub(overhead), local.ipv6 || grant.ranges.iter().any(is_v6))
-}
-
-fn clamp(mtu: u16, ipv6: bool) -> u16 {
-    mtu.max(if ipv6 { MIN_MTU_V6 } else { MIN_MTU_V4 })
-}
-
-fn is_v6(range: &IpNet) -> bool {
-    matches!(range, IpNet::V6(_))
-}
-
 #[cfg(test)]
-#[path = "compile_tests.rs"]
 mod tests;

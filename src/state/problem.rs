@@ -90,6 +90,13 @@ pub fn quote(text: &str) -> String {
     out
 }
 
+/// The first line of somebody else's message, which may quote hostile text: control characters escaped,
+/// cut to 300 characters.
+pub fn one_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default().chars().take(300);
+    line.flat_map(|c| if c.is_control() { c.escape_debug().collect() } else { vec![c] }).collect()
+}
+
 /// The known name nearest to a mistyped one, if one is near enough to be what was meant.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.chars().count() > 64 {
@@ -151,6 +158,7 @@ mod tests {
     fn hostile_text_is_cut_and_escaped() {
         assert_eq!(quote("a\nb\u{1b}[31m"), "\"a\\nb\\u{1b}[31m\"");
         assert!(quote(&"x".repeat(10_000)).len() < 80);
+        assert_eq!(one_line("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb");
     }
 
     #[test]

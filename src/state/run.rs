@@ -4,7 +4,6 @@
 //! Per turn: take everything that waits, change the desired state, compile once, hand over. Saving and
 //! publishing come after, so that a slow disk delays no packet's route.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -256,7 +255,7 @@ impl StateLine {
         let Some(files) = files.cloned() else { return true };
         let checkpoint = self.checkpoint((clock.wall)());
         let saved = tokio::task::spawn_blocking(move || files.save(&checkpoint)).await;
-        let problem = match saved.unwrap_or_else(|error| Err(io::Error::other(error))) {
+        let problem = match saved.unwrap_or_else(|error| fail(error)) {
             Ok(()) => None,
             Err(error) => Some(setting("state folder", format!("the state cannot be saved: {error}"))),
         };
@@ -276,7 +275,10 @@ impl StateLine {
             let result = publisher.reconcile(&announcement, now);
             (publisher, result)
         });
-        let Ok((publisher, result)) = done.await else { return None };
+        let (publisher, result) = match done.await {
+            Ok(done) => done,
+            Err(error) => fail(error),
+        };
         let problem = match result {
             Ok(Published::Unchanged | Published::Written) => None,
             Ok(Published::Healed) => {
@@ -292,6 +294,14 @@ impl StateLine {
         self.note("publish", problem.into_iter().collect());
         self.tell();
         Some(publisher)
+    }
+}
+
+/// A blocking task panicked (or the runtime is going down): this task ends the same way, not silently.
+fn fail(error: tokio::task::JoinError) -> ! {
+    match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => panic!("a task of the state line was cancelled: {error}"),
     }
 }
 
@@ -415,8 +425,9 @@ mod tests {
             line.handle(event);
         }
         line.compile();
-        CheckpointFiles::new(state("a"), "a").save(&line.checkpoint(SystemTime::UNIX_EPOCH)).unwrap();
-        let (mut again, tasks) = start(&states.path().join("no-such-folder"), &state("a"), "a", 1);
+        // In a folder of its own: a save that was under way when the task was aborted goes on.
+        CheckpointFiles::new(state("a2"), "a").save(&line.checkpoint(SystemTime::UNIX_EPOCH)).unwrap();
+        let (mut again, tasks) = start(&states.path().join("no-such-folder"), &state("a2"), "a", 1);
         let known = again.snapshot.load_full();
         assert!(has_lanes(&known, "b", 2) && known.mesh.peer(id).is_some());
         assert!(again.plan.borrow().is_some());

@@ -69,8 +69,8 @@ pub struct PeersArgs {
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "no agent is running here: nobody answers on {}\nStart it with `warren agent`, or name its directory \
-         with --run-dir (the agent prints it when it starts)",
+        "no agent is running here: nobody answers on {}\nStart it with `warren agent`; if it runs with a \
+         --run-dir of its own, give the same here",
         .socket.display()
     )]
     NotRunning {
@@ -107,14 +107,14 @@ pub enum ClientError {
 /// Runs `warren status`.
 pub fn status(args: &StatusArgs) -> Result<(), ClientError> {
     let socket = args.target.socket();
-    let view = block_on(within(&socket, fetch_view(&socket)))??;
+    let view = block_on(within(PATIENCE, &socket, fetch_view(&socket)))??;
     if args.target.json { print_json(&view) } else { print(&render::status(&view)) }
 }
 
 /// Runs `warren peers`.
 pub fn peers(args: &PeersArgs) -> Result<(), ClientError> {
     let socket = args.target.socket();
-    let answer = block_on(within(&socket, fetch_peers(&socket, &args.name)))??;
+    let answer = block_on(within(PATIENCE, &socket, fetch_peers(&socket, &args.name)))??;
     if args.target.json {
         return print_json(&answer);
     }
@@ -141,12 +141,13 @@ pub async fn fetch_peers(socket: &Path, name: &str) -> Result<pb::PeersResponse,
 
 /// Whatever answers there, or does not, a command ends.
 async fn within<T>(
+    patience: Duration,
     socket: &Path,
     asking: impl Future<Output = Result<T, ClientError>>,
 ) -> Result<T, ClientError> {
-    let answer = tokio::time::timeout(PATIENCE, asking).await;
+    let answer = tokio::time::timeout(patience, asking).await;
     answer.unwrap_or_else(|_| {
-        let reason = format!("nothing came within {} s", PATIENCE.as_secs());
+        let reason = format!("nothing came within {} s", patience.as_secs());
         Err(ClientError::Answer { socket: socket.to_owned(), reason })
     })
 }
@@ -199,5 +200,66 @@ fn print(text: &str) -> Result<(), ClientError> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(e.into()),
         Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    enum Cli {
+        Status(StatusArgs),
+        Peers(PeersArgs),
+    }
+
+    #[test]
+    fn flags_as_a_person_gives_them() {
+        Cli::command().debug_assert();
+        let Ok(Cli::Peers(args)) =
+            Cli::try_parse_from(["warren", "peers", "node-b", "--run-dir", "/x", "-v"])
+        else {
+            panic!("peers")
+        };
+        assert_eq!((args.name.as_str(), args.verbose), ("node-b", true));
+        assert_eq!(args.target.socket(), Path::new("/x/warren.sock"));
+        let Ok(Cli::Status(args)) =
+            Cli::try_parse_from(["warren", "status", "--json", "--socket", "/y/z", "--run-dir", "/x"])
+        else {
+            panic!("status")
+        };
+        assert!(args.target.json);
+        assert_eq!(args.target.socket(), Path::new("/y/z"));
+    }
+
+    #[test]
+    fn the_commands_end_with_a_reason_whatever_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let target =
+            |socket: &Path| Target { run_dir: PathBuf::new(), socket: Some(socket.to_owned()), json: false };
+        let missing = status(&StatusArgs { target: target(&dir.path().join("none.sock")) }).unwrap_err();
+        assert!(matches!(missing, ClientError::NotRunning { .. }), "{missing}");
+
+        // Not an agent: it takes the connection and hangs up.
+        let path = dir.path().join("other.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let other = std::thread::spawn(move || {
+            for stream in listener.incoming().take(2) {
+                drop(stream);
+            }
+        });
+        let args = PeersArgs { name: String::new(), verbose: false, target: target(&path) };
+        let error = peers(&args).unwrap_err();
+        assert!(matches!(error, ClientError::Answer { .. }), "{error}");
+        other.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_silent_agent_does_not_hang_the_command() {
+        let asking = std::future::pending::<Result<(), ClientError>>();
+        let error = within(Duration::ZERO, Path::new("/run/warren/warren.sock"), asking).await.unwrap_err();
+        assert!(error.to_string().contains("nothing came within 0 s"), "{error}");
     }
 }

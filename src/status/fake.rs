@@ -169,7 +169,11 @@ pub(super) fn view() -> pb::NodeView {
     let reports: Vec<Option<LaneReport>> = reports(now).into_iter().map(Some).collect();
     let mut view = view::build(&view::Parts {
         info: &info(now.checked_sub(Duration::from_secs(7380)).unwrap()),
-        live: &Live { pod_mtu: 1420, ..Live::default() },
+        live: &Live {
+            pod_mtu: 1420,
+            pod_ranges: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+            ..Live::default()
+        },
         snapshot: &snapshot(),
         lanes: &lanes().0,
         reports: &reports,

@@ -1,10 +1,11 @@
 //! What the agent shares with whoever asks how it is.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use nix::sys::eventfd::EventFd;
 
 use super::{pb, view};
@@ -37,6 +38,8 @@ pub struct NodeInfo {
 pub struct Live {
     /// The MTU that new pods get.
     pub pod_mtu: u16,
+    /// This node's own pod ranges.
+    pub pod_ranges: Vec<IpNet>,
     /// Why pods may not be started here; `None` when they may.
     pub not_ready: Option<String>,
     /// What is wrong now.
@@ -137,10 +140,8 @@ impl Handle {
             .into_iter()
             .map(|answer| {
                 let left = deadline.saturating_duration_since(clock::now());
-                match answer?.recv_timeout(left) {
-                    Ok(report) => Some(report),
-                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-                }
+                // Too late, or the lane has ended: no answer either way.
+                answer?.recv_timeout(left).ok()
             })
             .collect()
     }

@@ -95,15 +95,18 @@ fn head(out: &mut String, view: &pb::NodeView) {
     let ready =
         if view.ready { "ready".to_owned() } else { format!("NOT READY: {}", clean(&view.not_ready_reason)) };
     let _ = writeln!(out, "{}: {ready}", clean(&view.node));
+    let mtu = view.pod_mtu;
+    let pods = match view.pod_ranges.join(" ") {
+        ranges if ranges.is_empty() => format!("MTU {mtu}"),
+        ranges => format!("{}, MTU {mtu}", clean(&ranges)),
+    };
     let mut rows = vec![
         vec![
             "agent".to_owned(),
             format!("warren {}, up {}, pid {}", clean(&view.version), span(view.uptime_ms), view.pid),
         ],
-        vec![
-            "tunnel".to_owned(),
-            format!("{} {}, pods' MTU {}", clean(&view.tun), clean(&view.addresses.join(" ")), view.pod_mtu),
-        ],
+        vec!["tunnel".to_owned(), format!("{} {}", clean(&view.tun), clean(&view.addresses.join(" ")))],
+        vec!["pods".to_owned(), pods],
         vec!["peers".to_owned(), peer_summary(&view.peers)],
         vec!["offloads".to_owned(), offload_summary(&view.lanes)],
     ];
@@ -352,7 +355,8 @@ mod tests {
         let expected = "\
 node-a: ready
   agent     warren 0.1.0, up 2 h 3 min, pid 4711
-  tunnel    warren0 10.244.1.0 fd00:1::, pods' MTU 1420
+  tunnel    warren0 10.244.1.0 fd00:1::
+  pods      10.244.1.0/24 fd00:1::/64, MTU 1420
   peers     3 known: 1 up, 1 idle, 1 connecting
   offloads  all on, but: tun-udp off; udp-segmentation given up (the kernel refused it) on lane 1
   settings  encap=auto port=51820

@@ -10,9 +10,19 @@ use std::path::{Path, PathBuf};
 /// Why a socket could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Someone answers there.
-    #[error("another agent is running: it answers on {}; stop it first, or give this one its own --run-dir", .path.display())]
+    /// An agent has this run directory.
+    #[error(
+        "another agent is running: it has {}; stop it first (to run two on one machine, give each its own \
+         --run-dir, --state-dir, --tun-name and --port)",
+        .path.display()
+    )]
     InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// A program answers on a socket whose directory is shared with others.
+    #[error("another program answers on {}: another agent, or another WireGuard of that name?", .path.display())]
+    Taken {
         /// The socket.
         path: PathBuf,
     },
@@ -76,11 +86,9 @@ impl OwnedSocket {
             let made = fs::DirBuilder::new().recursive(true).mode(dir_mode).create(dir);
             made.map_err(fail("make the directory of"))?;
         }
-        let lock = match lock {
-            Lock::Held => Some(take_lock(path)?),
-            Lock::None => None,
-        };
-        refuse_if_alive(path)?;
+        let exclusive = lock == Lock::Held;
+        let lock = exclusive.then(|| take_lock(path)).transpose()?;
+        refuse_if_alive(path, exclusive)?;
         remove_if_there(&unfinished).map_err(fail("replace"))?;
         // Bound under another name, and renamed when its permissions are right: nobody can connect before.
         let listener = UnixListener::bind(&unfinished).map_err(fail("listen on"))?;
@@ -130,7 +138,7 @@ fn take_lock(path: &Path) -> Result<File, SocketError> {
 }
 
 /// A socket that nobody listens on is what a killed agent leaves; anything else is not ours to remove.
-fn refuse_if_alive(path: &Path) -> Result<(), SocketError> {
+fn refuse_if_alive(path: &Path, exclusive: bool) -> Result<(), SocketError> {
     let fail = |source| SocketError::Io { what: "look at", path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -141,12 +149,15 @@ fn refuse_if_alive(path: &Path) -> Result<(), SocketError> {
         Ok(_) => {}
     }
     match UnixStream::connect(path) {
-        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => Ok(()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
+            return Ok(());
+        }
         // A full backlog (EAGAIN) is somebody too.
-        Ok(_) => Err(SocketError::InUse { path: path.to_owned() }),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(SocketError::InUse { path: path.to_owned() }),
-        Err(e) => Err(fail(e)),
+        Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(fail(e)),
+        Ok(_) | Err(_) => {}
     }
+    let path = path.to_owned();
+    Err(if exclusive { SocketError::InUse { path } } else { SocketError::Taken { path } })
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {
@@ -185,12 +196,24 @@ mod tests {
             assert!(path.exists());
             let first = OwnedSocket::bind(&path, 0o700, lock).unwrap();
             let second = OwnedSocket::bind(&path, 0o700, lock).unwrap_err();
-            assert!(matches!(second, SocketError::InUse { .. }), "{second}");
-            assert!(second.to_string().contains("another agent is running"), "{second}");
+            let says = match lock {
+                Lock::Held => "another agent is running",
+                Lock::None => "another program answers",
+            };
+            assert!(second.to_string().contains(says), "{second}");
             UnixStream::connect(&path).unwrap();
             drop(first);
             drop(OwnedSocket::bind(&path, 0o700, lock).unwrap());
         }
+    }
+
+    #[test]
+    fn an_agent_without_our_lock_is_respected_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("warren.sock");
+        let _other = UnixListener::bind(&path).unwrap();
+        assert!(matches!(OwnedSocket::bind(&path, 0o700, Lock::Held), Err(SocketError::InUse { .. })));
+        UnixStream::connect(&path).unwrap();
     }
 
     #[test]

@@ -342,7 +342,7 @@ errno=0
         let path = socket_path(dir.path(), "warren0");
         drop(UnixListener::bind(&path).unwrap());
         let socket = bind(dir.path(), "warren0").unwrap();
-        assert!(matches!(bind(dir.path(), "warren0"), Err(SocketError::InUse { .. })));
+        assert!(matches!(bind(dir.path(), "warren0"), Err(SocketError::Taken { .. })));
         serve(socket, fake::living_handle(), std::future::ready(())).await.unwrap();
         assert!(!path.exists());
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();

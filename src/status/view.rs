@@ -56,6 +56,7 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         not_ready_reason: live.not_ready.clone().unwrap_or_default(),
         tun: info.tun.clone(),
         pod_mtu: u32::from(live.pod_mtu),
+        pod_ranges: live.pod_ranges.iter().map(ToString::to_string).collect(),
         generation: snapshot.generation,
         addresses: addresses.into_iter().flatten().collect(),
         settings: info
@@ -125,10 +126,11 @@ fn lane_view(lane: &LaneHandle, report: Option<&LaneReport>) -> pb::LaneView {
 
 fn offloads(started: &LaneOffloads, now: &LaneOffloads) -> Vec<pb::Offload> {
     // Taken apart, so that a new offload cannot be forgotten here.
-    let LaneOffloads { tun_tcp, tun_udp, udp_segmentation, udp_receive, ack_joining } = *now;
+    let LaneOffloads { tun_tcp, tun_udp, udp_segmentation, udp_receive, joining, ack_joining } = *now;
     [
         ("tun-tcp", started.tun_tcp, tun_tcp),
         ("tun-udp", started.tun_udp, tun_udp),
+        ("joining", started.joining, joining),
         ("udp-segmentation", started.udp_segmentation, udp_segmentation),
         ("udp-receive", started.udp_receive, udp_receive),
         ("ack-joining", started.ack_joining, ack_joining),

@@ -84,7 +84,8 @@ mod tests {
         let attacker = IpAddr::from([203, 0, 113, 9]);
         let allowed = (0..10_000).filter(|_| limiter.allow(attacker, now)).count();
         assert_eq!(allowed, BURST as usize);
-        let honest = (0..1_000u32).filter(|i| limiter.allow(Ipv4Addr::from(0x0a00_0000 + i).into(), now)).count();
+        let honest =
+            (0..1_000u32).filter(|i| limiter.allow(Ipv4Addr::from(0x0a00_0000 + i).into(), now)).count();
         assert!(honest >= 999, "{honest} of 1000 honest nodes");
         let later = now + Duration::from_secs(1);
         let again = (0..10_000).filter(|_| limiter.allow(attacker, later)).count();

@@ -63,4 +63,3 @@ impl Segments for &[u8] {
         <[u8]>::len(self)
     }
 }
-

@@ -241,7 +241,8 @@ impl VxlanLink {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        let Some(peer) = snapshot.mesh.vxlan_sources.get(&from.ip()).and_then(|id| snapshot.mesh.peer(*id)) else {
+        let Some(peer) = snapshot.mesh.vxlan_sources.get(&from.ip()).and_then(|id| snapshot.mesh.peer(*id))
+        else {
             return Opened::Drop(DropReason::UnknownVxlanSource);
         };
         if peer.encap != Some(Encap::Vxlan) {

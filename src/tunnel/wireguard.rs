@@ -748,7 +748,8 @@ impl WireGuard {
         for index in 0..self.sessions.len() {
             let Some(session) = self.sessions[index].as_mut() else { continue };
             let peer = mesh.peer(session.peer);
-            let kept = peer.filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
+            let kept = peer
+                .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
                 Some(peer) => session.follow(lane_endpoints(peer, session.lane)),
                 None => self.remove(index),

@@ -6,3 +6,13 @@
 pub mod lab;
 
 mod others;
+
+mod folder;
+mod interop;
+mod mesh;
+mod mtu;
+mod refusals;
+mod rekey;
+mod repair;
+mod restart;
+mod uapi;

@@ -133,6 +133,32 @@ fn whatever_is_removed_comes_back() {
 }
 
 #[test]
+fn the_watcher_applies_a_new_config_and_ends_with_its_sender() {
+    let node = Node::new();
+    node.run(async {
+        let (config_out, mut events) = watched(HostNetwork::open(None).unwrap());
+        // It also makes what was never applied before.
+        until("the first config", || sh("ip link show dev warren0").contains("mtu 1400"), String::new).await;
+        settle(&mut events).await;
+        config_out.send_modify(|config| config.mtu = 1300);
+        until("the second", || sh("ip link show dev warren0").contains("mtu 1300"), String::new).await;
+        config_out.send_modify(|config| config.mtu = 1000);
+        let said = tokio::time::timeout(REPAIR, async {
+            loop {
+                match events.recv().await {
+                    Some(HostEvent::Repaired(_)) => {}
+                    other => return other,
+                }
+            }
+        });
+        assert!(matches!(said.await, Ok(Some(HostEvent::Failed(HostError::MtuTooSmall { mtu: 1000 })))));
+        drop(config_out);
+        let end = tokio::time::timeout(REPAIR, events.recv()).await;
+        assert!(matches!(end, Ok(None)), "{end:?}");
+    });
+}
+
+#[test]
 fn the_tun_gone_is_said_once_and_all_returns_with_it() {
     let node = Node::new();
     node.run(async {

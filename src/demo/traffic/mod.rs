@@ -12,12 +12,14 @@
 //! | `GET ...` | as `who`, for curl and browsers |
 
 pub(super) mod client;
+pub(super) mod eavesdrop;
 pub(super) mod ping;
 pub(super) mod server;
 
 use std::net::{IpAddr, SocketAddr};
 
 use clap::{Args, ValueEnum};
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 /// Where every pod answers.
@@ -63,6 +65,32 @@ pub(super) struct MeasureArgs {
     /// For how long.
     #[arg(long, default_value_t = 3000)]
     pub for_ms: u64,
+}
+
+/// What to listen for.
+#[derive(Args, Clone, Debug)]
+pub(super) struct EavesdropArgs {
+    /// Addresses of pods: nobody may see them.
+    #[arg(long, value_delimiter = ',')]
+    pub pods: Vec<IpNet>,
+    /// What the tunnel's packets look like.
+    #[arg(long, value_enum)]
+    pub tunnel: Tunnel,
+    /// The tunnel's UDP port, of its first lane.
+    #[arg(long)]
+    pub port: u16,
+    /// How many lanes may follow.
+    #[arg(long, default_value_t = 1)]
+    pub ports: u16,
+}
+
+/// Formats of tunnel packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Tunnel {
+    /// Encrypted.
+    Wireguard,
+    /// Plain.
+    Vxlan,
 }
 
 /// Protocols of the demo's traffic.

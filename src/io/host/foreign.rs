@@ -107,9 +107,7 @@ pub(super) async fn remove(
 
 /// What to do about iptables' old kernel tables, which nftables cannot reach; `None` if there are none.
 pub(super) fn legacy_warning(config: &HostConfig) -> Option<String> {
-    let filter = |path: &str| {
-        std::fs::read_to_string(path).is_ok_and(|names| names.lines().any(|name| name.trim() == "filter"))
-    };
+    let filter = |path: &str| std::fs::read_to_string(path).is_ok_and(|names| has_filter(&names));
     // /proc/net is the main thread's; thread-self is this thread's network namespace.
     let v4 = filter("/proc/thread-self/net/ip_tables_names");
     let v6 = filter("/proc/thread-self/net/ip6_tables_names");
@@ -122,6 +120,11 @@ pub(super) fn legacy_warning(config: &HostConfig) -> Option<String> {
          `{tool} -I FORWARD -i {0} -j ACCEPT` and `{tool} -I FORWARD -o {0} -j ACCEPT`, or move to iptables-nft",
         config.tun
     ))
+}
+
+/// The legacy tables in use, one a line.
+fn has_filter(names: &str) -> bool {
+    names.lines().any(|name| name.trim() == "filter")
 }
 
 fn wanted(config: &HostConfig, bridges: &[PodBridge]) -> BTreeSet<Accept> {
@@ -250,4 +253,23 @@ impl Accept {
 
 fn expression(name: &str, data: &[Vec<u8>]) -> Vec<u8> {
     nested(NFTA_LIST_ELEM, &[string(NFTA_EXPR_NAME, name), nested(NFTA_EXPR_DATA, data)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_legacy_filter_table_can_drop() {
+        assert!(has_filter("nat\nfilter\n"));
+        assert!(!has_filter("nat\nmangle\n") && !has_filter(""));
+    }
+
+    #[test]
+    fn no_comment_is_the_beginning_of_another() {
+        let accept = |interface: &str| Accept { inbound: true, interface: interface.to_owned() }.comment();
+        assert!(!accept("veth10").starts_with(&accept("veth1")));
+        // NFTNL_UDATA_COMMENT_MAXLEN, with the longest name there can be.
+        assert!(accept("fifteen-letters").len() < 128);
+    }
 }

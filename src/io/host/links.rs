@@ -216,3 +216,53 @@ fn address(message: AddressMessage) -> Option<(u32, IpAddr, u8, AddressMessage)>
     let ip = local.or(far)?;
     Some((message.header.index, ip, message.header.prefix_len, message))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interfaces(links: &[(u32, &str, InfoKind)], addresses: &[(u32, &str)]) -> Interfaces {
+        let link = |(index, name, kind): &(u32, &str, InfoKind)| Link {
+            index: *index,
+            name: (*name).to_owned(),
+            mtu: 1500,
+            up: true,
+            kind: Some(kind.clone()),
+            mac: Some([2, 0, 0, 0, 0, 1]),
+        };
+        let address = |(index, net): &(u32, &str)| {
+            let net: IpNet = net.parse().unwrap();
+            (*index, net.addr(), net.prefix_len(), AddressMessage::default())
+        };
+        Interfaces {
+            links: links.iter().map(link).collect(),
+            addresses: addresses.iter().map(address).collect(),
+        }
+    }
+
+    #[test]
+    fn a_pod_bridge_is_what_holds_an_address_of_the_pod_ranges() {
+        let ranges: Vec<IpNet> = ["10.244.1.0/24", "fd00:1::/64"].map(|r| r.parse().unwrap()).to_vec();
+        let found = interfaces(
+            &[(1, "warren0", InfoKind::Tun), (2, "cbr0", InfoKind::Bridge), (3, "docker0", InfoKind::Bridge)],
+            &[(1, "10.244.1.0/32"), (2, "10.244.1.1/24"), (2, "fd00:1::1/64"), (3, "172.17.0.1/16")],
+        )
+        .pod_bridges("warren0", &ranges);
+        let wanted =
+            PodBridge { name: "cbr0".to_owned(), bridge_mac: Some([2, 0, 0, 0, 0, 1]), subnets: ranges };
+        assert_eq!(found, [wanted]);
+    }
+
+    #[test]
+    fn an_interface_per_pod_is_not_bridged_and_a_wide_gateway_covers_no_more_than_our_pods() {
+        let ranges: Vec<IpNet> = vec!["10.244.1.0/24".parse().unwrap()];
+        let found = interfaces(
+            &[(2, "veth1", InfoKind::Veth), (3, "br0", InfoKind::Bridge)],
+            &[(2, "10.244.1.1/32"), (3, "10.244.1.1/16")],
+        )
+        .pod_bridges("warren0", &ranges);
+        assert_eq!(found.len(), 2);
+        assert!(found.iter().all(|bridge| bridge.subnets == ranges));
+        assert!(found.iter().any(|bridge| bridge.name == "veth1" && bridge.bridge_mac.is_none()));
+    }
+}

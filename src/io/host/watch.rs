@@ -68,6 +68,10 @@ impl HostNetwork {
                 }
                 _ = poll.tick() => {
                     ticks = ticks.wrapping_add(1);
+                    if notifications.lost {
+                        notifications = Notifications::open().await.unwrap_or(notifications);
+                        self.generation = None;
+                    }
                     routes |= self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
                 }
                 () = events.closed() => return Ok(()),
@@ -115,7 +119,10 @@ type RouteMessages = futures_util::stream::BoxStream<'static, RouteNetlinkMessag
 /// Both kernels' announcements, boiled down to "something that may be ours has changed".
 struct Notifications {
     route: RouteMessages,
-    nft: Option<OwnedEventStream<Nftables>>,
+    nft: OwnedEventStream<Nftables>,
+    /// A stream has ended (the kernel had more to say than its buffer holds): only the poll looks
+    /// until both are opened again.
+    lost: bool,
 }
 
 impl Notifications {
@@ -141,33 +148,25 @@ impl Notifications {
             .boxed();
         let nft = Connection::<Nftables>::new().map_err(|_| HostError::NoNftables)?;
         nft.subscribe_all().map_err(|e| HostError::nft("listen for nft changes", e))?;
-        Ok(Self { route, nft: Some(nft.into_events().await) })
+        Ok(Self { route, nft: nft.into_events().await, lost: false })
     }
 
     /// Waits until something that may concern us has changed.
     async fn next(&mut self) {
-        loop {
-            let nft = async {
-                match &mut self.nft {
-                    Some(stream) => stream.next().await,
-                    None => std::future::pending().await,
-                }
-            };
+        while !self.lost {
             tokio::select! {
                 message = self.route.next() => match message {
                     Some(message) if concerns_us(&message) => return,
                     Some(_) => {}
-                    // The poll goes on without it.
-                    None => self.route = futures_util::stream::pending().boxed(),
+                    None => self.lost = true,
                 },
-                event = nft => match event {
+                event = self.nft.next() => match event {
                     Some(Ok(_)) => return,
-                    // Lost some: whatever they were, look.
-                    Some(Err(e)) if e.is_no_buffer_space() => return,
-                    Some(Err(_)) | None => self.nft = None,
+                    Some(Err(_)) | None => self.lost = true,
                 },
             }
         }
+        std::future::pending().await
     }
 
     /// Forgets what has arrived already: the look that follows sees its result.

@@ -58,6 +58,8 @@ pub struct Folder {
     /// What was last told.
     merged: BTreeMap<Key, Object>,
     conflicts: BTreeMap<Key, Vec<Problem>>,
+    /// How many files were too many at the last scan.
+    beyond: usize,
     listed: bool,
 }
 
@@ -70,6 +72,7 @@ impl Folder {
             holders: BTreeMap::new(),
             merged: BTreeMap::new(),
             conflicts: BTreeMap::new(),
+            beyond: 0,
             listed: false,
         }
     }
@@ -97,15 +100,12 @@ impl Folder {
             }
             found.insert(name);
         }
-        let mut too_many = Vec::new();
-        if beyond > 0 {
-            too_many.push(file_problem(
-                "folder",
-                "",
-                format!("{beyond} files beyond {MAX_FILES} are not read"),
-            ));
+        if beyond != self.beyond {
+            self.beyond = beyond;
+            let reason = format!("{beyond} files beyond {MAX_FILES} are not read");
+            let problems = (beyond > 0).then(|| file_problem("folder", "", reason)).into_iter().collect();
+            events.push(SourceEvent::Problems { origin: "folder: size".to_owned(), problems });
         }
-        events.push(SourceEvent::Problems { origin: "folder: size".to_owned(), problems: too_many });
 
         let gone: Vec<String> = self.files.keys().filter(|name| !found.contains(*name)).cloned().collect();
         let mut touched = BTreeSet::new();
@@ -418,7 +418,6 @@ mod tests {
                 SourceEvent::Delete(key) => Some(format!("-{key}")),
                 SourceEvent::Reset { objects, .. } if objects.is_empty() => None,
                 SourceEvent::Reset { kind, objects } => Some(format!("={}:{}", kind.name(), objects.len())),
-                SourceEvent::Problems { origin, .. } if origin == "folder: size" => None,
                 SourceEvent::Problems { origin, problems } => Some(format!("!{origin}:{}", problems.len())),
             })
             .collect()

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::{Kind, Object};
-use crate::state::problem::{nearest, quote};
+use crate::state::problem::{nearest, one_line, quote};
 
 /// Largest file that is read.
 pub const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -93,11 +93,11 @@ fn parse_yaml(text: &str, manifest: &mut Manifest) {
 
 fn parse_json(text: &str, manifest: &mut Manifest) {
     let mut stream = serde_json::Deserializer::from_str(text).into_iter::<Value>();
-    let mut start = 0;
+    let (mut start, mut line) = (0, 1);
     loop {
         let rest = text.get(start..).unwrap_or_default();
-        start += rest.len() - rest.trim_start().len();
-        let line = line_of(text, start);
+        let blank = rest.len() - rest.trim_start().len();
+        line += newlines(text, start, start + blank);
         let Some(value) = stream.next() else { return };
         if manifest.full(line) {
             return;
@@ -106,11 +106,13 @@ fn parse_json(text: &str, manifest: &mut Manifest) {
         match value {
             Ok(value) => manifest.take(value, line, None),
             Err(error) => {
-                manifest.report(manifest.documents, error.line() as u64, true, error.to_string());
+                manifest.report(manifest.documents, error.line() as u64, true, one_line(&error.to_string()));
                 return;
             }
         }
-        start = stream.byte_offset();
+        let end = stream.byte_offset();
+        line += newlines(text, start + blank, end);
+        start = end;
     }
 }
 
@@ -150,6 +152,8 @@ fn yaml<T: DeserializeOwned>(piece: &str) -> Result<T, serde_saphyr::Error> {
             max_aliases: 1_000,
             max_anchors: 1_000,
             max_merge_keys: 1_000,
+            max_events: 4_000_000, // a List of 10,000 Services has about 700,000
+            max_nodes: 2_000_000,
         },
         alias_limits: serde_saphyr::options::AliasLimits::default(),
         duplicate_keys: serde_saphyr::DuplicateKeyPolicy::Error,
@@ -165,14 +169,13 @@ fn yaml<T: DeserializeOwned>(piece: &str) -> Result<T, serde_saphyr::Error> {
 /// Line in the file and reason of a YAML error in a document that starts on line `first`.
 fn describe(error: &serde_saphyr::Error, first: u64) -> (u64, String) {
     let line = error.location().map_or(first, |location| first + location.line().saturating_sub(1));
-    let text = error.to_string();
-    let reason: String = text.lines().next().unwrap_or_default().chars().take(300).collect();
-    (line, reason)
+    (line, one_line(&error.to_string()))
 }
 
-fn line_of(text: &str, offset: usize) -> u64 {
-    let before = text.as_bytes().get(..offset).unwrap_or_default();
-    before.iter().filter(|byte| **byte == b'\n').count() as u64 + 1
+/// Line ends between two offsets; each stretch is counted once, so that many documents cost no more.
+fn newlines(text: &str, from: usize, to: usize) -> u64 {
+    let between = text.as_bytes().get(from..to).unwrap_or_default();
+    between.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
 impl Manifest {
@@ -268,7 +271,7 @@ fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>
             Ok(_) => None,
             Err(error) => Some(error.location()?.line().saturating_sub(1)),
         });
-        let reason: String = error.to_string().chars().take(300).collect();
+        let reason = one_line(&error.to_string());
         let hint = if reason.contains("expected a string") || reason.contains("expected string") {
             " (put it in quotes)"
         } else {
@@ -373,6 +376,23 @@ mod tests {
         let deep = "- ".repeat(10_000);
         assert!(!parse(deep.as_bytes(), false).problems.is_empty());
         assert_eq!(parse(b"\xff\xfe", false).problems.len(), 1);
+    }
+
+    #[test]
+    fn json_documents_know_their_lines() {
+        let text = "{\"kind\":\n\"X\"}\n\n {\"kind\":\"Y\"}\n{\"kind\":";
+        let lines: Vec<u64> = parse(text.as_bytes(), true).problems.iter().map(|p| p.line).collect();
+        assert_eq!(lines, [1, 4, 5]);
+    }
+
+    #[test]
+    fn a_large_list_is_taken() {
+        let item = "- {apiVersion: v1, kind: Service, metadata: {name: NAME, namespace: x, labels: {a: b}}, spec: {type: \
+                    ClusterIP, clusterIP: 10.96.0.1, clusterIPs: [10.96.0.1], ports: [{name: http, port: 80, targetPort: 8080}]}}\n";
+        let items: String = (0..10_000).map(|i| item.replace("NAME", &format!("s{i}"))).collect();
+        let manifest = parse(format!("apiVersion: v1\nkind: List\nitems:\n{items}").as_bytes(), false);
+        assert_eq!(manifest.problems, []);
+        assert_eq!(manifest.objects.len(), 10_000);
     }
 
     #[test]

@@ -8,10 +8,14 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{CLUSTER, Lab, Node, wait_for};
+use super::traffic::{exchange, reach};
+use super::{CLUSTER, Lab, Node, Station, wait_for};
 
-/// The binary under test.
-pub const WARREN: &str = env!("CARGO_BIN_EXE_warren");
+/// The binary under test: `$WARREN`, or the one cargo has just built.
+pub fn warren() -> String {
+    std::env::var("WARREN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_warren").to_owned())
+}
+
 /// An agent that needs longer to start has a problem.
 pub const READY: Duration = Duration::from_secs(20);
 /// How much of a log is shown when a test fails.
@@ -123,7 +127,7 @@ impl Drop for Agent {
 pub fn command(lab: &Lab, node: &Node, arguments: &[&str]) -> Command {
     let folder = folder(lab, node);
     fs::create_dir_all(&folder).expect("make the agent's folder");
-    let mut command = node.ns.command(WARREN);
+    let mut command = node.ns.command(warren());
     command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments);
     command
 }
@@ -135,16 +139,18 @@ fn folder(lab: &Lab, node: &Node) -> PathBuf {
 fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("open the log");
     node.ns
-        .command(WARREN)
+        .command(warren())
         .arg("agent")
         .args(ordinary(lab, node, folder))
         .args(arguments)
         .env("RUST_BACKTRACE", "1")
+        // A log that is read by people and by tests needs no colours.
+        .env("NO_COLOR", "1")
         .stdout(log.try_clone().expect("duplicate the log"))
         .stderr(log)
         .stdin(Stdio::null())
         .spawn()
-        .unwrap_or_else(|e| panic!("start {WARREN}: {e}"))
+        .unwrap_or_else(|e| panic!("start {}: {e}", warren()))
 }
 
 fn ordinary(lab: &Lab, node: &Node, folder: &Path) -> Vec<String> {
@@ -159,4 +165,56 @@ fn ordinary(lab: &Lab, node: &Node, folder: &Path) -> Vec<String> {
     .into_iter()
     .flat_map(|(flag, value)| [flag.to_owned(), value])
     .collect()
+}
+
+/// A laboratory in which every node runs an agent and has a pod.
+#[derive(Debug)]
+pub struct Mesh {
+    /// One per node; they go before their namespaces do.
+    pub agents: Vec<Agent>,
+    /// The nodes.
+    pub lab: Lab,
+}
+
+impl Mesh {
+    /// Starts an agent on every node and waits until the pods of the first two reach each other.
+    pub fn start(lab: Lab, arguments: &[&str]) -> Mesh {
+        Mesh::start_each(lab, |_| arguments.to_vec())
+    }
+
+    /// The same, with arguments for each node by its number.
+    pub fn start_each<'a>(lab: Lab, arguments: impl Fn(u8) -> Vec<&'a str>) -> Mesh {
+        let lab = if lab.nodes.iter().any(|node| node.pods.is_empty()) { lab.with_pods() } else { lab };
+        lab.write_nodes();
+        let mut agents: Vec<Agent> =
+            lab.nodes.iter().map(|node| Agent::launch(&lab, node, &arguments(node.number))).collect();
+        agents.iter_mut().for_each(Agent::wait_ready);
+        let mesh = Mesh { agents, lab };
+        for other in 1..mesh.lab.nodes.len() {
+            reach(mesh.pod(0), mesh.pod(other));
+        }
+        mesh.fit_pods();
+        mesh
+    }
+
+    /// Gives all pods the MTU that their agents name, once all have seen each other and name the same.
+    fn fit_pods(&self) {
+        let named = |agent: &Agent| agent.pod_mtu();
+        let mtu = wait_for("all agents name one MTU", Duration::from_secs(5), || {
+            let first = named(&self.agents[0]);
+            self.agents.iter().all(|agent| named(agent) == first).then_some(first)
+        });
+        self.lab.nodes.iter().for_each(|node| node.set_pod_mtu(mtu));
+    }
+
+    /// The pod of a node, counted from 0.
+    pub fn pod(&self, index: usize) -> Station<'_> {
+        self.lab.nodes[index].pod()
+    }
+
+    /// Everything of every kind and size between two nodes' pods, both ways.
+    pub fn exchange(&self, a: usize, b: usize) {
+        reach(self.pod(a), self.pod(b));
+        exchange(self.pod(a), self.pod(b));
+    }
 }

@@ -79,6 +79,21 @@ impl Lab {
         lab
     }
 
+    /// Two nodes joined by one cable and nothing else, for measurements.
+    pub fn cable(mtu: u32) -> Lab {
+        let lab = Lab::new(2, Underlay::V4, mtu);
+        let [a, b] = [&lab.nodes[0], &lab.nodes[1]];
+        for node in [a, b] {
+            node.ns.run("ip link del eth0");
+        }
+        veth((&a.ns, "eth0"), (&b.ns, "eth0"), mtu);
+        for node in [a, b] {
+            node.ns.run(&format!("ip addr add {}/24 dev eth0", node.outer(Underlay::V4)));
+            node.ns.run("ip route add default dev eth0");
+        }
+        lab
+    }
+
     fn add_node(&mut self, number: u8, mtu: u32) {
         let name = format!("node{number}");
         let ns = Netns::new(&name);

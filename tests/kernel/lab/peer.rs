@@ -57,13 +57,24 @@ pub struct WireGuard {
 impl WireGuard {
     /// Starts it on a node, with a fresh key and no peers; the interface gets the node's 10th pod address.
     pub fn start(lab: &Lab, node: &Node, program: Program) -> WireGuard {
+        WireGuard::launch(lab, node, program, "verbose")
+    }
+
+    /// The same with as little logging as it can, for measurements.
+    pub fn start_quietly(lab: &Lab, node: &Node, program: Program) -> WireGuard {
+        WireGuard::launch(lab, node, program, "error")
+    }
+
+    fn launch(lab: &Lab, node: &Node, program: Program, logging: &str) -> WireGuard {
         let log = lab.path().join(format!("{}-{}.log", node.name, program.file()));
         let out = File::create(&log).expect("make a log");
         let child = node
             .ns
             .command(binary(program.file()))
             .args(program.arguments())
-            .env("LOG_LEVEL", "verbose")
+            .env("LOG_LEVEL", logging)
+            .env("WG_LOG_LEVEL", if logging == "error" { "error" } else { "info" })
+            .env("WG_THREADS", std::thread::available_parallelism().map_or(4, usize::from).to_string())
             .stdout(out.try_clone().expect("duplicate the log"))
             .stderr(out)
             .spawn()
@@ -157,12 +168,9 @@ fn binary(name: &str) -> PathBuf {
 }
 
 /// VXLAN of the kernel, as a node's end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct KernelVxlan<'a> {
-    /// The node it is on.
-    pub node: &'a Node,
-    /// The device's MAC address.
-    pub mac: String,
+    node: &'a Node,
 }
 
 /// How the kernel's end finds out MAC addresses.
@@ -178,9 +186,14 @@ pub enum Neighbours<'a> {
 }
 
 impl<'a> KernelVxlan<'a> {
+    /// The MAC address of a node's device.
+    pub fn mac(node: &Node) -> String {
+        format!("02:76:78:00:00:{:02x}", node.number)
+    }
+
     /// The device `vx0`, without anybody at the other end.
     pub fn new(lab: &Lab, node: &'a Node, vni: u32, port: u16) -> KernelVxlan<'a> {
-        let mac = format!("02:76:78:00:00:{:02x}", node.number);
+        let mac = KernelVxlan::mac(node);
         let [node4, node6] = node.inner(0);
         let [v4, v6] = node.inner(10);
         node.ns.run_all(&format!(
@@ -192,7 +205,7 @@ impl<'a> KernelVxlan<'a> {
              ip addr add {v6}/128 dev vx0 nodad",
             lab.outer(node)
         ));
-        KernelVxlan { node, mac }
+        KernelVxlan { node }
     }
 
     /// Connects it with the other end.

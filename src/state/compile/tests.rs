@@ -1,8 +1,11 @@
 //! Tests of [`super`]: from objects to snapshot and plan.
 
+use proptest::prelude::*;
+
 use super::*;
+use crate::snapshot::PeerVxlan;
 use crate::snapshot::SourceOwner;
-use crate::state::annotations::key_text;
+use crate::state::annotations::{key_text, special};
 use crate::state::source::{Object, manifest};
 
 fn settings(encap: EncapPolicy) -> Settings {
@@ -215,6 +218,86 @@ fn this_node_hears_what_is_wrong_with_it() {
     };
     assert!(of(&[]).contains("no such Node"));
     assert!(of(&[bare]).contains("no pod range"));
+}
+
+/// Text that is nearly right: parts of good values and bad ones, so that the checks behind the first are met.
+fn hostile() -> impl Strategy<Value = String> {
+    let parts = vec![
+        "10.244.1.0/24",
+        "10.244.0.0/16",
+        "fd00::/64",
+        "0.0.0.0/0",
+        "192.0.2.2",
+        "192.0.2.1:51820",
+        "[2001:db8::1]:1",
+        "::1",
+        "/",
+        ",",
+        ":",
+        "-1",
+        "wireguard",
+        "vxlan",
+        "02:00:00:00:00:01",
+        "=",
+        "\0",
+        "\u{1b}",
+        "99999",
+        "1",
+        "..",
+        "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=",
+    ];
+    proptest::collection::vec(proptest::sample::select(parts), 0..3).prop_map(|parts| parts.concat())
+}
+
+proptest! {
+    #[test]
+    fn no_object_panics_or_takes_what_is_not_its_own(
+        nodes in proptest::collection::vec(
+            (0..4_u8, proptest::collection::vec(hostile(), 7), 0..5_u8, 0..2_u8), 1..6),
+        policy in proptest::sample::select(vec![EncapPolicy::WireGuard, EncapPolicy::Vxlan, EncapPolicy::Auto]),
+        underlay: u16,
+    ) {
+        let mut desired = Desired::default();
+        let mut compiler = Compiler::default();
+        let mut settings = settings(policy);
+        settings.underlay_mtu = underlay;
+        for (name, values, annotation, listed) in nodes {
+            let given = ["lanes", "endpoints", "encaps", "public-key", "endpoint"][usize::from(annotation)];
+            let name = ["a", "b", "c", "d"][usize::from(name)];
+            let annotations = serde_json::json!({
+                "warren.dev/vxlan-mac": values[1], (format!("warren.dev/{given}")): values[2],
+            });
+            let value = serde_json::json!({
+                "apiVersion": "v1", "kind": "Node",
+                "metadata": {"name": name, "uid": values[0], "annotations": annotations},
+                "spec": {"podCIDRs": [values[3], values[4]]},
+                "status": {"addresses": [
+                    {"type": "InternalIP", "address": values[5]}, {"type": "ExternalIP", "address": values[6]},
+                ]},
+            });
+            let objects = manifest::from_value(value).objects;
+            if listed == 0 {
+                desired.reset(Kind::Node, &objects);
+            } else {
+                objects.iter().for_each(|object| drop(desired.apply(object)));
+            }
+            let compiled = compiler.compile(&desired, &settings);
+            let mesh = &compiled.snapshot.mesh;
+            for peer in mesh.peers.iter().flatten() {
+                prop_assert_eq!(mesh.peer(peer.id), Some(peer));
+                prop_assert!(peer.pod_ranges.iter().all(|range| special(*range).is_none()));
+                for address in &peer.addresses {
+                    prop_assert_eq!(mesh.routes.lookup(*address), Some(Owner::PeerNode(peer.id)));
+                }
+                for endpoint in &peer.endpoints {
+                    prop_assert!(!matches!(mesh.routes.lookup(endpoint.ip()), Some(Owner::PeerPod(_) | Owner::LocalPod)));
+                }
+                prop_assert!(peer.encap != Some(Encap::Vxlan) || peer.vxlan.is_some());
+                prop_assert!(compiled.plan.pod_mtu <= peer.mtu);
+            }
+            prop_assert!(compiled.problems.iter().all(|problem| !problem.to_string().contains(char::is_control)));
+        }
+    }
 }
 
 /// The desired state of 5,000 nodes, and a change of one of them.

@@ -1,5 +1,11 @@
 //! Tests of [`super`]: layers, refusals, help.
 
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{CommandFactory, Parser};
+
+use super::file::{FileArgs, parse_file};
 use super::*;
 
 fn agent(arguments: &[&str]) -> AgentArgs {
@@ -155,7 +161,6 @@ fn refusals_say_what_to_do() {
 #[test]
 fn help_teaches() {
     let help = Cli::command().find_subcommand_mut("agent").unwrap().render_long_help().to_string();
-    println!("{help}");
     for text in
         ["[env: WARREN_ENCAP", "Tunnel:", "Host:", "Offloads", "Examples:", "dir:PATH", "[default: 51820]"]
     {

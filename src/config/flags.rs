@@ -1,0 +1,305 @@
+//! The flags: their names, help, environment variables and what each accepts.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::BoolishValueParser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use crate::demo::DemoArgs;
+use crate::snapshot::MAX_LANES;
+use crate::state::annotations;
+use crate::state::compile::EncapPolicy;
+use crate::state::convert::cluster_range;
+use crate::state::problem::quote;
+use crate::status::client::{PeersArgs, StatusArgs};
+
+const EXAMPLES: &str = "\
+Examples:
+  warren demo                                      three nodes with pods on this machine, no Kubernetes
+  warren agent --source dir:/etc/warren/objects    this machine joins the mesh that the folder describes
+  warren status                                    what the agent on this machine is doing
+  warren agent --cleanup                           take everything back out of the kernel";
+
+const AGENT_EXAMPLES: &str = "\
+Examples:
+  Two machines at home, one folder kept in sync between them:
+    warren agent --source dir:/srv/warren
+  Plain VXLAN inside one location, WireGuard to all others:
+    warren agent --source dir:/srv/warren --encap auto --location home
+  Behind a router that forwards UDP port 51820 to this machine:
+    warren agent --source dir:/srv/warren --endpoint 203.0.113.7:51820
+
+Each option can also come from the environment (shown as [env: ...]) or, under the option's own name, \
+from the YAML file that --config names. A flag wins over the environment, that over the file.";
+
+const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "warren", version, after_help = EXAMPLES, max_term_width = 110)]
+#[command(about = "Pod network for Kubernetes clusters whose nodes cannot route pod traffic to each other")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `warren` can be told to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run this node's part of the mesh
+    #[command(after_help = AGENT_EXAMPLES)]
+    Agent(Box<AgentArgs>),
+    /// Show a mesh of several nodes on this one machine, with no Kubernetes
+    Demo(DemoArgs),
+    /// Say what the agent on this machine is doing
+    Status(StatusArgs),
+    /// List the other nodes, and how each is reached
+    Peers(PeersArgs),
+}
+
+/// `warren agent`. Everything is optional here, because it may come from the file.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+pub struct AgentArgs {
+    /// A YAML file with more settings; its keys are the names of these options
+    #[arg(long, value_name = "FILE", env = "WARREN_CONFIG", help_heading = "Cluster")]
+    pub config: Option<PathBuf>,
+    /// Where the cluster's objects come from: dir:PATH, a folder of Kubernetes YAML or JSON
+    #[arg(long, value_name = "dir:PATH", env = "WARREN_SOURCE", help_heading = "Cluster")]
+    pub source: Option<SourceSpec>,
+    /// The name of this machine's Node object [default: the host name]
+    #[arg(long, value_name = "NAME", env = "WARREN_NODE", help_heading = "Cluster")]
+    pub node: Option<String>,
+    /// Ranges that hold all pods of the cluster [default: the union of those seen]
+    #[arg(long, value_name = "RANGE,...", env = "WARREN_CLUSTER_CIDR", value_delimiter = ',',
+          value_parser = cluster_range, help_heading = "Cluster")]
+    pub cluster_cidr: Option<Vec<IpNet>>,
+    /// Ranges that hold all Services [default: what the ServiceCIDR objects say]
+    #[arg(long, value_name = "RANGE,...", env = "WARREN_SERVICE_CIDR", value_delimiter = ',',
+          value_parser = cluster_range, help_heading = "Cluster")]
+    pub service_cidr: Option<Vec<IpNet>>,
+    /// Where this node is: with --encap auto, nodes of one location use VXLAN among themselves
+    #[arg(long, value_name = "WORD", env = "WARREN_LOCATION", value_parser = annotations::location,
+          help_heading = "Cluster")]
+    pub location: Option<String>,
+
+    /// How packets to other nodes are wrapped [default: wireguard]
+    #[arg(long, env = "WARREN_ENCAP", help_heading = "Tunnel")]
+    pub encap: Option<EncapArg>,
+    /// UDP port of WireGuard; lane n has the n-th port after it [default: 51820]
+    // Not WARREN_PORT: Kubernetes sets that one in every pod beside a Service named `warren`.
+    #[arg(long, env = "WARREN_LISTEN_PORT", value_parser = clap::value_parser!(u16).range(1..),
+          help_heading = "Tunnel")]
+    pub port: Option<u16>,
+    /// UDP port of VXLAN, the same on all nodes [default: 8472]
+    #[arg(long, value_name = "PORT", env = "WARREN_VXLAN_PORT",
+          value_parser = clap::value_parser!(u16).range(1..), help_heading = "Tunnel")]
+    pub vxlan_port: Option<u16>,
+    /// VXLAN network identifier, the same on all nodes [default: 1]
+    #[arg(long, env = "WARREN_VNI", value_parser = clap::value_parser!(u32).range(0..1 << 24),
+          help_heading = "Tunnel")]
+    pub vni: Option<u32>,
+    /// How many threads move packets, each with its own port and key [default: 1]
+    #[arg(long, value_name = "N", env = "WARREN_LANES",
+          value_parser = clap::value_parser!(u16).range(1..=MAX_LANES as i64), help_heading = "Tunnel")]
+    pub lanes: Option<u16>,
+    /// Where other nodes reach this one, ADDRESS or ADDRESS:PORT [default: the Node's addresses]
+    #[arg(
+        long,
+        value_name = "ADDRESS,...",
+        env = "WARREN_ENDPOINT",
+        value_delimiter = ',',
+        help_heading = "Tunnel"
+    )]
+    pub endpoint: Option<Vec<EndpointArg>>,
+    /// Seconds between keepalives that others send to this node (behind NAT: 25) [default: 0, none]
+    #[arg(long, value_name = "SECONDS", env = "WARREN_KEEPALIVE",
+          value_parser = clap::value_parser!(u16).range(0..=3600), help_heading = "Tunnel")]
+    pub keepalive: Option<u16>,
+    /// MTU of the network between the nodes, or auto [default: auto]
+    #[arg(long, value_name = "auto|N", env = "WARREN_UNDERLAY_MTU", help_heading = "Tunnel")]
+    pub underlay_mtu: Option<UnderlayMtu>,
+
+    /// Name of the tunnel device [default: warren0]
+    #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
+          help_heading = "Host")]
+    pub tun_name: Option<String>,
+    /// Whether pods talk to the world from the node's address; auto: unless somebody else does it
+    /// [default: auto]
+    #[arg(long, env = "WARREN_MASQUERADE", help_heading = "Host")]
+    pub masquerade: Option<Masquerade>,
+    /// Folder of what must survive a restart: keys, last state [default: /var/lib/warren]
+    #[arg(long, value_name = "DIR", env = "WARREN_STATE_DIR", help_heading = "Host")]
+    pub state_dir: Option<PathBuf>,
+    /// Folder of sockets [default: /run/warren]
+    #[arg(long, value_name = "DIR", env = "WARREN_RUN_DIR", help_heading = "Host")]
+    pub run_dir: Option<PathBuf>,
+    /// What to log: error, warn, info, debug, trace, or a filter like info,warren::state=debug
+    /// [default: info]
+    #[arg(long, value_name = "FILTER", env = "WARREN_LOG", help_heading = "Host")]
+    pub log: Option<String>,
+    /// Where metrics are served: ADDRESS:PORT or none [default: none]
+    #[arg(long, value_name = "ADDRESS:PORT|none", env = "WARREN_METRICS", help_heading = "Host")]
+    pub metrics: Option<MetricsArg>,
+    /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
+    #[arg(long, help_heading = "Host")]
+    pub cleanup: bool,
+
+    /// Do not take or give super-packets on the tunnel device
+    #[arg(long, env = "WARREN_NO_TUN_GSO", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = OFFLOADS)]
+    pub no_tun_gso: Option<bool>,
+    /// Do not let the kernel cut what is sent
+    #[arg(long, env = "WARREN_NO_UDP_GSO", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = OFFLOADS)]
+    pub no_udp_gso: Option<bool>,
+    /// Do not let the kernel join what is received
+    #[arg(long, env = "WARREN_NO_UDP_GRO", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = OFFLOADS)]
+    pub no_udp_gro: Option<bool>,
+    /// Do not join packets before they are written to the tunnel device
+    #[arg(long, env = "WARREN_NO_COALESCING", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = OFFLOADS)]
+    pub no_coalescing: Option<bool>,
+    /// Do not join runs of pure TCP acknowledgements
+    #[arg(long, env = "WARREN_NO_ACK_COALESCING", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = OFFLOADS)]
+    pub no_ack_coalescing: Option<bool>,
+}
+
+/// `--encap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EncapArg {
+    /// Encrypted, to everyone
+    #[value(name = "wireguard")]
+    WireGuard,
+    /// Plain, to everyone: for networks that are trusted
+    Vxlan,
+    /// Plain inside a location, encrypted between locations
+    Auto,
+}
+
+impl From<EncapArg> for EncapPolicy {
+    fn from(arg: EncapArg) -> EncapPolicy {
+        match arg {
+            EncapArg::WireGuard => EncapPolicy::WireGuard,
+            EncapArg::Vxlan => EncapPolicy::Vxlan,
+            EncapArg::Auto => EncapPolicy::Auto,
+        }
+    }
+}
+
+/// `--masquerade`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Masquerade {
+    /// Unless somebody else on this machine does it
+    Auto,
+    /// Always
+    On,
+    /// Never
+    Off,
+}
+
+/// `--source`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceSpec {
+    /// A folder.
+    Dir(PathBuf),
+}
+
+impl FromStr for SourceSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<SourceSpec, String> {
+        match text.strip_prefix("dir:") {
+            Some("") | None => {
+                Err(format!("{} is not dir:PATH, a folder of Kubernetes objects", quote(text)))
+            }
+            Some(path) => Ok(SourceSpec::Dir(path.into())),
+        }
+    }
+}
+
+/// `--underlay-mtu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnderlayMtu {
+    /// The smallest of the interfaces that lead to the peers.
+    Auto,
+    /// As given.
+    Fixed(u16),
+}
+
+impl FromStr for UnderlayMtu {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<UnderlayMtu, String> {
+        if text == "auto" {
+            return Ok(UnderlayMtu::Auto);
+        }
+        // RFC 791 3.1: every host takes 576; a smaller link is a typing mistake.
+        let mtu = text.parse().ok().filter(|mtu| *mtu >= 576);
+        mtu.map(UnderlayMtu::Fixed).ok_or_else(|| "neither auto nor a number from 576 to 65535".to_owned())
+    }
+}
+
+/// `--endpoint`: without a port, the one of lane 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointArg {
+    pub(super) address: IpAddr,
+    pub(super) port: Option<u16>,
+}
+
+impl FromStr for EndpointArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<EndpointArg, String> {
+        let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+        if let Ok(address) = bare.parse::<IpAddr>() {
+            // Checked like one with a port; which port does not matter for that.
+            annotations::endpoint(&SocketAddr::new(address, 1).to_string())?;
+            return Ok(EndpointArg { address, port: None });
+        }
+        let endpoint = annotations::endpoint(text)?;
+        Ok(EndpointArg { address: endpoint.ip(), port: Some(endpoint.port()) })
+    }
+}
+
+/// `--metrics`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsArg {
+    /// Not served.
+    None,
+    /// Served here.
+    At(SocketAddr),
+}
+
+impl FromStr for MetricsArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MetricsArg, String> {
+        if text == "none" {
+            return Ok(MetricsArg::None);
+        }
+        text.parse().map(MetricsArg::At).map_err(|_| "neither none nor ADDRESS:PORT".to_owned())
+    }
+}
+
+/// A name that the kernel accepts for a device (net/core/dev.c, dev_valid_name), and nft without quotes.
+fn device_name(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let good =
+        !text.is_empty() && text.len() <= 15 && text != "." && text != ".." && text.chars().all(allowed);
+    if good {
+        Ok(text.to_owned())
+    } else {
+        Err("not a device name of at most 15 letters, digits and -_.".to_owned())
+    }
+}

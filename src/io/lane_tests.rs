@@ -1,0 +1,300 @@
+//! Lanes on a kernel that refuses things.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc::sync_channel;
+
+use super::*;
+use crate::datapath::conntrack::{FlowTable, Seed};
+use crate::datapath::{Counters, LaneConfig};
+use crate::snapshot::{LaneId, LocalNode, Mesh, Owner, Peer, PeerVxlan};
+use crate::tunnel::vxlan;
+use crate::tunnel::{TxBatch, Via};
+
+const MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+const PEER: &str = "192.0.2.2:8472";
+
+/// A kernel whose every answer the test chooses.
+#[derive(Default)]
+struct Fake {
+    frames: VecDeque<Vec<u8>>,
+    datagrams: VecDeque<Vec<Vec<u8>>>,
+    written: Vec<Vec<u8>>,
+    sent: Vec<Vec<u8>>,
+    tun_limits: Vec<TunOffloads>,
+    waits: usize,
+    /// What a send of more than one datagram gets.
+    refuse_runs: Option<i32>,
+    /// What a write of a joined frame gets.
+    refuse_joined: Option<i32>,
+    /// Errors for the next sends, whatever they are.
+    next_sends: VecDeque<i32>,
+}
+
+impl Kernel for Fake {
+    fn now(&self) -> Instant {
+        crate::io::clock::now()
+    }
+
+    fn since_boot_ms(&self) -> u64 {
+        0
+    }
+
+    fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let frame = self.frames.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        buffer[..frame.len()].copy_from_slice(&frame);
+        Ok(frame.len())
+    }
+
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let frame: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
+        if let Some(error) = self.refuse_joined.filter(|_| frame[1] != 0) {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        self.written.push(frame.clone());
+        Ok(frame.len())
+    }
+
+    fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
+        self.tun_limits.push(offloads);
+    }
+
+    fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {
+        if encap == Encap::WireGuard {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let run = self.datagrams.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        let bytes = run.concat();
+        buffer[..bytes.len()].copy_from_slice(&bytes);
+        let from = PEER.parse().expect("address");
+        out.push(Received { from, offset: 0, len: bytes.len(), stride: run[0].len() });
+        Ok(1)
+    }
+
+    fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
+        if let Some(error) = self.next_sends.pop_front() {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        let mut sent = 0;
+        for run in runs {
+            match self.refuse_runs {
+                Some(error) if run.count > 1 => {
+                    return if sent > 0 { Ok(sent) } else { Err(io::Error::from_raw_os_error(error)) };
+                }
+                Some(_) | None => {
+                    self.sent.extend(batch.bytes(run).chunks(run.segment).map(<[u8]>::to_vec));
+                    sent += 1;
+                }
+            }
+        }
+        Ok(sent)
+    }
+
+    fn wait_writable(&mut self, _via: Via, _timeout: Duration) {
+        self.waits += 1;
+    }
+
+    fn wait(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn yield_now(&mut self) {}
+}
+
+fn snapshot() -> Snapshot {
+    let ip = |text: &str| text.parse::<IpAddr>().expect("address");
+    let remote: SocketAddr = PEER.parse().expect("address");
+    let mut mesh = Mesh::default();
+    mesh.routes.insert("10.244.0.0/24".parse().expect("range"), Owner::LocalPod);
+    mesh.routes.insert("10.244.1.0/24".parse().expect("range"), Owner::PeerPod(PeerId(0)));
+    mesh.vxlan_sources.insert(remote.ip(), PeerId(0));
+    mesh.peers.push(Some(Arc::new(Peer {
+        id: PeerId(0),
+        name: "peer".to_owned(),
+        encap: Some(Encap::Vxlan),
+        lanes: Vec::new(),
+        endpoints: Vec::new(),
+        vxlan: Some(PeerVxlan { address: ip("192.0.2.2"), port: remote.port(), mac: Some(MACS[1]) }),
+        pod_ranges: Vec::new(),
+        addresses: Vec::new(),
+        mtu: 1450,
+        keepalive: 0,
+    })));
+    let local = LocalNode {
+        name: "me".to_owned(),
+        address_v4: Some("10.244.0.0".parse().expect("address")),
+        address_v6: None,
+        vni: 1,
+        mac: MACS[0],
+    };
+    Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) }
+}
+
+fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
+    let lane = Lane::new(LaneConfig {
+        id: LaneId(0),
+        private: [7; 32],
+        seed: (1, 2),
+        vxlan_sources: 1,
+        flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
+        epoch: (crate::io::clock::now(), 0),
+    });
+    let counters = lane.counters();
+    let shared = Shared {
+        snapshot: Arc::new(ArcSwap::from_pointee(snapshot())),
+        stop: Arc::new(AtomicBool::new(false)),
+    };
+    let (_, orders) = sync_channel(1);
+    (LaneLoop::new(kernel, lane, shared, orders, LaneOffloads::default()), counters)
+}
+
+/// TCP segments of one flow, back to back; the last is short.
+fn segments(from: &str, to: &str, count: usize) -> Vec<Vec<u8>> {
+    let ip = |text: &str| text.parse::<std::net::Ipv4Addr>().expect("address").octets();
+    (0..count)
+        .map(|i| {
+            let payload = vec![i as u8; if i + 1 == count { 100 } else { 1000 }];
+            let builder = etherparse::PacketBuilder::ipv4(ip(from), ip(to), 64)
+                .tcp(40_000, 80, 1 + 1000 * i as u32, 4096)
+                .ack(1);
+            let mut packet = Vec::new();
+            builder.write(&mut packet, &payload).expect("a packet");
+            packet[6] |= 0x40; // don't fragment; then the header's checksum again
+            packet[10..12].fill(0);
+            let sum = crate::packet::checksum::checksum(&packet[..20]);
+            packet[10..12].copy_from_slice(&sum.to_be_bytes());
+            packet
+        })
+        .collect()
+}
+
+/// What the TUN hands over for `packets`.
+fn frames(packets: &[Vec<u8>]) -> VecDeque<Vec<u8>> {
+    packets.iter().map(|packet| [&[0; VNET_HDR_LEN][..], packet].concat()).collect()
+}
+
+/// What the peer sends for `packets`.
+fn datagrams(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
+    let header = vxlan::header(1, MACS[0], MACS[1], false);
+    packets.iter().map(|packet| [&header[..], packet].concat()).collect()
+}
+
+fn now() -> Instant {
+    crate::io::clock::now()
+}
+
+#[test]
+fn a_card_that_cannot_cut_costs_one_batch_nothing() {
+    for error in [libc::EIO, libc::EINVAL] {
+        let packets = segments("10.244.0.2", "10.244.1.2", 6);
+        let fake = Fake { frames: frames(&packets), refuse_runs: Some(error), ..Fake::default() };
+        let (mut lane, counters) = lane_on(fake);
+        assert!(lane.turn(now()).expect("a turn"));
+        let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
+        assert_eq!(payloads, packets);
+        assert!(!lane.offloads.udp_segmentation);
+        assert_eq!(counters.total(Total::OffloadFallbacks), 1);
+        assert_eq!(counters.dropped(DropReason::SendFailed), 0);
+    }
+}
+
+#[test]
+fn a_datagram_too_large_is_not_the_offloads_fault() {
+    let packets = segments("10.244.0.2", "10.244.1.2", 6);
+    let fake = Fake { frames: frames(&packets), refuse_runs: Some(libc::EMSGSIZE), ..Fake::default() };
+    let (mut lane, counters) = lane_on(fake);
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.sent.len(), packets.len());
+    assert!(lane.offloads.udp_segmentation);
+    assert_eq!(counters.total(Total::OffloadFallbacks), 0);
+}
+
+#[test]
+fn an_unreachable_peer_costs_its_run_and_a_full_socket_is_waited_for() {
+    let packets = segments("10.244.0.2", "10.244.1.2", 6);
+    let fake =
+        Fake { frames: frames(&packets), next_sends: [libc::EAGAIN, libc::EINTR].into(), ..Fake::default() };
+    let (mut lane, counters) = lane_on(fake);
+    lane.turn(now()).expect("a turn");
+    assert_eq!((lane.kernel.sent.len(), lane.kernel.waits), (6, 1));
+
+    lane.kernel.frames = frames(&packets);
+    lane.kernel.next_sends = [libc::ENETUNREACH].into();
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.sent.len(), 6);
+    assert_eq!(counters.dropped(DropReason::SendFailed), 6);
+    assert!(lane.offloads.udp_segmentation);
+}
+
+#[test]
+fn joined_packets_that_the_tun_refuses_are_written_apart() {
+    let packets = segments("10.244.1.2", "10.244.0.2", 6);
+    let fake = Fake {
+        datagrams: [datagrams(&packets), datagrams(&packets[..1])].into(),
+        refuse_joined: Some(libc::EINVAL),
+        ..Fake::default()
+    };
+    let (mut lane, counters) = lane_on(fake);
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.written.len(), packets.len());
+    for (written, packet) in lane.kernel.written.iter().zip(&packets) {
+        let inner = &written[VNET_HDR_LEN..];
+        assert_eq!(inner[8], packet[8] - 1, "one hop");
+        assert_eq!(inner[20..], packet[20..], "transport and payload untouched");
+        let headers = parse(inner).expect("a packet");
+        assert!(crate::packet::checksum::verify_transport(inner, &headers));
+    }
+    assert!(!lane.offloads.tun_tcp && lane.offloads.tun_udp);
+    assert_eq!(lane.kernel.tun_limits, [TunOffloads { tcp: false, udp: true }]);
+    assert_eq!(counters.total(Total::OffloadFallbacks), 1);
+    assert_eq!(counters.dropped(DropReason::TunWriteFailed), 0);
+}
+
+#[test]
+fn what_can_be_joined_is_one_write() {
+    let packets = segments("10.244.1.2", "10.244.0.2", 6);
+    let (mut lane, counters) = lane_on(Fake { datagrams: [datagrams(&packets)].into(), ..Fake::default() });
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.written.len(), 1);
+    assert_eq!(counters.total(Total::PacketsReceived), 6);
+    assert_eq!(lane.kernel.written[0].len(), VNET_HDR_LEN + 40 + 5 * 1000 + 100);
+}
+
+#[test]
+fn a_tun_that_is_gone_ends_the_loop_with_its_reason() {
+    struct Gone(Fake);
+    impl Kernel for Gone {
+        fn now(&self) -> Instant {
+            self.0.now()
+        }
+        fn since_boot_ms(&self) -> u64 {
+            0
+        }
+        fn read_tun(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::from_raw_os_error(libc::EBADFD))
+        }
+        fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+            self.0.write_tun(pieces)
+        }
+        fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
+            self.0.limit_tun_offloads(offloads);
+        }
+        fn receive(&mut self, encap: Encap, b: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {
+            self.0.receive(encap, b, out)
+        }
+        fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
+            self.0.send(batch, runs)
+        }
+        fn wait_writable(&mut self, via: Via, timeout: Duration) {
+            self.0.wait_writable(via, timeout);
+        }
+        fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.wait(timeout)
+        }
+        fn yield_now(&mut self) {}
+    }
+    let (lane, _) = lane_on(Fake::default());
+    let LaneLoop { kernel, lane, shared, commands, offloads, .. } = lane;
+    let mut lane = LaneLoop::new(Gone(kernel), lane, shared, commands, offloads);
+    assert_eq!(lane.run().expect_err("gone").raw_os_error(), Some(libc::EBADFD));
+}

@@ -1,0 +1,122 @@
+//! Warren with Warren: every encapsulation, both underlay families, lanes, offloads on and off.
+
+use std::net::IpAddr;
+
+use crate::lab::agent::Mesh;
+use crate::lab::probe::{Meter, traceroute};
+use crate::lab::{Lab, Underlay};
+
+/// What an agent is started with to use no offload at all.
+const PLAIN: [&str; 5] =
+    ["--no-tun-gso", "--no-udp-gso", "--no-udp-gro", "--no-coalescing", "--no-ack-coalescing"];
+
+#[test]
+fn wireguard() {
+    Mesh::start(Lab::two(), &["--encap", "wireguard"]).exchange(0, 1);
+}
+
+#[test]
+fn vxlan() {
+    Mesh::start(Lab::two(), &["--encap", "vxlan"]).exchange(0, 1);
+}
+
+#[test]
+fn wireguard_over_ipv6() {
+    Mesh::start(Lab::new(2, Underlay::V6, 1500), &["--encap", "wireguard"]).exchange(0, 1);
+}
+
+#[test]
+fn vxlan_over_ipv6() {
+    Mesh::start(Lab::new(2, Underlay::V6, 1500), &["--encap", "vxlan"]).exchange(0, 1);
+}
+
+#[test]
+fn auto_speaks_vxlan_inside_a_location_and_wireguard_between() {
+    let lab = Lab::new(3, Underlay::V4, 1500);
+    let mesh = Mesh::start_each(lab, |number| {
+        vec!["--encap", "auto", "--location", if number == 3 { "garage" } else { "attic" }]
+    });
+    for (other, spoken, silent) in [(1, 8472, 51820), (2, 51820, 8472)] {
+        let meter = Meter::new(&mesh.lab.nodes[other].ns, &[8472, 51820, 51821]);
+        mesh.exchange(0, other);
+        assert!(meter.packets(spoken) > 100, "node1 speaks to node{} on port {spoken}", other + 1);
+        assert_eq!(meter.packets(silent), 0, "nothing for port {silent} on node{}", other + 1);
+    }
+    mesh.exchange(1, 2);
+}
+
+#[test]
+fn two_lanes_with_one() {
+    for encap in ["wireguard", "vxlan"] {
+        let mesh = Mesh::start_each(Lab::two(), |number| {
+            vec!["--encap", encap, "--lanes", if number == 1 { "2" } else { "1" }]
+        });
+        mesh.exchange(0, 1);
+    }
+}
+
+#[test]
+fn two_lanes_with_two() {
+    for encap in ["wireguard", "vxlan"] {
+        Mesh::start(Lab::two(), &["--encap", encap, "--lanes", "2"]).exchange(0, 1);
+    }
+}
+
+#[test]
+fn without_offloads() {
+    for encap in ["wireguard", "vxlan"] {
+        let arguments = [&["--encap", encap][..], &PLAIN].concat();
+        Mesh::start(Lab::two(), &arguments).exchange(0, 1);
+    }
+}
+
+#[test]
+fn without_offloads_on_one_side() {
+    for encap in ["wireguard", "vxlan"] {
+        let mesh = Mesh::start_each(Lab::two(), |number| match number {
+            1 => [&["--encap", encap][..], &PLAIN].concat(),
+            _ => vec!["--encap", encap],
+        });
+        mesh.exchange(0, 1);
+    }
+}
+
+#[test]
+fn each_offload_off_alone() {
+    for flag in PLAIN {
+        Mesh::start(Lab::two(), &["--encap", "wireguard", flag]).exchange(0, 1);
+    }
+}
+
+#[test]
+fn traceroute_shows_the_other_node() {
+    for encap in ["wireguard", "vxlan"] {
+        let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+        for family in [0, 1] {
+            let hops = traceroute(mesh.pod(0), mesh.pod(1), family);
+            let other = &mesh.lab.nodes[1];
+            let its_own: Vec<IpAddr> = vec![other.inner(0)[family], other.inner(1)[family]];
+            assert!(
+                hops.iter().flatten().any(|hop| its_own.contains(hop)),
+                "{encap}: {hops:?} should name {its_own:?}"
+            );
+            assert_eq!(
+                hops.last().copied().flatten(),
+                Some(mesh.pod(1).addresses[family]),
+                "{encap}: {hops:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_node_reaches_pods_of_another_and_the_node_itself() {
+    for encap in ["wireguard", "vxlan"] {
+        let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+        let [node1, node2] = [mesh.lab.nodes[0].host(0), mesh.lab.nodes[1].host(0)];
+        for (from, to) in [(node1, mesh.pod(1)), (mesh.pod(0), node2), (node1, node2)] {
+            crate::lab::traffic::reach(from, to);
+            crate::lab::traffic::exchange(from, to);
+        }
+    }
+}

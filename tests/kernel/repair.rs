@@ -1,0 +1,164 @@
+//! Somebody deletes what the agent made: it comes back within two seconds, and traffic with it.
+
+use std::time::Duration;
+
+use crate::lab::Node;
+use crate::lab::agent::Mesh;
+use crate::lab::traffic::reach;
+use crate::lab::{Lab, wait_for};
+
+/// What the agent promises.
+const SOON: Duration = Duration::from_secs(2);
+
+/// Everything of the node's own network that the agent is responsible for, as a person would list it.
+fn network(node: &Node) -> Vec<(&'static str, String)> {
+    [
+        "ip -br link show dev warren0",
+        "ip -br addr show dev warren0",
+        "ip -4 rule",
+        "ip -6 rule",
+        "ip -4 route show table all",
+        "ip -6 route show table all",
+        "nft --stateless list ruleset",
+        "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.warren0.rp_filter",
+        "sysctl net.ipv4.conf.warren0.accept_local net.ipv4.conf.warren0.forwarding",
+    ]
+    .map(|line| {
+        let text = String::from_utf8_lossy(&node.ns.attempt(line).stdout).into_owned();
+        // A new device has a new MAC-less link-local address and index; lines come in any order.
+        let mut lines: Vec<&str> = text.lines().filter(|l| !l.contains("fe80:")).map(str::trim).collect();
+        lines.sort_unstable();
+        (line, lines.join("\n"))
+    })
+    .into()
+}
+
+fn comes_back(encap: &str, damages: &[&str]) {
+    let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+    let node = &mesh.lab.nodes[0];
+    let before = network(node);
+    for damage in damages {
+        node.ns.run(damage);
+        let mut different = Vec::new();
+        let repaired = wait_until(SOON, || {
+            different = network(node).into_iter().zip(&before).filter(|(now, then)| now != *then).collect();
+            different.is_empty()
+        });
+        assert!(
+            repaired,
+            "{encap}: after `{damage}`, not right within {SOON:?} (now, before): {different:#?}"
+        );
+        reach(mesh.pod(0), mesh.pod(1));
+        reach(mesh.pod(1), mesh.pod(0));
+    }
+}
+
+fn wait_until(within: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = warren::io::clock::now() + within;
+    while warren::io::clock::now() < deadline {
+        if condition() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    condition()
+}
+
+#[test]
+fn routes_come_back() {
+    comes_back(
+        "wireguard",
+        &[
+            "ip -4 route flush dev warren0",
+            "ip -6 route flush dev warren0 proto 87",
+            "ip -4 route flush table 22354",
+        ],
+    );
+}
+
+#[test]
+fn addresses_come_back() {
+    comes_back("wireguard", &["ip -4 addr flush dev warren0", "ip -6 addr flush dev warren0 scope global"]);
+}
+
+#[test]
+fn rules_come_back() {
+    comes_back("wireguard", &["ip -4 rule del prio 4700", "ip -6 rule del prio 4700"]);
+}
+
+#[test]
+fn nft_tables_come_back() {
+    comes_back(
+        "wireguard",
+        &["nft delete table inet warren", "nft flush table inet warren", "nft flush ruleset"],
+    );
+}
+
+#[test]
+fn link_settings_come_back() {
+    comes_back("wireguard", &["ip link set warren0 down", "ip link set warren0 mtu 1300"]);
+}
+
+#[test]
+fn a_deleted_tun_comes_back() {
+    comes_back("wireguard", &["ip link del warren0"]);
+    comes_back("vxlan", &["ip link del warren0"]);
+}
+
+#[test]
+fn sysctls_come_back() {
+    comes_back(
+        "wireguard",
+        &[
+            "sysctl -qw net.ipv4.ip_forward=0",
+            "sysctl -qw net.ipv6.conf.all.forwarding=0",
+            "sysctl -qw net.ipv4.conf.warren0.rp_filter=1",
+        ],
+    );
+}
+
+#[test]
+fn a_connection_survives_a_deleted_tun() {
+    let mesh = Mesh::start(Lab::two(), &["--encap", "wireguard"]);
+    let echo = crate::lab::traffic::Echo::start(mesh.pod(1));
+    let flow = crate::lab::traffic::Flow::start(mesh.pod(0), mesh.pod(1), 0, echo.port, 1 << 20);
+    flow.assert_alive(Duration::from_secs(5));
+    mesh.lab.nodes[0].ns.run("ip link del warren0");
+    wait_for("warren0 is back", SOON, || {
+        mesh.lab.nodes[0].ns.attempt("ip link show warren0").status.success().then_some(())
+    });
+    flow.assert_alive(Duration::from_secs(10));
+    flow.finish();
+}
+
+#[test]
+fn what_cleanup_leaves_is_what_was_there() {
+    for end in ["stopped", "killed"] {
+        let lab = Lab::two().with_pods();
+        let node = &lab.nodes[0];
+        // The device's own settings vanish with it; those of the whole node are asked for by `network`.
+        let list = |node: &Node| {
+            let links = node.ns.run("ip -o link show");
+            (
+                network(node),
+                links.lines().filter_map(|l| l.split(": ").nth(1).map(str::to_owned)).collect::<Vec<_>>(),
+            )
+        };
+        let before = list(node);
+        let mut mesh = Mesh::start(lab, &["--encap", "wireguard"]);
+        assert_ne!(list(&mesh.lab.nodes[0]), before, "the agent makes something");
+        match end {
+            "stopped" => drop(mesh.agents[0].stop()),
+            _ => mesh.agents[0].kill(),
+        }
+        let mut cleanup = crate::lab::agent::command(&mesh.lab, &mesh.lab.nodes[0], &["--cleanup"]);
+        let done = cleanup.output().expect("run the cleanup");
+        let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{end}: {said}");
+        assert_eq!(list(&mesh.lab.nodes[0]), before, "{end}: what is left: {said}");
+        assert!(said.contains("warren0"), "{end}: it says what it removed: {said}");
+        // Once more finds nothing, and is no error.
+        let mut cleanup = crate::lab::agent::command(&mesh.lab, &mesh.lab.nodes[0], &["--cleanup"]);
+        assert!(cleanup.status().expect("run the cleanup again").success(), "{end}: a second cleanup");
+    }
+}
