@@ -315,7 +315,11 @@ impl Waiting {
     /// Drops what has waited too long; returns how many.
     fn expire(&mut self, now: Instant) -> usize {
         let before = self.packets.len();
-        while self.packets.front().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= QUEUE_AGE) {
+        while self
+            .packets
+            .front()
+            .is_some_and(|(since, _)| now.saturating_duration_since(*since) >= QUEUE_AGE)
+        {
             self.packets.pop_front();
         }
         before - self.packets.len()

@@ -25,7 +25,10 @@ fn assert_both_ways(world: &mut World) {
 
 fn assert_endpoints_stay(world: &World) {
     for (node, other) in [(0, 1), (1, 0)] {
-        assert_eq!(world.endpoint(node, other), Some(SocketAddr::new(underlay(other, false), WIREGUARD_PORT)));
+        assert_eq!(
+            world.endpoint(node, other),
+            Some(SocketAddr::new(underlay(other, false), WIREGUARD_PORT))
+        );
     }
 }
 
@@ -129,7 +132,11 @@ fn a_thousand_restarted_nodes_are_all_answered_in_a_flood() {
         for _ in 0..50 {
             world.inject(attacker(), hub, &flood);
             forged += 1;
-            world.inject(SocketAddr::from((0xc633_6400u32.wrapping_add(forged * 7).to_be_bytes(), 9)), hub, &flood);
+            world.inject(
+                SocketAddr::from((0xc633_6400u32.wrapping_add(forged * 7).to_be_bytes(), 9)),
+                hub,
+                &flood,
+            );
         }
         world.run_ms(50);
     };
@@ -178,11 +185,8 @@ fn evil(seed: u64, policy: Policy, claim: impl Fn(&mut RouteTable)) -> World {
         keys: old.mesh.keys.clone(),
         vxlan_sources: old.mesh.vxlan_sources.clone(),
     };
-    world.nodes[2].snapshot = Arc::new(Snapshot {
-        generation: 99,
-        local: Arc::clone(&old.local),
-        mesh: Arc::new(mesh),
-    });
+    world.nodes[2].snapshot =
+        Arc::new(Snapshot { generation: 99, local: Arc::clone(&old.local), mesh: Arc::new(mesh) });
     world
 }
 
@@ -208,7 +212,14 @@ fn a_member_cannot_lie_about_the_source() {
         world.run_ms(100);
         let targets = [pod(1, 9, false), pod(1, 9, true)];
         let mut lies = 0;
-        for source in [pod(0, 7, false), pod(0, 7, true), pod(1, 7, false), node_v4(0).into(), node_v4(1).into(), strange] {
+        for source in [
+            pod(0, 7, false),
+            pod(0, 7, true),
+            pod(1, 7, false),
+            node_v4(0).into(),
+            node_v4(1).into(),
+            strange,
+        ] {
             let destination = targets[usize::from(source.is_ipv6())];
             let probe = probe(&mut world, source, destination);
             world.send_forbidden(2, &probe);
@@ -335,7 +346,12 @@ fn frames_from_the_tun_do_no_harm() {
             let v6 = world.rng.permille(400);
             let (source, destination) = (pod(0, 5, v6), pod(1, 9, v6));
             let mut frame = match round % 3 {
-                0 => crate::packets::super_segment(source, destination, world.rng.within(1..20_000) as usize, 1000),
+                0 => crate::packets::super_segment(
+                    source,
+                    destination,
+                    world.rng.within(1..20_000) as usize,
+                    1000,
+                ),
                 1 => [&[0; 10][..], &crate::packets::syn(source, destination, 1460)].concat(),
                 _ => {
                     let mut probe = world.probe(0, 1);

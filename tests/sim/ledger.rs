@@ -33,7 +33,8 @@ impl Ledger {
     }
 
     pub(crate) fn forbidden(&mut self, id: u64) {
-        let nothing = Sent { to: None, expected: Vec::new(), at: Duration::ZERO, arrived: None, twice: false };
+        let nothing =
+            Sent { to: None, expected: Vec::new(), at: Duration::ZERO, arrived: None, twice: false };
         self.sent.insert(id, nothing);
     }
 
@@ -56,7 +57,8 @@ impl Ledger {
 
     #[track_caller]
     pub(crate) fn assert_all(&self, ids: &[u64]) {
-        let missing: Vec<_> = ids.iter().filter(|id| !self.has(**id)).map(|id| (id, self.sent[id].at)).collect();
+        let missing: Vec<_> =
+            ids.iter().filter(|id| !self.has(**id)).map(|id| (id, self.sent[id].at)).collect();
         assert!(missing.is_empty(), "{} of {} did not arrive: {missing:?}", missing.len(), ids.len());
     }
 

@@ -120,7 +120,13 @@ fn auto_mixes_both_by_location() {
     for (location, policy) in
         [(0, Policy::Auto), (0, Policy::Auto), (1, Policy::Auto), (1, Policy::WireGuard), (0, Policy::Vxlan)]
     {
-        world.add(Spec { lanes: 1 + location, location, policy, announces_mac: location == 0, ..Spec::default() });
+        world.add(Spec {
+            lanes: 1 + location,
+            location,
+            policy,
+            announces_mac: location == 0,
+            ..Spec::default()
+        });
     }
     world.publish();
     assert_eq!(world.encap(0, 1), Encap::Vxlan);

@@ -189,7 +189,8 @@ impl World {
         let flows = FlowTable::in_memory(256, Seed(1, id as u64)).expect("a small table");
         let (flows, neighbours) = (Arc::new(flows), Arc::new(Neighbours::default()));
         let epoch = (self.now(), 0);
-        let seeds: Vec<(u64, u64)> = (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
+        let seeds: Vec<(u64, u64)> =
+            (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
         let node = &mut self.nodes[id];
         node.lanes = std::iter::zip(&node.keys, seeds)
             .enumerate()
@@ -216,7 +217,8 @@ impl World {
     /// The node's agent dies and comes back: same keys, no sessions. Its wall clock: see the module.
     pub(crate) fn restart(&mut self, id: usize) {
         let node = &mut self.nodes[id];
-        node.books.retired += node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum::<u64>();
+        node.books.retired +=
+            node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum::<u64>();
         self.boot(id);
     }
 
@@ -248,7 +250,8 @@ impl World {
 
     fn describe(&self, id: usize) -> Peer {
         let node = &self.nodes[id];
-        let lane = |(i, key): (usize, &[u8; 32])| PeerLane { key: public(key), port: WIREGUARD_PORT + i as u16 };
+        let lane =
+            |(i, key): (usize, &[u8; 32])| PeerLane { key: public(key), port: WIREGUARD_PORT + i as u16 };
         Peer {
             id: PeerId(id as u32),
             name: format!("n{id}"),
@@ -275,7 +278,8 @@ impl World {
                 true => (Owner::LocalPod, Owner::LocalNode),
                 false => (Owner::PeerPod(peer.id), Owner::PeerNode(peer.id)),
             };
-            if self.nodes[id].spec.knows.as_ref().is_some_and(|known| other != id && !known.contains(&other)) {
+            if self.nodes[id].spec.knows.as_ref().is_some_and(|known| other != id && !known.contains(&other))
+            {
                 continue;
             }
             peer.pod_ranges.iter().for_each(|range| _ = mesh.routes.insert(*range, pod));
@@ -325,7 +329,8 @@ impl World {
 
     /// Hands a probe over that is to arrive once, unchanged but for its hop limit, at `to` alone.
     pub(crate) fn send_probe(&mut self, from: usize, to: usize, probe: &Probe) -> u64 {
-        let routed = probe.destination != IpAddr::V4(node_v4(to)) && probe.destination != IpAddr::V6(node_v6(to));
+        let routed =
+            probe.destination != IpAddr::V4(node_v4(to)) && probe.destination != IpAddr::V6(node_v6(to));
         let expected = Probe { hop_limit: probe.hop_limit - u8::from(routed), ..*probe }.build();
         // VXLAN does not notice a datagram that the network has doubled.
         let twice = self.encap(from, to) == Encap::Vxlan;
@@ -403,11 +408,15 @@ impl World {
         self.run_for(Duration::from_secs(secs));
     }
 
-    /// Runs until the condition holds; how long that took.
-    pub(crate) fn run_until(&mut self, limit: Duration, done: impl Fn(&World) -> bool) -> Duration {
+    /// Sends a packet every 200 ms until one arrives; how long that took.
+    #[track_caller]
+    pub(crate) fn talk_until_heard(&mut self, from: usize, to: usize, limit: Duration) -> Duration {
         let start = self.at;
-        while !done(self) {
-            assert!(self.at - start < limit, "not within {limit:?} of virtual time");
+        let mut last = self.send(from, to);
+        while !self.ledger.has(last) {
+            assert!(self.at - start < limit, "nothing arrives within {limit:?} of virtual time");
+            self.run_ms(150);
+            last = self.send(from, to);
             self.run_ms(50);
         }
         self.at - start
@@ -508,7 +517,8 @@ impl World {
                 Via::Vxlan(socket) => VXLAN_SOURCES + u16::from(socket),
             };
             for bytes in self.out.tx.bytes(run).chunks(run.segment.max(1)) {
-                let datagram = Datagram { from: SocketAddr::new(address, port), to: run.to, bytes: bytes.to_vec() };
+                let datagram =
+                    Datagram { from: SocketAddr::new(address, port), to: run.to, bytes: bytes.to_vec() };
                 for (delay, landing) in self.net.carry(self.at, id, &datagram, &mut self.rng) {
                     self.serial += 1;
                     self.events.insert((self.at + delay, self.serial), (landing, datagram.bytes.clone()));
@@ -549,7 +559,8 @@ impl World {
     /// Every packet that went into a node came out of it, waits in it, or was dropped for a counted reason.
     pub(crate) fn audit(&self) {
         for (id, node) in self.nodes.iter().enumerate() {
-            let now: u64 = node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum();
+            let now: u64 =
+                node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum();
             let books = node.books;
             assert_eq!(
                 now + books.retired,
@@ -655,4 +666,3 @@ fn pod_range(id: usize, v6: bool) -> ipnet::IpNet {
 fn mac(id: usize) -> [u8; 6] {
     [2, 0, 0, 0, (id >> 8) as u8, id as u8]
 }
-
