@@ -34,7 +34,7 @@ use crate::packet::icmp::{IcmpLimiter, IcmpRates};
 use crate::packet::{DropReason, Headers};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::TxBatch;
-use crate::tunnel::vxlan_link::VxlanLink;
+use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
 use conntrack::FlowTable;
 use route::RouteCache;
@@ -133,6 +133,8 @@ pub struct LaneConfig {
     pub seed: (u64, u64),
     /// How many VXLAN source sockets there are.
     pub vxlan_sources: u8,
+    /// The MAC addresses that VXLAN peers have told, shared with the other lanes.
+    pub neighbours: Arc<Neighbours>,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
     /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
@@ -168,7 +170,7 @@ impl Lane {
         Lane {
             id: config.id,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
-            vxlan: VxlanLink::new(config.vxlan_sources),
+            vxlan: VxlanLink::new(config.vxlan_sources, config.neighbours),
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
