@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
-//! [`Output`] afterwards. Every drop has its [`DropReason`](crate::packet::DropReason) and a counter.
+//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter.
 
 pub mod conntrack;
 pub mod counters;

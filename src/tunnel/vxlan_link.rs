@@ -1,6 +1,6 @@
 //! VXLAN's end of a lane: whose frames are taken, and which MAC address a peer has.
 //!
-//! The wire format is in [`vxlan`](super::vxlan). A peer that announces its MAC address needs no more; for
+//! The wire format is in [`vxlan`]. A peer that announces its MAC address needs no more; for
 //! one that does not (a kernel `vxlan` device set up by hand) the address is asked for and learnt, per
 //! peer and never across peers, and packets wait for it in a small queue.
 //!
