@@ -49,6 +49,9 @@ const QUEUE_BYTES: usize = 8 << 20;
 const QUEUE_AGE: Duration = Duration::from_secs(5);
 /// A candidate session that proved nothing within this time makes room for another.
 const CANDIDATE_AGE: Duration = Duration::from_secs(5);
+/// Initiations with an old timestamp that are remembered, so that a recorded one can be in an honest one's way
+/// once and not again: eight hours of one peer's rekeys.
+const SPENT: usize = 256;
 /// boringtun's session index has 24 bits of ours.
 const MAX_SESSIONS: usize = 1 << 24;
 
@@ -147,6 +150,7 @@ pub struct WireGuard {
     /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
     open_gate: Arc<RateLimiter>,
     limits: HandshakeLimits,
+    spent: VecDeque<[u8; 8]>,
     sessions: Vec<Option<Box<Session>>>,
     free: Vec<usize>,
     live: usize,
@@ -177,6 +181,7 @@ impl WireGuard {
             public,
             lane,
             limits: HandshakeLimits::new(seed),
+            spent: VecDeque::new(),
             sessions: Vec::new(),
             free: Vec::new(),
             live: 0,
@@ -538,6 +543,10 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
+        let print = fingerprint(datagram);
+        if self.spent.contains(&print) {
+            return Opened::Drop(DropReason::Replay);
+        }
         let known = self.slots.get(&(peer.id, lane)).copied();
         let active = match known {
             Some(slot) => slot.active,
@@ -566,10 +575,13 @@ impl WireGuard {
         // The candidate may have answered an earlier one of the same peer: let it judge first.
         if let Some(candidate) = known.and_then(|slot| slot.candidate) {
             if self.respond(candidate, from, datagram, tx).is_ok() {
+                self.spend(print);
                 return Opened::Control;
             }
             let age = self.sessions.get(candidate).and_then(Option::as_ref).map(|s| now - s.created);
             if age.is_some_and(|age| age < CANDIDATE_AGE) {
+                // An honest peer tries again with another one.
+                self.spend(print);
                 return Opened::Drop(DropReason::Replay);
             }
             self.remove(candidate);
@@ -582,12 +594,22 @@ impl WireGuard {
             slot.candidate = Some(candidate);
         }
         match self.respond(candidate, from, datagram, tx) {
-            Ok(()) => Opened::Control,
+            Ok(()) => {
+                self.spend(print);
+                Opened::Control
+            }
             Err(error) => {
                 self.remove(candidate);
                 Opened::Drop(reason(&error))
             }
         }
+    }
+
+    fn spend(&mut self, print: [u8; 8]) {
+        if self.spent.len() >= SPENT {
+            self.spent.pop_front();
+        }
+        self.spent.push_back(print);
     }
 
     /// Lets a session answer an initiation; the answer goes to where the initiation came from, but the
@@ -734,6 +756,11 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
         })
         .take(MAX_ANNOUNCED)
         .collect()
+}
+
+/// Tells initiations apart: part of the ephemeral key, which nobody can choose but its sender.
+fn fingerprint(initiation: &[u8]) -> [u8; 8] {
+    initiation.get(8..16).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default()
 }
 
 /// The counter of a data message.
