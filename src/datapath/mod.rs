@@ -150,6 +150,7 @@ pub struct Lane {
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
     traffic: Vec<PeerTraffic>,
+    mesh: Option<Arc<Mesh>>,
     counters: Arc<Counters>,
     scratch: Box<[u8]>,
     seed: u64,
@@ -174,6 +175,7 @@ impl Lane {
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
             traffic: Vec::new(),
+            mesh: None,
             counters: Arc::new(Counters::default()),
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
             seed: config.seed.1,
@@ -229,11 +231,21 @@ impl Lane {
     }
 
     fn follow(&mut self, mesh: &Arc<Mesh>) {
+        if self.mesh.as_ref().is_some_and(|old| Arc::ptr_eq(old, mesh)) {
+            return;
+        }
         self.routes.follow(mesh);
         self.wireguard.handle_mesh(mesh);
         self.vxlan.follow(mesh);
-        if self.traffic.len() < mesh.peers.len() {
-            self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        let before = self.mesh.replace(Arc::clone(mesh));
+        self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        for (index, traffic) in self.traffic.iter_mut().enumerate() {
+            // A number that another node has now must not inherit what the first one sent.
+            let id = PeerId(index as u32);
+            let old = before.as_ref().and_then(|mesh| mesh.peer(id)).map(|peer| &peer.name);
+            if old != mesh.peer(id).map(|peer| &peer.name) {
+                *traffic = PeerTraffic::default();
+            }
         }
     }
 
