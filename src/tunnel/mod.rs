@@ -1,7 +1,9 @@
 //! Encapsulation: WireGuard and VXLAN as siblings, and the batch of datagrams that both fill.
 
 pub mod batch;
+pub mod endpoints;
 pub mod limit;
+pub mod ring;
 pub mod vxlan;
 pub mod vxlan_link;
 pub mod wireguard;

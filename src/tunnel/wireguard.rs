@@ -26,7 +26,9 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use x25519_dalek::{PublicKey as DalekPublic, StaticSecret};
 
-use super::limit::SourceLimiter;
+use super::endpoints::{Endpoints, MAX_ANNOUNCED};
+use super::limit::HandshakeLimits;
+use super::ring::Ring;
 use super::{Sealed, Segments, TxBatch, Via, Waited};
 use crate::packet::DropReason;
 use crate::snapshot::{LaneId, Mesh, Peer, PeerId, PublicKey};
@@ -37,22 +39,19 @@ pub const DATA_OVERHEAD: usize = 32;
 const HANDSHAKE_ROOM: usize = 256;
 /// How often timers are looked at; WireGuard's own timers are in seconds.
 const TICK: Duration = Duration::from_millis(250);
-/// Handshakes a second on one lane above which cookies are demanded; boringtun's device uses 100.
-const HANDSHAKES_BEFORE_COOKIES: u32 = 200;
 /// A session ends before its counter does (WireGuard paper section 6.5: 2^64 - 2^13 - 1 messages); boringtun
 /// would compute with larger ones.
 const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
-/// boringtun keeps its sessions in a ring of this many; see [`Ring`].
-const RING: u8 = 8;
 /// Packets that wait for one session, and the bytes that wait on one lane.
 const QUEUE_PACKETS: usize = 128;
 const QUEUE_BYTES: usize = 8 << 20;
 /// A packet that has waited this long is of no use to anyone: TCP has sent it again twice.
 const QUEUE_AGE: Duration = Duration::from_secs(5);
-/// Initiations to the endpoint that last worked before the other candidates are tried too.
-const LOYAL_ATTEMPTS: u32 = 2;
 /// A candidate session that proved nothing within this time makes room for another.
 const CANDIDATE_AGE: Duration = Duration::from_secs(5);
+/// Initiations with an old timestamp that are remembered, so that a recorded one can be in an honest one's way
+/// once and not again: eight hours of one peer's rekeys.
+const SPENT: usize = 256;
 /// boringtun's session index has 24 bits of ours.
 const MAX_SESSIONS: usize = 1 << 24;
 
@@ -125,62 +124,13 @@ struct Session {
     lane: LaneId,
     key: PublicKey,
     established: bool,
-    confirmed: Option<SocketAddr>,
-    announced: Vec<SocketAddr>,
-    /// Where it called from, without having announced it: a peer behind NAT.
-    learnt: VecDeque<SocketAddr>,
-    attempts: u32,
+    endpoints: Endpoints,
     ring: Ring,
     queue: VecDeque<Queued>,
     created: Instant,
     last_data: Option<Instant>,
     received: u64,
     sent: u64,
-}
-
-/// Which places of boringtun's ring of sessions matter. Each answered initiation takes the next place, whether
-/// its sender ever proves himself or not, and so recorded initiations that are new to a restarted node could
-/// push out the session in use. What would land on one of the two that last proved themselves is not answered.
-#[derive(Clone, Copy, Debug, Default)]
-struct Ring {
-    last: u8,
-    proven: [Option<u8>; 2],
-}
-
-impl Ring {
-    /// A handshake message of ours carries the place it took, in the low byte of its sender index.
-    fn sent(&mut self, message: &[u8]) {
-        self.last = message.get(4).copied().unwrap_or(self.last);
-    }
-
-    fn proved(&mut self, place: u8) {
-        if self.proven[0] != Some(place) {
-            self.proven = [Some(place), self.proven[0]];
-        }
-    }
-
-    fn has_room(&self) -> bool {
-        let next = self.last.wrapping_add(1) % RING;
-        self.proven.iter().flatten().all(|place| place % RING != next)
-    }
-}
-
-/// Handshakes of the current second.
-#[derive(Clone, Copy, Debug, Default)]
-struct Load {
-    since: Option<Instant>,
-    count: u32,
-}
-
-impl Load {
-    /// Counts one; whether there are too many.
-    fn count(&mut self, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_secs(1)) {
-            *self = Load { since: Some(now), count: 0 };
-        }
-        self.count = self.count.saturating_add(1);
-        self.count > HANDSHAKES_BEFORE_COOKIES
-    }
 }
 
 /// Sessions of one peer's lane, as indices.
@@ -199,11 +149,8 @@ pub struct WireGuard {
     cookies: Arc<RateLimiter>,
     /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
     open_gate: Arc<RateLimiter>,
-    load: Load,
-    /// The share of a source that may be forged, and that of one that has shown a cookie: who forges an
-    /// honest node's address can use up only the first.
-    sources: SourceLimiter,
-    proven_sources: SourceLimiter,
+    limits: HandshakeLimits,
+    spent: VecDeque<[u8; 8]>,
     sessions: Vec<Option<Box<Session>>>,
     free: Vec<usize>,
     live: usize,
@@ -233,9 +180,8 @@ impl WireGuard {
             private,
             public,
             lane,
-            load: Load::default(),
-            sources: SourceLimiter::new(seed),
-            proven_sources: SourceLimiter::new((seed.1, seed.0)),
+            limits: HandshakeLimits::new(seed),
+            spent: VecDeque::new(),
             sessions: Vec::new(),
             free: Vec::new(),
             live: 0,
@@ -265,7 +211,7 @@ impl WireGuard {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
             return Sealed::refused(DropReason::NoEndpoint);
         };
-        let Some(to) = session.target() else {
+        let Some(to) = session.endpoints.target() else {
             return Sealed::refused(DropReason::NoEndpoint);
         };
         if !session.established {
@@ -352,10 +298,7 @@ impl WireGuard {
             lane,
             key,
             established: false,
-            confirmed: None,
-            announced: lane_endpoints(peer, lane),
-            learnt: VecDeque::new(),
-            attempts: 0,
+            endpoints: Endpoints::new(lane_endpoints(peer, lane)),
             ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
@@ -393,13 +336,13 @@ impl WireGuard {
 
     fn send_initiation(&mut self, index: usize, force: bool, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        let Some(to) = session.target() else { return };
+        let Some(to) = session.endpoints.target() else { return };
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
         if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, force) {
             let len = message.len();
             session.ring.sent(message);
             tx.commit(to, Via::WireGuard, len);
-            session.attempts += 1;
+            session.endpoints.attempted();
             self.stats.initiations_sent += 1;
         }
     }
@@ -476,14 +419,7 @@ impl WireGuard {
     /// The peer has just proved that it holds the session's keys.
     fn authenticated(&mut self, now: Instant, index: usize, from: SocketAddr, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        session.attempts = 0;
-        if session.confirmed != Some(from) {
-            if session.confirmed.is_some() {
-                self.stats.roamed += 1;
-            }
-            session.confirmed = Some(from);
-            session.learn(from);
-        }
+        self.stats.roamed += u64::from(session.endpoints.proved(from));
         if session.established || session.tunn.time_since_last_handshake().is_none() {
             return;
         }
@@ -515,7 +451,7 @@ impl WireGuard {
 
     fn flush_queue(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        let Some(to) = session.target() else { return };
+        let Some(to) = session.endpoints.target() else { return };
         while let Some(waiting) = session.queue.pop_front() {
             self.queue_bytes -= waiting.packet.len();
             let room = (waiting.packet.len() + DATA_OVERHEAD).max(HANDSHAKE_ROOM);
@@ -577,12 +513,12 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Result<(), DropReason> {
-        if !self.load.count(now) && self.sources.allow(from.ip(), now) {
+        if self.limits.allow_unproven(from.ip(), now) {
             return Ok(());
         }
         let mut cookie = [0; 64];
         match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
-            Ok(_) if self.proven_sources.allow(from.ip(), now) => Ok(()),
+            Ok(_) if self.limits.allow_proven(from.ip(), now) => Ok(()),
             Ok(_) => Err(DropReason::HandshakeRate),
             Err(TunnResult::WriteToNetwork(reply)) => {
                 if let Some(room) = tx.reserve(reply.len()) {
@@ -607,6 +543,10 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
+        let print = fingerprint(datagram);
+        if self.spent.contains(&print) {
+            return Opened::Drop(DropReason::Replay);
+        }
         let known = self.slots.get(&(peer.id, lane)).copied();
         let active = match known {
             Some(slot) => slot.active,
@@ -635,10 +575,13 @@ impl WireGuard {
         // The candidate may have answered an earlier one of the same peer: let it judge first.
         if let Some(candidate) = known.and_then(|slot| slot.candidate) {
             if self.respond(candidate, from, datagram, tx).is_ok() {
+                self.spend(print);
                 return Opened::Control;
             }
             let age = self.sessions.get(candidate).and_then(Option::as_ref).map(|s| now - s.created);
             if age.is_some_and(|age| age < CANDIDATE_AGE) {
+                // An honest peer tries again with another one.
+                self.spend(print);
                 return Opened::Drop(DropReason::Replay);
             }
             self.remove(candidate);
@@ -651,12 +594,22 @@ impl WireGuard {
             slot.candidate = Some(candidate);
         }
         match self.respond(candidate, from, datagram, tx) {
-            Ok(()) => Opened::Control,
+            Ok(()) => {
+                self.spend(print);
+                Opened::Control
+            }
             Err(error) => {
                 self.remove(candidate);
                 Opened::Drop(reason(&error))
             }
         }
+    }
+
+    fn spend(&mut self, print: [u8; 8]) {
+        if self.spent.len() >= SPENT {
+            self.spent.pop_front();
+        }
+        self.spent.push_back(print);
     }
 
     /// Lets a session answer an initiation; the answer goes to where the initiation came from, but the
@@ -677,7 +630,7 @@ impl WireGuard {
                 session.ring.sent(message);
                 tx.commit(from, Via::WireGuard, len);
                 self.stats.initiations_answered += 1;
-                session.learn(from);
+                session.endpoints.called(from);
                 Ok(())
             }
             TunnResult::Err(error) => Err(error),
@@ -713,10 +666,10 @@ impl WireGuard {
                 let (len, initiation) = (message.len(), message[0] == 1);
                 if initiation {
                     session.ring.sent(message);
-                    session.attempts += 1;
+                    session.endpoints.attempted();
                     self.stats.initiations_sent += 1;
                 }
-                if let Some(to) = session.target() {
+                if let Some(to) = session.endpoints.target() {
                     tx.commit(to, Via::WireGuard, len);
                 }
             }
@@ -745,7 +698,7 @@ impl WireGuard {
             let kept = peer
                 .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
-                Some(peer) => session.follow(lane_endpoints(peer, session.lane)),
+                Some(peer) => session.endpoints.follow(lane_endpoints(peer, session.lane)),
                 None => self.remove(index),
             }
         }
@@ -781,7 +734,7 @@ impl WireGuard {
                 peer: s.peer,
                 lane: s.lane,
                 key: s.key,
-                endpoint: s.target(),
+                endpoint: s.endpoints.target(),
                 established: s.established,
                 handshake_age: s.tunn.time_since_last_handshake(),
                 received: s.received,
@@ -789,51 +742,6 @@ impl WireGuard {
                 idle: s.last_data.map(|at| now.saturating_duration_since(at)),
             })
             .collect()
-    }
-}
-
-/// Most announced endpoints kept for one session, and most that it called from.
-const MAX_ENDPOINTS: usize = 16;
-const MAX_LEARNT: usize = 4;
-
-impl Session {
-    /// Where to send: what last proved to work; after two unanswered initiations every endpoint in turn.
-    fn target(&self) -> Option<SocketAddr> {
-        let known = self.announced.len() + self.learnt.len();
-        if let Some(confirmed) = self.confirmed
-            && (self.attempts <= LOYAL_ATTEMPTS || known == 0)
-        {
-            return Some(confirmed);
-        }
-        let turn = self.attempts.saturating_sub(1) as usize % known.max(1);
-        self.announced.iter().chain(&self.learnt).nth(turn).copied()
-    }
-
-    /// A peer without a reachable announcement may be answered where it called from.
-    fn learn(&mut self, from: SocketAddr) {
-        if self.announced.contains(&from) || self.learnt.contains(&from) {
-            return;
-        }
-        if self.learnt.len() >= MAX_LEARNT {
-            self.learnt.pop_front();
-        }
-        self.learnt.push_back(from);
-    }
-
-    /// Takes newly announced endpoints; one that worked but is no longer announced loses its preference. One
-    /// that never was announced (NAT) keeps it.
-    fn follow(&mut self, announced: Vec<SocketAddr>) {
-        if self.announced == announced {
-            return;
-        }
-        if let Some(confirmed) = self.confirmed
-            && self.announced.contains(&confirmed)
-            && !announced.contains(&confirmed)
-        {
-            self.confirmed = None;
-        }
-        self.learnt.retain(|learnt| !announced.contains(learnt));
-        self.announced = announced;
     }
 }
 
@@ -846,8 +754,13 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
             Some(port) if lane.0 > 0 => SocketAddr::new(e.ip(), port),
             Some(_) | None => *e,
         })
-        .take(MAX_ENDPOINTS)
+        .take(MAX_ANNOUNCED)
         .collect()
+}
+
+/// Tells initiations apart: part of the ephemeral key, which nobody can choose but its sender.
+fn fingerprint(initiation: &[u8]) -> [u8; 8] {
+    initiation.get(8..16).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default()
 }
 
 /// The counter of a data message.

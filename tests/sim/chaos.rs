@@ -10,7 +10,7 @@ use crate::world::{Node, Policy, Spec, WIREGUARD_PORT, World};
 
 #[test]
 fn a_few_nodes_in_chaos() {
-    for_seeds("a_few_nodes_in_chaos", 12, |seed| {
+    for_seeds("a_few_nodes_in_chaos", 8, |seed| {
         let nodes = 2 + seed as usize % 6;
         chaos(seed, nodes, 150);
     });
@@ -18,7 +18,7 @@ fn a_few_nodes_in_chaos() {
 
 #[test]
 fn fifty_nodes_in_chaos() {
-    for_seeds("fifty_nodes_in_chaos", 1, |seed| chaos(seed, 50, 60));
+    for_seeds("fifty_nodes_in_chaos", 1, |seed| chaos(seed, 50, 40));
 }
 
 fn chaos(seed: u64, nodes: usize, seconds: u64) {

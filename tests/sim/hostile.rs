@@ -94,6 +94,38 @@ fn recorded_handshakes_do_not_end_the_session_of_a_restarted_node() {
     world.audit();
 }
 
+/// After a clock was set back every recorded initiation looks newer than the honest ones. Each can be in their
+/// way once, not again and again.
+#[test]
+fn recorded_handshakes_do_not_lock_out_a_node_whose_clock_was_set_back() {
+    let (mut world, recorded) = recorded(3, 400);
+    let initiations: Vec<_> = recorded.iter().filter(|d| d.bytes[0] == 1).collect();
+    assert!(initiations.len() > 2);
+    world.restart(0);
+    let restarted = world.at();
+    let mut last = 0;
+    while !world.ledger.has(last) {
+        assert!(world.at() - restarted < Duration::from_secs(12), "locked out");
+        // The newest first: none of the others is of use after it, and none of node 0's.
+        for datagram in initiations.iter().rev() {
+            world.inject(attacker(), datagram.to, &datagram.bytes);
+            world.run_ms(20);
+        }
+        last = world.send(0, 1);
+        world.run_ms(20);
+    }
+    assert_both_ways(&mut world);
+    for datagram in &initiations {
+        world.inject(attacker(), datagram.to, &datagram.bytes);
+    }
+    for _ in 0..300 {
+        assert_both_ways(&mut world);
+        world.run_secs(1);
+    }
+    assert_endpoints_stay(&world);
+    world.audit();
+}
+
 const HUB_SEED: u64 = 4242;
 
 /// An initiation towards the first node of a world of [`HUB_SEED`], well formed, of a key that nobody knows.
