@@ -94,6 +94,7 @@ fn vxlan(written: bool, begins: Begins, underlay: Underlay) {
     lab.nodes[0].add_pod(1500);
     let [warren, other] = [&lab.nodes[0], &lab.nodes[1]];
     let kernel = KernelVxlan::new(&lab, other, 1, 8472);
+    kernel.sum_by_itself();
     lab.write_node(warren, &[]);
     if written {
         lab.write_node(
