@@ -215,6 +215,12 @@ impl<'a> KernelVxlan<'a> {
         self.node.ns.run("ethtool -K vx0 tx off");
     }
 
+    /// Lets it leave the sums to a card that is not there, packet by packet: what another container or virtual
+    /// machine of the same host sends.
+    pub fn owe_sums(&self) {
+        self.node.ns.run("ethtool -K vx0 tx on tso off gso off");
+    }
+
     /// Connects it with the other end.
     pub fn connect(&self, lab: &Lab, other: &Node, how: Neighbours<'_>) {
         let n = other.number;
