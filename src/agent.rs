@@ -271,6 +271,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     services.0.push(tokio::spawn(follow_problems(handle.clone(), outputs.report.clone())));
     handle.update(|live| {
         live.pod_mtu = plan.pod_mtu;
+        live.pod_ranges.clone_from(&plan.pod_ranges);
         live.not_ready = None;
     });
     call_recent_peers(&files, &outputs.snapshot.load(), &fleet);
@@ -547,15 +548,16 @@ fn status_handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Hand
         settings: vec![
             ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
             ("encap".to_owned(), config.encap.name().to_owned()),
-            ("location".to_owned(), config.location.clone().unwrap_or_else(|| "none".to_owned())),
+            ("port".to_owned(), config.port.to_string()),
+            ("lanes".to_owned(), config.lanes.to_string()),
+            ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
+            ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
+            ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
         ],
         started: clock::now(),
     };
     Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
 }
-
-/// Where `wg` and other tools look for userspace WireGuard interfaces.
-const UAPI_DIR: &str = "/var/run/wireguard";
 
 fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
     let grpc = handle.clone();
@@ -564,7 +566,7 @@ fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Ve
             error!("`warren status` does not work any more: {error}");
         }
     })];
-    match uapi::bind(Path::new(UAPI_DIR), &config.tun_name) {
+    match uapi::bind(Path::new(uapi::DEFAULT_DIR), &config.tun_name) {
         Ok(socket) => tasks.push(tokio::spawn(async move {
             if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
                 warn!("`wg show` does not work any more: {error}");
@@ -668,4 +670,8 @@ fn seed() -> (u64, u64) {
 
 fn list(ranges: &[ipnet::IpNet]) -> String {
     ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn or(text: String, otherwise: &str) -> String {
+    if text.is_empty() { otherwise.to_owned() } else { text }
 }

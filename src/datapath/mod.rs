@@ -34,7 +34,7 @@ use crate::packet::icmp::{IcmpLimiter, IcmpRates};
 use crate::packet::{DropReason, Headers};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::TxBatch;
-use crate::tunnel::vxlan_link::VxlanLink;
+use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
 use conntrack::FlowTable;
 use route::RouteCache;
@@ -133,6 +133,8 @@ pub struct LaneConfig {
     pub seed: (u64, u64),
     /// How many VXLAN source sockets there are.
     pub vxlan_sources: u8,
+    /// The MAC addresses that VXLAN peers have told, shared with the other lanes.
+    pub neighbours: Arc<Neighbours>,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
     /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
@@ -148,6 +150,7 @@ pub struct Lane {
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
     traffic: Vec<PeerTraffic>,
+    mesh: Option<Arc<Mesh>>,
     counters: Arc<Counters>,
     scratch: Box<[u8]>,
     seed: u64,
@@ -167,11 +170,12 @@ impl Lane {
         Lane {
             id: config.id,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
-            vxlan: VxlanLink::new(config.vxlan_sources),
+            vxlan: VxlanLink::new(config.vxlan_sources, config.neighbours),
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
             traffic: Vec::new(),
+            mesh: None,
             counters: Arc::new(Counters::default()),
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
             seed: config.seed.1,
@@ -227,11 +231,21 @@ impl Lane {
     }
 
     fn follow(&mut self, mesh: &Arc<Mesh>) {
+        if self.mesh.as_ref().is_some_and(|old| Arc::ptr_eq(old, mesh)) {
+            return;
+        }
         self.routes.follow(mesh);
         self.wireguard.handle_mesh(mesh);
         self.vxlan.follow(mesh);
-        if self.traffic.len() < mesh.peers.len() {
-            self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        let before = self.mesh.replace(Arc::clone(mesh));
+        self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        for (index, traffic) in self.traffic.iter_mut().enumerate() {
+            // A number that another node has now must not inherit what the first one sent.
+            let id = PeerId(index as u32);
+            let old = before.as_ref().and_then(|mesh| mesh.peer(id)).map(|peer| &peer.name);
+            if old != mesh.peer(id).map(|peer| &peer.name) {
+                *traffic = PeerTraffic::default();
+            }
         }
     }
 

@@ -369,13 +369,7 @@ impl WireGuard {
     }
 
     /// Keeps packets until the session is there, as many as there is room for, and sees that a handshake runs.
-    fn enqueue(
-        &mut self,
-        now: Instant,
-        index: usize,
-        packets: &impl Segments,
-        tx: &mut TxBatch,
-    ) -> Sealed {
+    fn enqueue(&mut self, now: Instant, index: usize, packets: &impl Segments, tx: &mut TxBatch) -> Sealed {
         let mut sealed = Sealed::default();
         if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
             for i in 0..packets.count() {

@@ -74,6 +74,8 @@ pub(crate) struct Net {
     /// Everything that was sent, if anybody listens.
     pub tap: Option<Vec<Datagram>>,
     pub lost: u64,
+    /// Whether it has ever doubled a datagram.
+    pub doubled: bool,
     pub too_big: u64,
     pub unroutable: u64,
     addresses: HashMap<IpAddr, Host>,
@@ -88,6 +90,7 @@ impl Net {
             faults: Faults::NONE,
             tap: None,
             lost: 0,
+            doubled: false,
             too_big: 0,
             unroutable: 0,
             addresses: HashMap::new(),
@@ -152,6 +155,7 @@ impl Net {
             return Vec::new();
         }
         let copies = 1 + usize::from(rng.permille(self.faults.duplicate));
+        self.doubled |= copies > 1;
         (0..copies)
             .map(|_| {
                 let jitter = rng.within(0..self.faults.jitter.as_micros() as u64 + 1);

@@ -145,8 +145,8 @@ fn whole(packet: &[u8]) -> bool {
 fn ip(source: IpAddr, destination: IpAddr, hop_limit: u8, dont_fragment: bool) -> IpHeaders {
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let mut ip =
-                Ipv4Header::new(0, hop_limit, IpNumber::UDP, source.octets(), destination.octets()).expect("header");
+            let mut ip = Ipv4Header::new(0, hop_limit, IpNumber::UDP, source.octets(), destination.octets())
+                .expect("header");
             ip.dont_fragment = dont_fragment;
             ip.identification = 7;
             IpHeaders::Ipv4(ip, Ipv4Extensions::default())

@@ -57,15 +57,8 @@ fn a_partition_heals_within_the_bounds_of_wireguard() {
             world.run_secs(1);
         }
         world.net.heal();
-        let healed = world.at();
-        let mut last = world.send(0, 1);
         // A retransmission every 5 s, and a third of a second at random.
-        while !world.ledger.has(last) {
-            assert!(world.at() - healed < Duration::from_secs(6), "{away} s away, then more than 6 s");
-            world.run_ms(100);
-            last = world.send(0, 1);
-            world.run_ms(20);
-        }
+        world.talk_until_heard(0, 1, Duration::from_secs(6));
         assert_both_ways(&mut world);
         world.audit();
     });
@@ -108,14 +101,7 @@ fn a_dead_endpoint_first_in_the_list_is_passed_over() {
     let real = world.nodes[1].endpoints[0];
     world.nodes[1].endpoints = vec![dead[0], dead[1], real];
     world.publish();
-    let mut last = world.send(0, 1);
-    let took = world.at();
-    while !world.ledger.has(last) {
-        assert!(world.at() - took < Duration::from_secs(21), "the third endpoint was never tried");
-        world.run_ms(500);
-        last = world.send(0, 1);
-        world.run_ms(50);
-    }
+    world.talk_until_heard(0, 1, Duration::from_secs(21));
     assert_both_ways(&mut world);
     world.audit();
 }

@@ -50,7 +50,9 @@ pub(crate) fn for_seeds(name: &str, runs: u64, scenario: impl Fn(u64)) {
 }
 
 fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}: a number")))
+    std::env::var(variable)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{variable}={text}: a number")))
 }
 
 struct Reprint<'a> {

@@ -19,13 +19,7 @@ fn handshake_under_loss() {
         let mut world = World::mesh(seed, 2, Spec::default());
         world.net.faults = Faults { loss: 300, duplicate: 200, reorder: 200, ..Faults::NONE };
         // A handshake needs two datagrams and is tried 17 times.
-        let mut last = world.send(0, 1);
-        while !world.ledger.has(last) {
-            assert!(world.at() < Duration::from_secs(90), "no session");
-            world.run_ms(100);
-            last = world.send(0, 1);
-            world.run_ms(100);
-        }
+        world.talk_until_heard(0, 1, Duration::from_secs(90));
         world.net.faults = Faults::NONE;
         world.run_secs(16);
         let ids: Vec<_> = (0..10).map(|_| world.send(0, 1)).collect();
@@ -156,14 +150,7 @@ fn a_dead_peer_is_noticed_by_silence() {
     world.run_secs(1);
     world.ledger.assert_all(&[first]);
     world.restart(1);
-    let restarted = world.at();
-    let mut last = world.send(0, 1);
-    while !world.ledger.has(last) {
-        assert!(world.at() - restarted < DEAD_PEER, "no recovery");
-        world.run_ms(200);
-        last = world.send(0, 1);
-        world.run_ms(50);
-    }
+    world.talk_until_heard(0, 1, DEAD_PEER);
     assert!(world.dropped(1, DropReason::UnknownPeer) > 0);
     world.audit();
 }
@@ -199,14 +186,7 @@ fn a_node_whose_clock_was_set_back_is_not_locked_out() {
         if seed > 5 {
             world.net.faults.loss = 300;
         }
-        let restarted = world.at();
-        let mut last = world.send(0, 1);
-        while !world.ledger.has(last) {
-            assert!(world.at() - restarted < Duration::from_secs(60), "locked out");
-            world.run_ms(500);
-            last = world.send(0, 1);
-            world.run_ms(50);
-        }
+        world.talk_until_heard(0, 1, Duration::from_secs(60));
         assert!(world.nodes[1].lanes[0].wireguard().stats.old_timestamps > 0, "the clock was set back");
         world.net.faults = Faults::NONE;
         // And it goes on: rekeys of the new session too.
@@ -230,7 +210,11 @@ fn a_session_that_is_silent_is_forgotten_and_made_again() {
     world.run_secs(600);
     for node in [0, 1] {
         assert!(world.nodes[node].lanes[0].wireguard().report(world.now()).is_empty(), "node {node}");
-        assert_eq!(world.nodes[node].lanes[0].wireguard().poll_timeout(), None, "node {node} still has a timer");
+        assert_eq!(
+            world.nodes[node].lanes[0].wireguard().poll_timeout(),
+            None,
+            "node {node} still has a timer"
+        );
     }
     let second = world.send(1, 0);
     world.run_secs(1);

@@ -10,7 +10,7 @@
 //! which stands still while virtual time passes. So a session made anew later sends timestamps that are older
 //! than those its predecessor sent after its first second: a clock that was set back.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use warren::snapshot::{
     Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, PeerLane, PeerVxlan, PublicKey, Snapshot,
 };
 use warren::tunnel::Via;
+use warren::tunnel::vxlan_link::Neighbours;
 use x25519_dalek::StaticSecret;
 
 use crate::ledger::Ledger;
@@ -186,9 +187,10 @@ impl World {
 
     fn boot(&mut self, id: usize) {
         let flows = FlowTable::in_memory(256, Seed(1, id as u64)).expect("a small table");
-        let flows = Arc::new(flows);
+        let (flows, neighbours) = (Arc::new(flows), Arc::new(Neighbours::default()));
         let epoch = (self.now(), 0);
-        let seeds: Vec<(u64, u64)> = (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
+        let seeds: Vec<(u64, u64)> =
+            (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
         let node = &mut self.nodes[id];
         node.lanes = std::iter::zip(&node.keys, seeds)
             .enumerate()
@@ -198,6 +200,7 @@ impl World {
                     private: *key,
                     seed,
                     vxlan_sources: 4,
+                    neighbours: Arc::clone(&neighbours),
                     flows: Arc::clone(&flows),
                     epoch,
                 })
@@ -214,7 +217,8 @@ impl World {
     /// The node's agent dies and comes back: same keys, no sessions. Its wall clock: see the module.
     pub(crate) fn restart(&mut self, id: usize) {
         let node = &mut self.nodes[id];
-        node.books.retired += node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum::<u64>();
+        node.books.retired +=
+            node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum::<u64>();
         self.boot(id);
     }
 
@@ -246,7 +250,8 @@ impl World {
 
     fn describe(&self, id: usize) -> Peer {
         let node = &self.nodes[id];
-        let lane = |(i, key): (usize, &[u8; 32])| PeerLane { key: public(key), port: WIREGUARD_PORT + i as u16 };
+        let lane =
+            |(i, key): (usize, &[u8; 32])| PeerLane { key: public(key), port: WIREGUARD_PORT + i as u16 };
         Peer {
             id: PeerId(id as u32),
             name: format!("n{id}"),
@@ -273,7 +278,8 @@ impl World {
                 true => (Owner::LocalPod, Owner::LocalNode),
                 false => (Owner::PeerPod(peer.id), Owner::PeerNode(peer.id)),
             };
-            if self.nodes[id].spec.knows.as_ref().is_some_and(|known| other != id && !known.contains(&other)) {
+            if self.nodes[id].spec.knows.as_ref().is_some_and(|known| other != id && !known.contains(&other))
+            {
                 continue;
             }
             peer.pod_ranges.iter().for_each(|range| _ = mesh.routes.insert(*range, pod));
@@ -323,10 +329,11 @@ impl World {
 
     /// Hands a probe over that is to arrive once, unchanged but for its hop limit, at `to` alone.
     pub(crate) fn send_probe(&mut self, from: usize, to: usize, probe: &Probe) -> u64 {
-        let routed = probe.destination != IpAddr::V4(node_v4(to)) && probe.destination != IpAddr::V6(node_v6(to));
+        let routed =
+            probe.destination != IpAddr::V4(node_v4(to)) && probe.destination != IpAddr::V6(node_v6(to));
         let expected = Probe { hop_limit: probe.hop_limit - u8::from(routed), ..*probe }.build();
         // VXLAN does not notice a datagram that the network has doubled.
-        let twice = self.net.faults.duplicate > 0 && self.encap(from, to) == Encap::Vxlan;
+        let twice = self.encap(from, to) == Encap::Vxlan;
         self.ledger.sent(probe.id, to, expected, self.at, twice);
         self.hand_over(from, probe);
         probe.id
@@ -401,11 +408,15 @@ impl World {
         self.run_for(Duration::from_secs(secs));
     }
 
-    /// Runs until the condition holds; how long that took.
-    pub(crate) fn run_until(&mut self, limit: Duration, done: impl Fn(&World) -> bool) -> Duration {
+    /// Sends a packet every 200 ms until one arrives; how long that took.
+    #[track_caller]
+    pub(crate) fn talk_until_heard(&mut self, from: usize, to: usize, limit: Duration) -> Duration {
         let start = self.at;
-        while !done(self) {
-            assert!(self.at - start < limit, "not within {limit:?} of virtual time");
+        let mut last = self.send(from, to);
+        while !self.ledger.has(last) {
+            assert!(self.at - start < limit, "nothing arrives within {limit:?} of virtual time");
+            self.run_ms(150);
+            last = self.send(from, to);
             self.run_ms(50);
         }
         self.at - start
@@ -440,7 +451,7 @@ impl World {
         }
         let arrival = Arrival { encap, from: landing.from, offset: 0, len: all.len(), stride: stride.max(1) };
         let packets = all.chunks(stride.max(1)).filter(|datagram| carries_packet(encap, datagram)).count();
-        let before = drops(&self.nodes[landing.host].lanes[lane].counters());
+        let before = refused(&self.nodes[landing.host].lanes[lane].counters());
         let icmp = self.nodes[landing.host].lanes[lane].counters().total(Total::IcmpSent);
         self.drive(landing.host, lane, |lane, now, snapshot, receive, out| {
             receive[..all.len()].copy_from_slice(&all);
@@ -451,7 +462,7 @@ impl World {
         node.books.arrived += packets as u64;
         node.books.handed += counters.total(Total::IcmpSent) - icmp;
         if packets == 0 {
-            node.books.control_drops += drops(&counters) - before;
+            node.books.control_drops += refused(&counters) - before;
         }
     }
 
@@ -491,7 +502,7 @@ impl World {
         }
         for packet in packets {
             match packets::probe_id(&packet) {
-                Some(number) => self.ledger.arrived(number, id, &packet, self.at),
+                Some(number) => self.ledger.arrived(number, id, &packet, self.at, self.net.doubled),
                 None => self.nodes[id].other.push(packet),
             }
         }
@@ -506,7 +517,8 @@ impl World {
                 Via::Vxlan(socket) => VXLAN_SOURCES + u16::from(socket),
             };
             for bytes in self.out.tx.bytes(run).chunks(run.segment.max(1)) {
-                let datagram = Datagram { from: SocketAddr::new(address, port), to: run.to, bytes: bytes.to_vec() };
+                let datagram =
+                    Datagram { from: SocketAddr::new(address, port), to: run.to, bytes: bytes.to_vec() };
                 for (delay, landing) in self.net.carry(self.at, id, &datagram, &mut self.rng) {
                     self.serial += 1;
                     self.events.insert((self.at + delay, self.serial), (landing, datagram.bytes.clone()));
@@ -547,7 +559,8 @@ impl World {
     /// Every packet that went into a node came out of it, waits in it, or was dropped for a counted reason.
     pub(crate) fn audit(&self) {
         for (id, node) in self.nodes.iter().enumerate() {
-            let now: u64 = node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum();
+            let now: u64 =
+                node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum();
             let books = node.books;
             assert_eq!(
                 now + books.retired,
@@ -593,6 +606,12 @@ fn drops(counters: &Counters) -> u64 {
     // Not a packet's fate but an answer's.
     let fates = DropReason::ALL.iter().filter(|reason| **reason != DropReason::IcmpRateLimited);
     fates.map(|reason| counters.dropped(*reason)).sum()
+}
+
+/// Drops that are not of packets that waited: those a datagram may bring about, but it is not one of them.
+fn refused(counters: &Counters) -> u64 {
+    let waited = [DropReason::AwaitingSession, DropReason::AwaitingMac];
+    drops(counters) - waited.iter().map(|reason| counters.dropped(*reason)).sum::<u64>()
 }
 
 fn accounted(counters: &Counters) -> u64 {
@@ -647,6 +666,3 @@ fn pod_range(id: usize, v6: bool) -> ipnet::IpNet {
 fn mac(id: usize) -> [u8; 6] {
     [2, 0, 0, 0, (id >> 8) as u8, id as u8]
 }
-
-/// Nodes of a test by what is in this map; keeps scenarios short.
-pub(crate) type Numbers = HashMap<(usize, usize), Vec<u64>>;

@@ -192,6 +192,9 @@ impl<'a> KernelVxlan<'a> {
     }
 
     /// The device `vx0`, without anybody at the other end.
+    ///
+    /// It sums its packets itself. A network card would do it for a kernel that has not, but a veth pair
+    /// hands the kernel's promise on instead, and no program can read a promise from a UDP socket.
     pub fn new(lab: &Lab, node: &'a Node, vni: u32, port: u16) -> KernelVxlan<'a> {
         let mac = KernelVxlan::mac(node);
         let [node4, node6] = node.inner(0);
@@ -201,6 +204,7 @@ impl<'a> KernelVxlan<'a> {
              ip addr add {node4}/32 dev vx0
              ip addr add {node6}/128 dev vx0 nodad
              ip link set vx0 up
+             ethtool -K vx0 tx off
              ip addr add {v4}/32 dev vx0
              ip addr add {v6}/128 dev vx0 nodad",
             lab.outer(node)
