@@ -12,6 +12,8 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{self, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +71,12 @@ pub enum AgentError {
     /// The status socket, which is also what makes sure that there is only one of us.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Two agents would share one device's queues.
+    #[error(
+        "another agent is running in this network: it has the interface {0}; stop it first (to run two on one machine, \
+         give each its own --run-dir, --state-dir, --tun-name and --port)"
+    )]
+    DeviceInUse(String),
     /// Not in the source.
     #[error(
         "there is no Node named `{node}` in {source_name}{}: write one (kind: Node, with spec.podCIDRs and \
@@ -157,6 +165,7 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         server::bind(&config.run_dir)?
     };
     let saved = host_state(config);
+    let _sole = sole_agent(&config.tun_name)?;
     let mut removed = runtime.block_on(host::cleanup(&config.tun_name, Some(&saved)))?;
     for file in ["ready", "flows"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
@@ -164,6 +173,16 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         }
     }
     Ok(removed)
+}
+
+/// Takes the device's name for us. The run directory does not tell who has the device when it is not the same one;
+/// an abstract socket belongs to the network namespace, as the device does, and goes with its process (unix(7)).
+fn sole_agent(tun: &str) -> Result<UnixListener, AgentError> {
+    let address = net::SocketAddr::from_abstract_name(format!("warren/{tun}"));
+    address.and_then(|address| UnixListener::bind_addr(&address)).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => AgentError::DeviceInUse(tun.to_owned()),
+        _ => AgentError::Io { what: "cannot reserve the interface's name", source },
+    })
 }
 
 fn host_state(config: &AgentConfig) -> PathBuf {
@@ -175,6 +194,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
+    let _sole = sole_agent(&config.tun_name)?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
@@ -393,7 +413,7 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     let route =
         |range: ipnet::IpNet, mtu: u16| TunnelRoute { range, source: source(range.addr()), mtu: mtu.into() };
     let mut routes: Vec<TunnelRoute> =
-        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu)).collect();
+        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu.min(plan.pod_mtu))).collect();
     // Pods of nodes that nobody has seen yet are answered by us, not sent out in clear.
     for range in &plan.cluster_ranges {
         let known = routes.iter().any(|r| r.range == *range) || plan.pod_ranges.contains(range);
@@ -401,10 +421,12 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
             routes.push(route(*range, plan.pod_mtu));
         }
     }
-    let mtu = plan.peer_ranges.iter().map(|p| p.mtu).chain([plan.pod_mtu]).max().unwrap_or(plan.pod_mtu);
+    // The pods' MTU everywhere, also where a path takes more: with br_netfilter the kernel joins a pod's IPv6
+    // fragments on the bridge, forgets how large they were, and cuts again only what exceeds the next device.
+    // A packet between the two sizes would come out whole and be too big for the other node's bridge, for ever.
     HostConfig {
         tun: config.tun_name.clone(),
-        mtu: mtu.into(),
+        mtu: plan.pod_mtu.into(),
         node_addresses: plan.node_addresses.clone(),
         loop_v4: LOOP_V4,
         loop_v6: LOOP_V6,

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Arrival, Exit, Lane, Output, Total};
+use crate::packet::checksum::complete_owed;
 use crate::packet::coalesce::{Memory, Region};
 use crate::packet::icmp::{IcmpError, MAX_ANSWER};
 use crate::packet::rewrite::{self, ChecksumState};
@@ -138,6 +139,10 @@ impl Lane {
                 rewrite::decrement_hop_limit(packet)?;
                 headers.hop_limit -= 1;
             }
+        }
+        // What another kernel's VXLAN sends within one host may still owe its checksum.
+        if inner.region == Region::Receive {
+            complete_owed(packet, &headers);
         }
         if let Some(peer) = snapshot.mesh.peer(inner.peer) {
             self.clamp(packet, &headers, peer.mtu, ChecksumState::Complete);

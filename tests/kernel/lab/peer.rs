@@ -192,9 +192,6 @@ impl<'a> KernelVxlan<'a> {
     }
 
     /// The device `vx0`, without anybody at the other end.
-    ///
-    /// It sums its packets itself. A network card would do it for a kernel that has not, but a veth pair
-    /// hands the kernel's promise on instead, and no program can read a promise from a UDP socket.
     pub fn new(lab: &Lab, node: &'a Node, vni: u32, port: u16) -> KernelVxlan<'a> {
         let mac = KernelVxlan::mac(node);
         let [node4, node6] = node.inner(0);
@@ -204,12 +201,24 @@ impl<'a> KernelVxlan<'a> {
              ip addr add {node4}/32 dev vx0
              ip addr add {node6}/128 dev vx0 nodad
              ip link set vx0 up
-             ethtool -K vx0 tx off
              ip addr add {v4}/32 dev vx0
              ip addr add {v6}/128 dev vx0 nodad",
             lab.outer(node)
         ));
         KernelVxlan { node }
+    }
+
+    /// Makes it sum its packets itself, as a network card would for it. On a cable between machines that is how
+    /// they arrive; a veth pair hands on the kernel's promise to do so instead, and a program that reads the
+    /// packet from a UDP socket sees the promise only.
+    pub fn sum_by_itself(&self) {
+        self.node.ns.run("ethtool -K vx0 tx off");
+    }
+
+    /// Lets it leave the sums to a card that is not there, packet by packet: what another container or virtual
+    /// machine of the same host sends.
+    pub fn owe_sums(&self) {
+        self.node.ns.run("ethtool -K vx0 tx on tso off gso off");
     }
 
     /// Connects it with the other end.
