@@ -12,6 +12,8 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{self, UnixListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +71,12 @@ pub enum AgentError {
     /// The status socket, which is also what makes sure that there is only one of us.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Two agents would share one device's queues.
+    #[error(
+        "another agent is running in this network: it has the interface {0}; stop it first (to run two on one machine, \
+         give each its own --run-dir, --state-dir, --tun-name and --port)"
+    )]
+    DeviceInUse(String),
     /// Not in the source.
     #[error(
         "there is no Node named `{node}` in {source_name}{}: write one (kind: Node, with spec.podCIDRs and \
@@ -157,6 +165,7 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         server::bind(&config.run_dir)?
     };
     let saved = host_state(config);
+    let _sole = sole_agent(&config.tun_name)?;
     let mut removed = runtime.block_on(host::cleanup(&config.tun_name, Some(&saved)))?;
     for file in ["ready", "flows"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
@@ -164,6 +173,16 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         }
     }
     Ok(removed)
+}
+
+/// Takes the device's name for us. The run directory does not tell who has the device when it is not the same one;
+/// an abstract socket belongs to the network namespace, as the device does, and goes with its process (unix(7)).
+fn sole_agent(tun: &str) -> Result<UnixListener, AgentError> {
+    let address = net::SocketAddr::from_abstract_name(format!("warren/{tun}"));
+    address.and_then(|address| UnixListener::bind_addr(&address)).map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => AgentError::DeviceInUse(tun.to_owned()),
+        _ => AgentError::Io { what: "cannot reserve the interface's name", source },
+    })
 }
 
 fn host_state(config: &AgentConfig) -> PathBuf {
@@ -175,6 +194,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
+    let _sole = sole_agent(&config.tun_name)?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
@@ -251,6 +271,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     services.0.push(tokio::spawn(follow_problems(handle.clone(), outputs.report.clone())));
     handle.update(|live| {
         live.pod_mtu = plan.pod_mtu;
+        live.pod_ranges.clone_from(&plan.pod_ranges);
         live.not_ready = None;
     });
     call_recent_peers(&files, &outputs.snapshot.load(), &fleet);
@@ -392,7 +413,7 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     let route =
         |range: ipnet::IpNet, mtu: u16| TunnelRoute { range, source: source(range.addr()), mtu: mtu.into() };
     let mut routes: Vec<TunnelRoute> =
-        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu)).collect();
+        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu.min(plan.pod_mtu))).collect();
     // Pods of nodes that nobody has seen yet are answered by us, not sent out in clear.
     for range in &plan.cluster_ranges {
         let known = routes.iter().any(|r| r.range == *range) || plan.pod_ranges.contains(range);
@@ -400,10 +421,12 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
             routes.push(route(*range, plan.pod_mtu));
         }
     }
-    let mtu = plan.peer_ranges.iter().map(|p| p.mtu).chain([plan.pod_mtu]).max().unwrap_or(plan.pod_mtu);
+    // The pods' MTU everywhere, also where a path takes more: with br_netfilter the kernel joins a pod's IPv6
+    // fragments on the bridge, forgets how large they were, and cuts again only what exceeds the next device.
+    // A packet between the two sizes would come out whole and be too big for the other node's bridge, for ever.
     HostConfig {
         tun: config.tun_name.clone(),
-        mtu: mtu.into(),
+        mtu: plan.pod_mtu.into(),
         node_addresses: plan.node_addresses.clone(),
         loop_v4: LOOP_V4,
         loop_v6: LOOP_V6,
@@ -525,15 +548,16 @@ fn status_handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Hand
         settings: vec![
             ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
             ("encap".to_owned(), config.encap.name().to_owned()),
-            ("location".to_owned(), config.location.clone().unwrap_or_else(|| "none".to_owned())),
+            ("port".to_owned(), config.port.to_string()),
+            ("lanes".to_owned(), config.lanes.to_string()),
+            ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
+            ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
+            ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
         ],
         started: clock::now(),
     };
     Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
 }
-
-/// Where `wg` and other tools look for userspace WireGuard interfaces.
-const UAPI_DIR: &str = "/var/run/wireguard";
 
 fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
     let grpc = handle.clone();
@@ -542,7 +566,7 @@ fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Ve
             error!("`warren status` does not work any more: {error}");
         }
     })];
-    match uapi::bind(Path::new(UAPI_DIR), &config.tun_name) {
+    match uapi::bind(Path::new(uapi::DEFAULT_DIR), &config.tun_name) {
         Ok(socket) => tasks.push(tokio::spawn(async move {
             if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
                 warn!("`wg show` does not work any more: {error}");
@@ -646,4 +670,8 @@ fn seed() -> (u64, u64) {
 
 fn list(ranges: &[ipnet::IpNet]) -> String {
     ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn or(text: String, otherwise: &str) -> String {
+    if text.is_empty() { otherwise.to_owned() } else { text }
 }

@@ -1,4 +1,62 @@
 //! Warren: the pod network of a Kubernetes cluster whose nodes cannot route pod traffic to each other.
+//!
+//! This page is the map. Two straight lines go through the program, and only one thing connects them.
+//!
+//! # The packet line
+//!
+//! No async, no clock, no lock that a packet waits on, no allocation per packet.
+//!
+//! ```text
+//! pod -> TUN -> parse -> route to peer -> fit -> track -> encapsulate -> UDP      datapath/outbound.rs
+//! UDP -> decapsulate -> parse -> check inner source -> hop -> join -> TUN -> pod  datapath/inbound.rs
+//! ```
+//!
+//! 1. `io::lane`: a thread reads frames and datagrams, and sends what comes out
+//! 2. [`packet`]: bytes become [`packet::Headers`], checked once; rewriting, checksums, ICMP, cutting, joining
+//! 3. [`datapath`]: a [`datapath::Lane`] decides where each packet goes, by the [`snapshot`] it is given
+//! 4. [`tunnel`]: WireGuard ([`tunnel::wireguard`], the only file that names boringtun) and VXLAN wrap it
+//!
+//! A payload is copied once by us in each direction at most: outbound, a super-packet's segments are
+//! written with their headers (VXLAN straight into the send buffer; WireGuard through a scratch segment that
+//! stays in the first-level cache, because boringtun copies before it seals); inbound, WireGuard decrypts
+//! into a buffer of ours and VXLAN stays where the kernel put it, and the TUN gathers from there.
+//!
+//! # The state line
+//!
+//! Async, at Kubernetes' speed.
+//!
+//! ```text
+//! source -> convert (hostile input ends here) -> desired -> compile -> Snapshot -> ArcSwap      state/run.rs
+//! ```
+//!
+//! 1. `state::source`: a folder of Kubernetes objects, watched; later the Kubernetes API
+//! 2. `state::convert`, `state::annotations`: typed, bounded values; what is wrong is reported
+//! 3. `state::desired`, `state::ownership`: what should be, and who owns which range, address and key
+//! 4. `state::compile`: the [`snapshot::Snapshot`] for the lanes and the plan for the host
+//!
+//! `agent` puts both together: it starts the lanes, keeps routes, rules and nftables as planned
+//! (`io::host`), and answers `warren status` and `wg show` (`status`).
+//!
+//! # Rooms
+//!
+//! A room imports only from rooms above it in this list, and `io` never from `state`: both meet in `agent`.
+//! `tests/architecture.rs` checks that, and that everything above the line does no I/O.
+//!
+//! | room | what happens there |
+//! |---|---|
+//! | [`packet`] | bytes and typed packets |
+//! | [`snapshot`] | what the packet line reads: immutable, compiled |
+//! | [`tunnel`] | encapsulation |
+//! | [`datapath`] | the packet line |
+//! | *the line: above, pure; below, the world (feature `agent`)* | |
+//! | `state` | the state line |
+//! | `io` | TUN, UDP, lanes, routes, nftables, clocks: the only room with `unsafe` |
+//! | `status` | gRPC, the UAPI socket, and the commands that ask |
+//! | `demo` | `warren demo` |
+//! | `config`, `agent` | settings, and what puts the rooms together |
+//!
+//! The simulated mesh (`tests/sim`) runs whole lanes in virtual time with feature `sim`, which stops
+//! boringtun's own clock: never a feature of a build that ships.
 
 pub mod datapath;
 pub mod packet;

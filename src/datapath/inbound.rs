@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Arrival, Exit, Lane, Output, Total};
+use crate::packet::checksum::complete_owed;
 use crate::packet::coalesce::{Memory, Region};
 use crate::packet::icmp::{IcmpError, MAX_ANSWER};
 use crate::packet::rewrite::{self, ChecksumState};
@@ -41,7 +42,7 @@ impl Lane {
             }
             at += len;
         }
-        self.count_waited_in_vain();
+        self.count_waited(now);
     }
 
     #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
@@ -139,22 +140,25 @@ impl Lane {
                 headers.hop_limit -= 1;
             }
         }
+        // What another kernel's VXLAN sends within one host may still owe its checksum.
+        if inner.region == Region::Receive {
+            complete_owed(packet, &headers);
+        }
         if let Some(peer) = snapshot.mesh.peer(inner.peer) {
             self.clamp(packet, &headers, peer.mtu, ChecksumState::Complete);
         }
 
         // 5 join
+        let used = if inner.region == Region::Plain { inner.len } else { 0 };
+        let memory = &Memory { receive, plain: &mut out.plain };
+        out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
+        out.plain_used += used;
         self.counters.add(Total::PacketsReceived, 1);
         if let Some(traffic) = self.traffic.get_mut(inner.peer.0 as usize) {
             traffic.packets_received += 1;
             traffic.bytes_received += u64::from(headers.total_len);
             traffic.last_received = Some(now);
         }
-        if inner.region == Region::Plain {
-            out.plain_used += inner.len;
-        }
-        let memory = &Memory { receive, plain: &mut out.plain };
-        out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
         // What opens or ends a connection may hide behind the head of its frame.
         self.track_control(now, &headers, inner.peer);
         Ok(())

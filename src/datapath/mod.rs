@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
-//! [`Output`] afterwards. Every drop has its [`DropReason`](crate::packet::DropReason) and a counter.
+//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter.
 
 pub mod conntrack;
 pub mod counters;
@@ -34,7 +34,7 @@ use crate::packet::icmp::{IcmpLimiter, IcmpRates};
 use crate::packet::{DropReason, Headers};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::TxBatch;
-use crate::tunnel::vxlan_link::VxlanLink;
+use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
 use conntrack::FlowTable;
 use route::RouteCache;
@@ -133,6 +133,8 @@ pub struct LaneConfig {
     pub seed: (u64, u64),
     /// How many VXLAN source sockets there are.
     pub vxlan_sources: u8,
+    /// The MAC addresses that VXLAN peers have told, shared with the other lanes.
+    pub neighbours: Arc<Neighbours>,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
     /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
@@ -148,6 +150,7 @@ pub struct Lane {
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
     traffic: Vec<PeerTraffic>,
+    mesh: Option<Arc<Mesh>>,
     counters: Arc<Counters>,
     scratch: Box<[u8]>,
     seed: u64,
@@ -167,11 +170,12 @@ impl Lane {
         Lane {
             id: config.id,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
-            vxlan: VxlanLink::new(config.vxlan_sources),
+            vxlan: VxlanLink::new(config.vxlan_sources, config.neighbours),
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
             traffic: Vec::new(),
+            mesh: None,
             counters: Arc::new(Counters::default()),
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
             seed: config.seed.1,
@@ -195,6 +199,11 @@ impl Lane {
         &self.traffic
     }
 
+    /// How many packets wait for a session or a MAC address.
+    pub fn waiting(&self) -> usize {
+        self.wireguard.waiting() + self.vxlan.waiting()
+    }
+
     /// Starts a session with a peer that was active before a restart.
     pub fn initiate(&mut self, now: Instant, snapshot: &Snapshot, peer: PeerId, out: &mut Output) {
         self.follow(&snapshot.mesh);
@@ -208,23 +217,35 @@ impl Lane {
 
     /// When [`Self::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.wireguard.poll_timeout(), self.next_sweep].into_iter().flatten().min()
+        let timers = [self.wireguard.poll_timeout(), self.vxlan.poll_timeout(), self.next_sweep];
+        timers.into_iter().flatten().min()
     }
 
     /// Lets time pass: handshakes, rekeys, keepalives.
     pub fn handle_timeout(&mut self, now: Instant, snapshot: &Snapshot, out: &mut Output) {
         self.follow(&snapshot.mesh);
         self.wireguard.handle_timeout(now, &mut out.tx);
+        self.vxlan.handle_timeout(now, &snapshot.local, &mut out.tx);
         self.sweep_flows(now);
-        self.count_waited_in_vain();
+        self.count_waited(now);
     }
 
     fn follow(&mut self, mesh: &Arc<Mesh>) {
+        if self.mesh.as_ref().is_some_and(|old| Arc::ptr_eq(old, mesh)) {
+            return;
+        }
         self.routes.follow(mesh);
         self.wireguard.handle_mesh(mesh);
         self.vxlan.follow(mesh);
-        if self.traffic.len() < mesh.peers.len() {
-            self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        let before = self.mesh.replace(Arc::clone(mesh));
+        self.traffic.resize(mesh.peers.len(), PeerTraffic::default());
+        for (index, traffic) in self.traffic.iter_mut().enumerate() {
+            // A number that another node has now must not inherit what the first one sent.
+            let id = PeerId(index as u32);
+            let old = before.as_ref().and_then(|mesh| mesh.peer(id)).map(|peer| &peer.name);
+            if old != mesh.peer(id).map(|peer| &peer.name) {
+                *traffic = PeerTraffic::default();
+            }
         }
     }
 
@@ -250,8 +271,27 @@ impl Lane {
         }
     }
 
-    fn count_waited_in_vain(&mut self) {
-        let waited = std::mem::take(&mut self.wireguard.stats.queue_dropped);
-        self.counters.count_drops(DropReason::AwaitingSession, waited as usize);
+    /// Counts what became of packets that waited for a session or a MAC address.
+    fn count_waited(&mut self, now: Instant) {
+        for (waited, reason) in [
+            (self.wireguard.take_waited(), DropReason::AwaitingSession),
+            (self.vxlan.take_waited(), DropReason::AwaitingMac),
+        ] {
+            self.counters.count_drops(reason, waited.dropped);
+            for (peer, bytes) in waited.sent {
+                self.count_sent(now, peer, 1, bytes);
+            }
+        }
+    }
+
+    fn count_sent(&mut self, now: Instant, peer: PeerId, packets: usize, bytes: usize) {
+        self.counters.add(Total::PacketsSent, packets);
+        if let Some(traffic) = self.traffic.get_mut(peer.0 as usize)
+            && packets > 0
+        {
+            traffic.packets_sent += packets as u64;
+            traffic.bytes_sent += bytes as u64;
+            traffic.last_sent = Some(now);
+        }
     }
 }

@@ -39,7 +39,7 @@ impl Lane {
         if let Err(reason) = self.outbound(now, snapshot, frame, out) {
             self.counters.count_drop(reason);
         }
-        self.count_waited_in_vain();
+        self.count_waited(now);
     }
 
     fn outbound(
@@ -108,16 +108,32 @@ impl Lane {
         let mut result = Ok(());
         for i in 0..segments.count() {
             let len = segments.write(i, &mut whole);
-            let Ok(headers) = parse(&whole[..len]) else { continue };
+            let headers = match parse(&whole[..len]) {
+                Ok(headers) => headers,
+                Err(reason) => {
+                    result = self.also(result, reason);
+                    continue;
+                }
+            };
             let sealed = fragment_v4(&mut whole[..len], &headers, peer.mtu, |fragment| {
                 if let Err(reason) = self.seal(now, snapshot, peer, encap, &headers, &fragment, out) {
-                    result = Err(reason);
+                    result = self.also(result, reason);
                 }
             });
-            result = result.and(sealed.map(|_| ()));
+            if let Err(reason) = sealed {
+                result = self.also(result, reason);
+            }
         }
         self.scratch = whole;
         result
+    }
+
+    /// One more drop: the caller counts one, those before it are counted here.
+    fn also(&self, before: Result<(), DropReason>, reason: DropReason) -> Result<(), DropReason> {
+        if let Err(before) = before {
+            self.counters.count_drop(before);
+        }
+        Err(reason)
     }
 
     #[allow(clippy::too_many_arguments)] // as above
@@ -139,21 +155,13 @@ impl Lane {
                 self.vxlan.seal(now, local, peer, flow, headers.destination, packets, &mut out.tx)
             }
         };
-        let (sent, result) = match sealed {
-            Ok(sent) => (sent, Ok(())),
-            // The caller counts one drop; the others are counted here.
-            Err((sent, reason)) => {
-                self.counters.count_drops(reason, packets.count().saturating_sub(sent + 1));
-                (sent, Err(reason))
-            }
-        };
-        self.counters.add(Total::PacketsSent, sent);
-        if let Some(traffic) = self.traffic.get_mut(peer.id.0 as usize) {
-            traffic.packets_sent += sent as u64;
-            traffic.bytes_sent += (0..sent).map(|i| packets.len(i) as u64).sum::<u64>();
-            traffic.last_sent = Some(now);
-        }
-        result
+        let bytes = (0..sealed.sent).map(|i| packets.len(i)).sum();
+        self.count_sent(now, peer.id, sealed.sent, bytes);
+        let Some(reason) = sealed.refused else { return Ok(()) };
+        // The caller counts one drop; the others are counted here.
+        let dropped = packets.count().saturating_sub(sealed.sent + sealed.waiting);
+        self.counters.count_drops(reason, dropped.saturating_sub(1));
+        Err(reason)
     }
 
     /// Lowers the MSS that a SYN offers to what the path carries.

@@ -28,11 +28,9 @@ pub struct RouteCache {
 }
 
 impl RouteCache {
-    /// Forgets everything if the mesh is another one.
+    /// Takes another mesh and forgets all answers.
     pub fn follow(&mut self, mesh: &Arc<Mesh>) {
-        if self.mesh.as_ref().is_none_or(|old| !Arc::ptr_eq(old, mesh)) {
-            *self = RouteCache { mesh: Some(Arc::clone(mesh)), out: None, into: None };
-        }
+        *self = RouteCache { mesh: Some(Arc::clone(mesh)), out: None, into: None };
     }
 
     /// The way out of a packet that came from our TUN.

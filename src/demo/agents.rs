@@ -22,6 +22,8 @@ pub(super) const WIREGUARD_PORT: u16 = 51820;
 pub(super) const VXLAN_PORT: u16 = 8472;
 /// An agent that needs longer has a problem.
 const READY_WITHIN: Duration = Duration::from_secs(20);
+/// Then each node's pods get what its own agent says: on a real cluster nodes may well differ.
+const AGREED_WITHIN: Duration = Duration::from_secs(2);
 /// After that it is killed.
 const STOPPED_WITHIN: Duration = Duration::from_secs(5);
 /// How often we look.
@@ -58,25 +60,30 @@ pub(super) fn start(world: &mut World, encap: Encap, mut tick: impl FnMut()) -> 
         node.agent = Some(start_one(node, encap)?);
     }
     let deadline = clock::now() + READY_WITHIN;
-    for index in 0..world.nodes.len() {
-        let ready = loop {
-            let Some(node) = world.nodes.get_mut(index) else { break None };
-            if let Some(ready) = read_ready(node) {
-                break Some(ready);
-            }
+    for node in &mut world.nodes {
+        while read_ready(node).is_none() {
             still_there(node)?;
             if clock::now() >= deadline {
-                let what = format!("was not ready after {} s", READY_WITHIN.as_secs());
-                return Err(failed(node, what));
+                return Err(failed(node, format!("was not ready after {} s", READY_WITHIN.as_secs())));
             }
             tick();
             std::thread::sleep(PAUSE);
-        };
-        if let Some(ready) = ready {
-            world.set_pod_mtu(index, ready.pod_mtu)?;
         }
     }
-    Ok(())
+    // What an agent says first may rest on what another said before a restart: wait until all say the same.
+    let deadline = clock::now() + AGREED_WITHIN;
+    let mut said = all_say(world);
+    while said.windows(2).any(|pair| pair[0] != pair[1]) && clock::now() < deadline {
+        tick();
+        std::thread::sleep(PAUSE);
+        said = all_say(world);
+    }
+    said.into_iter().enumerate().try_for_each(|(node, mtu)| world.set_pod_mtu(node, mtu))
+}
+
+/// The pod MTU of every node; where a file is just being replaced, what its pods have.
+fn all_say(world: &World) -> Vec<u16> {
+    world.nodes.iter().map(|node| read_ready(node).map_or(node.pod_mtu, |ready| ready.pod_mtu)).collect()
 }
 
 /// Stops all agents, politely first.
@@ -125,6 +132,8 @@ fn start_one(node: &Node, encap: Encap) -> Result<Process, DemoError> {
         // In the node's own /run, where `warren status` looks.
         .args(["--run-dir", "/run/warren"])
         .args(["--port", &WIREGUARD_PORT.to_string(), "--cluster-cidr", CLUSTER_RANGES])
+        // The log is a file.
+        .env("NO_COLOR", "1")
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(log_too)

@@ -50,7 +50,8 @@ pub(super) fn supervise(options: &DemoOptions) -> Result<ExitCode, DemoError> {
 pub(super) fn settle() -> Result<(), DemoError> {
     SigSet::all().thread_unblock().map_err(|e| DemoError::system("unblocking signals", e))?;
     set_pdeathsig(Signal::SIGKILL).map_err(|e| DemoError::system("asking to die with the demo", e))?;
-    if maker_is_gone() {
+    // Only as the first process of a PID namespace do we take the rest along.
+    if std::process::id() != 1 || maker_is_gone() {
         return Err(DemoError::Usage("this is a part of `warren demo` and cannot run alone".into()));
     }
     let spaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC;

@@ -102,6 +102,7 @@ impl Fleet {
         let mut fleet = Fleet { lanes: Vec::new(), stop: Arc::clone(&stop) };
         let shared = Shared { snapshot: Arc::clone(&config.snapshot), stop };
         let epoch = (clock::now(), clock::since_boot_ms());
+        let neighbours = Arc::default();
         // Everything is opened before anything runs: a taken port must not leave half a data path.
         let mut ready = Vec::new();
         for (index, key) in config.keys.iter().enumerate() {
@@ -112,6 +113,7 @@ impl Fleet {
                 private: *key,
                 seed: random_seed()?,
                 vxlan_sources: VXLAN_SOURCES,
+                neighbours: Arc::clone(&neighbours),
                 flows: Arc::clone(&config.flows),
                 epoch,
             });

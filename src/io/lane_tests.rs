@@ -136,6 +136,7 @@ fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
         private: [7; 32],
         seed: (1, 2),
         vxlan_sources: 1,
+        neighbours: Arc::default(),
         flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
         epoch: (crate::io::clock::now(), 0),
     });

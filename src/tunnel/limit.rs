@@ -3,7 +3,7 @@
 
 use std::hash::Hasher;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use siphasher::sip::SipHasher13;
 
@@ -15,14 +15,57 @@ const BURST: u32 = 100;
 /// Buckets: enough for 5,000 nodes to hardly ever share one. Sources that do share one share its limit.
 const BUCKETS: usize = 16_384;
 
-const COST: Duration = Duration::from_micros(1_000_000 / PER_SECOND as u64);
-const DEPTH: Duration = Duration::from_micros(1_000_000 / PER_SECOND as u64 * BURST as u64);
+/// Nanoseconds that one handshake costs, and how far a source may go into debt.
+const COST: u64 = 1_000_000_000 / PER_SECOND as u64;
+const DEPTH: u64 = COST * BURST as u64;
+
+/// Handshakes a second on one lane above which cookies are demanded of all; boringtun's device uses 100.
+const BEFORE_COOKIES: u32 = 200;
+
+/// Whether there is time for the expensive part of a handshake.
+///
+/// When there are too many, or too many from one source, a sender first proves with a cookie that he is where
+/// he says. One that has proved it has a share of his own: who forges an honest node's address can use up only
+/// the share that needs no proof.
+#[derive(Debug)]
+pub struct HandshakeLimits {
+    /// Handshakes of the second that began then.
+    second: Option<(Instant, u32)>,
+    unproven: SourceLimiter,
+    proven: SourceLimiter,
+}
+
+impl HandshakeLimits {
+    /// Limits whose hashes nobody outside can predict.
+    pub fn new(seed: (u64, u64)) -> HandshakeLimits {
+        let (unproven, proven) = (SourceLimiter::new(seed), SourceLimiter::new((seed.1, seed.0)));
+        HandshakeLimits { second: None, unproven, proven }
+    }
+
+    /// Counts a handshake; whether it is dealt with without a cookie.
+    pub fn allow_unproven(&mut self, source: IpAddr, now: Instant) -> bool {
+        let (since, count) = match self.second {
+            Some((since, count)) if now.saturating_duration_since(since).as_secs() < 1 => (since, count),
+            Some(_) | None => (now, 0),
+        };
+        self.second = Some((since, count.saturating_add(1)));
+        count < BEFORE_COOKIES && self.unproven.allow(source, now)
+    }
+
+    /// Whether a handshake that came with a cookie is dealt with.
+    pub fn allow_proven(&mut self, source: IpAddr, now: Instant) -> bool {
+        self.proven.allow(source, now)
+    }
+}
 
 /// A token bucket per source address, in a fixed table keyed by a secret hash.
 pub struct SourceLimiter {
     seed: (u64, u64),
-    /// When each bucket will be empty of debt ("theoretical arrival time" of the GCRA).
-    due: Box<[Option<Instant>]>,
+    /// The first time it was asked; the buckets count from here.
+    start: Option<Instant>,
+    /// When each bucket will be empty of debt ("theoretical arrival time" of the GCRA), in nanoseconds.
+    /// Zeroes, so that the kernel gives no memory to buckets that nobody uses.
+    due: Box<[u64]>,
 }
 
 impl std::fmt::Debug for SourceLimiter {
@@ -34,17 +77,19 @@ impl std::fmt::Debug for SourceLimiter {
 impl SourceLimiter {
     /// A limiter whose hash nobody outside can predict.
     pub fn new(seed: (u64, u64)) -> SourceLimiter {
-        SourceLimiter { seed, due: vec![None; BUCKETS].into_boxed_slice() }
+        SourceLimiter { seed, start: None, due: vec![0; BUCKETS].into_boxed_slice() }
     }
 
     /// Whether this source may start one more handshake now; if so, it has.
     pub fn allow(&mut self, source: IpAddr, now: Instant) -> bool {
+        let start = *self.start.get_or_insert(now);
+        let now = now.saturating_duration_since(start).as_nanos() as u64;
         let slot = &mut self.due[bucket(self.seed, source)];
-        let due = slot.map_or(now, |due| due.max(now));
-        if due.duration_since(now) + COST > DEPTH {
+        let due = (*slot).max(now) + COST;
+        if due - now > DEPTH {
             return false;
         }
-        *slot = Some(due + COST);
+        *slot = due;
         true
     }
 }
@@ -63,6 +108,7 @@ fn bucket(seed: (u64, u64), source: IpAddr) -> usize {
 mod tests {
     use super::*;
     use std::net::Ipv4Addr;
+    use std::time::Duration;
 
     /// Tests begin at some instant; which one does not matter.
     fn start() -> Instant {
@@ -83,6 +129,18 @@ mod tests {
         let later = now + Duration::from_secs(1);
         let again = (0..10_000).filter(|_| limiter.allow(attacker, later)).count();
         assert_eq!(again, PER_SECOND as usize);
+    }
+
+    #[test]
+    fn what_was_forged_in_a_nodes_name_does_not_count_against_its_cookie() {
+        let mut limits = HandshakeLimits::new((5, 6));
+        let (now, node) = (start(), IpAddr::from([198, 51, 100, 7]));
+        let free = (0..10_000).filter(|_| limits.allow_unproven(node, now)).count();
+        assert_eq!(free, BURST as usize);
+        assert!(!limits.allow_unproven(IpAddr::from([198, 51, 100, 8]), now), "cookies for all");
+        assert!(limits.allow_proven(node, now));
+        let next = now + Duration::from_secs(1);
+        assert!(limits.allow_unproven(IpAddr::from([198, 51, 100, 8]), next));
     }
 
     #[test]

@@ -26,8 +26,10 @@ use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use x25519_dalek::{PublicKey as DalekPublic, StaticSecret};
 
-use super::limit::SourceLimiter;
-use super::{Segments, TxBatch, Via};
+use super::endpoints::{Endpoints, MAX_ANNOUNCED};
+use super::limit::HandshakeLimits;
+use super::ring::Ring;
+use super::{Sealed, Segments, TxBatch, Via, Waited};
 use crate::packet::DropReason;
 use crate::snapshot::{LaneId, Mesh, Peer, PeerId, PublicKey};
 
@@ -37,17 +39,19 @@ pub const DATA_OVERHEAD: usize = 32;
 const HANDSHAKE_ROOM: usize = 256;
 /// How often timers are looked at; WireGuard's own timers are in seconds.
 const TICK: Duration = Duration::from_millis(250);
-/// Handshakes a second on one lane above which cookies are demanded; boringtun's device uses 100.
-const HANDSHAKES_BEFORE_COOKIES: u64 = 200;
+/// A session ends before its counter does (WireGuard paper section 6.5: 2^64 - 2^13 - 1 messages); boringtun
+/// would compute with larger ones.
+const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 /// Packets that wait for one session, and the bytes that wait on one lane.
 const QUEUE_PACKETS: usize = 128;
 const QUEUE_BYTES: usize = 8 << 20;
 /// A packet that has waited this long is of no use to anyone: TCP has sent it again twice.
 const QUEUE_AGE: Duration = Duration::from_secs(5);
-/// Initiations to the endpoint that last worked before the other candidates are tried too.
-const LOYAL_ATTEMPTS: u32 = 2;
 /// A candidate session that proved nothing within this time makes room for another.
 const CANDIDATE_AGE: Duration = Duration::from_secs(5);
+/// Initiations with an old timestamp that are remembered, so that a recorded one can be in an honest one's way
+/// once and not again: eight hours of one peer's rekeys.
+const SPENT: usize = 256;
 /// boringtun's session index has 24 bits of ours.
 const MAX_SESSIONS: usize = 1 << 24;
 
@@ -120,9 +124,8 @@ struct Session {
     lane: LaneId,
     key: PublicKey,
     established: bool,
-    confirmed: Option<SocketAddr>,
-    candidates: Vec<SocketAddr>,
-    attempts: u32,
+    endpoints: Endpoints,
+    ring: Ring,
     queue: VecDeque<Queued>,
     created: Instant,
     last_data: Option<Instant>,
@@ -142,16 +145,18 @@ pub struct WireGuard {
     private: StaticSecret,
     public: DalekPublic,
     lane: LaneId,
-    /// Checks the first MAC of handshakes and demands cookies when there are too many.
-    gate: Arc<RateLimiter>,
-    /// Given to every session: what the gate let through is not counted again.
+    /// Demands a cookie of whoever it is asked about.
+    cookies: Arc<RateLimiter>,
+    /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
     open_gate: Arc<RateLimiter>,
-    sources: SourceLimiter,
+    limits: HandshakeLimits,
+    spent: VecDeque<[u8; 8]>,
     sessions: Vec<Option<Box<Session>>>,
     free: Vec<usize>,
     live: usize,
     slots: HashMap<(PeerId, LaneId), Slot>,
     queue_bytes: usize,
+    waited: Waited,
     next_tick: Option<Instant>,
     mesh: Option<Arc<Mesh>>,
     scratch: Box<[u8]>,
@@ -170,17 +175,19 @@ impl WireGuard {
     pub fn new(private: StaticSecret, lane: LaneId, seed: (u64, u64)) -> WireGuard {
         let public = DalekPublic::from(&private);
         WireGuard {
-            gate: Arc::new(RateLimiter::new(&public, HANDSHAKES_BEFORE_COOKIES)),
+            cookies: Arc::new(RateLimiter::new(&public, 0)),
             open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
             private,
             public,
             lane,
-            sources: SourceLimiter::new(seed),
+            limits: HandshakeLimits::new(seed),
+            spent: VecDeque::new(),
             sessions: Vec::new(),
             free: Vec::new(),
             live: 0,
             slots: HashMap::new(),
             queue_bytes: 0,
+            waited: Waited::default(),
             next_tick: None,
             mesh: None,
             scratch: vec![0; 65_536 + 64].into_boxed_slice(),
@@ -195,29 +202,26 @@ impl WireGuard {
 
     // --- 1. out ----------------------------------------------------------------------------------
 
-    /// Seals packets for `peer` into `tx`, or queues them until the session is there. Returns how many
-    /// were sent; an error is the reason why the others (all of them, or the rest) were dropped.
-    pub fn seal(
-        &mut self,
-        now: Instant,
-        peer: &Peer,
-        packets: &impl Segments,
-        tx: &mut TxBatch,
-    ) -> Result<usize, (usize, DropReason)> {
-        let index = self.session_towards(now, peer).map_err(|reason| (0, reason))?;
-        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
-            return Err((0, DropReason::NoEndpoint));
+    /// Seals packets for `peer` into `tx`, or queues them until the session is there.
+    pub fn seal(&mut self, now: Instant, peer: &Peer, packets: &impl Segments, tx: &mut TxBatch) -> Sealed {
+        let index = match self.session_towards(now, peer) {
+            Ok(index) => index,
+            Err(reason) => return Sealed::refused(reason),
         };
-        let Some(to) = session.target() else {
-            return Err((0, DropReason::NoEndpoint));
+        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
+            return Sealed::refused(DropReason::NoEndpoint);
+        };
+        let Some(to) = session.endpoints.target() else {
+            return Sealed::refused(DropReason::NoEndpoint);
         };
         if !session.established {
-            return self.enqueue(now, index, packets, tx).map(|()| 0).map_err(|reason| (0, reason));
+            return self.enqueue(now, index, packets, tx);
         }
         for i in 0..packets.count() {
+            let some = |reason| Sealed { sent: i, waiting: 0, refused: Some(reason) };
             let len = packets.write(i, &mut self.scratch);
             let Some(slot) = tx.reserve((len + DATA_OVERHEAD).max(HANDSHAKE_ROOM)) else {
-                return Err((i, DropReason::NoBuffer));
+                return some(DropReason::NoBuffer);
             };
             match session.tunn.encapsulate(&self.scratch[..len], slot) {
                 TunnResult::WriteToNetwork(message) => {
@@ -226,20 +230,32 @@ impl WireGuard {
                     session.sent += len as u64;
                 }
                 // The session ended between two ticks: boringtun has kept the packet and asks for a handshake.
-                TunnResult::Done | TunnResult::Err(_) => return Err((i, DropReason::ExpiredSession)),
+                TunnResult::Done | TunnResult::Err(_) => return some(DropReason::ExpiredSession),
                 TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                    return Err((i, DropReason::ExpiredSession));
+                    return some(DropReason::ExpiredSession);
                 }
             }
         }
-        Ok(packets.count())
+        Sealed { sent: packets.count(), waiting: 0, refused: None }
+    }
+
+    /// How many packets wait for a session.
+    pub fn waiting(&self) -> usize {
+        self.sessions.iter().flatten().map(|session| session.queue.len()).sum()
+    }
+
+    /// What became of packets that waited, since this was last asked.
+    pub fn take_waited(&mut self) -> Waited {
+        std::mem::take(&mut self.waited)
     }
 
     /// Starts a handshake with `peer` now, if there is no session: used for peers that were active
     /// before a restart, which may be waiting for us.
     pub fn initiate(&mut self, now: Instant, peer: &Peer, tx: &mut TxBatch) -> Result<(), DropReason> {
         let index = self.session_towards(now, peer)?;
-        self.send_initiation(index, false, tx);
+        if self.sessions.get(index).and_then(Option::as_ref).is_some_and(|session| !session.established) {
+            self.send_initiation(index, false, tx);
+        }
         Ok(())
     }
 
@@ -282,9 +298,8 @@ impl WireGuard {
             lane,
             key,
             established: false,
-            confirmed: None,
-            candidates: lane_endpoints(peer, lane),
-            attempts: 0,
+            endpoints: Endpoints::new(lane_endpoints(peer, lane)),
+            ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
             last_data: None,
@@ -296,21 +311,15 @@ impl WireGuard {
         Ok(index)
     }
 
-    /// Keeps packets until the session is there, oldest dropped first, and sees that a handshake runs.
-    fn enqueue(
-        &mut self,
-        now: Instant,
-        index: usize,
-        packets: &impl Segments,
-        tx: &mut TxBatch,
-    ) -> Result<(), DropReason> {
-        let mut full = false;
+    /// Keeps packets until the session is there, as many as there is room for, and sees that a handshake runs.
+    fn enqueue(&mut self, now: Instant, index: usize, packets: &impl Segments, tx: &mut TxBatch) -> Sealed {
+        let mut sealed = Sealed::default();
         if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
             for i in 0..packets.count() {
                 let len = packets.len(i);
                 if session.queue.len() >= QUEUE_PACKETS || self.queue_bytes + len > QUEUE_BYTES {
-                    full = true;
                     self.stats.queue_dropped += (packets.count() - i) as u64;
+                    sealed.refused = Some(DropReason::AwaitingSession);
                     break;
                 }
                 let mut packet = vec![0; len];
@@ -318,20 +327,22 @@ impl WireGuard {
                 self.queue_bytes += len;
                 self.stats.queued += 1;
                 session.queue.push_back(Queued { since: now, packet });
+                sealed.waiting += 1;
             }
         }
         self.send_initiation(index, false, tx);
-        if full { Err(DropReason::AwaitingSession) } else { Ok(()) }
+        sealed
     }
 
     fn send_initiation(&mut self, index: usize, force: bool, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        let Some(to) = session.target() else { return };
+        let Some(to) = session.endpoints.target() else { return };
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
         if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, force) {
             let len = message.len();
+            session.ring.sent(message);
             tx.commit(to, Via::WireGuard, len);
-            session.attempts += 1;
+            session.endpoints.attempted();
             self.stats.initiations_sent += 1;
         }
     }
@@ -353,6 +364,9 @@ impl WireGuard {
             return Opened::Drop(DropReason::NoBuffer);
         }
         let index = match Tunn::parse_incoming_packet(datagram) {
+            Ok(Packet::PacketData(_)) if counter(datagram) >= REJECT_AFTER_MESSAGES => {
+                return Opened::Drop(DropReason::ExpiredSession);
+            }
             Ok(Packet::PacketData(p)) => p.receiver_idx,
             Ok(Packet::HandshakeResponse(p)) => p.receiver_idx,
             Ok(Packet::PacketCookieReply(p)) => p.receiver_idx,
@@ -396,6 +410,7 @@ impl WireGuard {
         };
         // A cookie reply proves nothing about who sent it.
         if data || datagram[0] == 2 {
+            session.ring.proved(datagram[if data { 4 } else { 8 }]);
             self.authenticated(now, index, from, tx);
         }
         result
@@ -404,13 +419,7 @@ impl WireGuard {
     /// The peer has just proved that it holds the session's keys.
     fn authenticated(&mut self, now: Instant, index: usize, from: SocketAddr, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        session.attempts = 0;
-        if session.confirmed != Some(from) {
-            if session.confirmed.is_some() {
-                self.stats.roamed += 1;
-            }
-            session.confirmed = Some(from);
-        }
+        self.stats.roamed += u64::from(session.endpoints.proved(from));
         if session.established || session.tunn.time_since_last_handshake().is_none() {
             return;
         }
@@ -434,26 +443,32 @@ impl WireGuard {
             self.free.push(old);
             if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
                 session.queue.append(&mut waiting.queue);
+                session.received += waiting.received;
+                session.sent += waiting.sent;
             }
         }
     }
 
     fn flush_queue(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        let Some(to) = session.target() else { return };
+        let Some(to) = session.endpoints.target() else { return };
         while let Some(waiting) = session.queue.pop_front() {
             self.queue_bytes -= waiting.packet.len();
             let room = (waiting.packet.len() + DATA_OVERHEAD).max(HANDSHAKE_ROOM);
             let fresh = now.saturating_duration_since(waiting.since) < QUEUE_AGE;
-            let Some(slot) = tx.reserve(room).filter(|_| fresh) else {
+            let sealed = match tx.reserve(room).filter(|_| fresh) {
+                Some(slot) => session.tunn.encapsulate(&waiting.packet, slot),
+                None => TunnResult::Done,
+            };
+            let TunnResult::WriteToNetwork(message) = sealed else {
                 self.stats.queue_dropped += 1;
+                self.waited.dropped += 1;
                 continue;
             };
-            if let TunnResult::WriteToNetwork(message) = session.tunn.encapsulate(&waiting.packet, slot) {
-                let len = message.len();
-                tx.commit(to, Via::WireGuard, len);
-                session.sent += waiting.packet.len() as u64;
-            }
+            let len = message.len();
+            tx.commit(to, Via::WireGuard, len);
+            session.sent += waiting.packet.len() as u64;
+            self.waited.sent.push((session.peer, waiting.packet.len()));
         }
     }
 
@@ -466,27 +481,16 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        let mut cookie = [0; 64];
-        let message = match self.gate.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+        let message = match self.open_gate.verify_packet(None, datagram, &mut []) {
             Ok(Packet::HandshakeInit(message)) => message,
             Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
                 return Opened::Drop(DropReason::NotTunnel);
             }
-            Err(TunnResult::WriteToNetwork(reply)) => {
-                if let Some(room) = tx.reserve(reply.len()) {
-                    room.copy_from_slice(reply);
-                    tx.commit(from, Via::WireGuard, reply.len());
-                }
-                return Opened::Drop(DropReason::CookieDemanded);
-            }
             Err(TunnResult::Err(error)) => return Opened::Drop(reason(&error)),
-            Err(TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..)) => {
-                return Opened::Drop(DropReason::NotTunnel);
-            }
+            Err(_) => return Opened::Drop(DropReason::NotTunnel),
         };
-        self.next_tick.get_or_insert(now + TICK);
-        if !self.sources.allow(from.ip(), now) {
-            return Opened::Drop(DropReason::HandshakeRate);
+        if let Err(reason) = self.admit(now, from, datagram, tx) {
+            return Opened::Drop(reason);
         }
         let Ok(half) = parse_handshake_anon(&self.private, &self.public, &message) else {
             return Opened::Drop(DropReason::BadAuthentication);
@@ -500,6 +504,36 @@ impl WireGuard {
         self.answer_initiation(now, peer, lane, from, datagram, tx)
     }
 
+    /// Whether there is time for the expensive part of a handshake. When there are too many, or too many
+    /// from this source, its sender first proves with a cookie that he is there.
+    fn admit(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        datagram: &[u8],
+        tx: &mut TxBatch,
+    ) -> Result<(), DropReason> {
+        if self.limits.allow_unproven(from.ip(), now) {
+            return Ok(());
+        }
+        let mut cookie = [0; 64];
+        match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+            Ok(_) if self.limits.allow_proven(from.ip(), now) => Ok(()),
+            Ok(_) => Err(DropReason::HandshakeRate),
+            Err(TunnResult::WriteToNetwork(reply)) => {
+                if let Some(room) = tx.reserve(reply.len()) {
+                    room.copy_from_slice(reply);
+                    tx.commit(from, Via::WireGuard, reply.len());
+                }
+                Err(DropReason::CookieDemanded)
+            }
+            Err(TunnResult::Err(error)) => Err(reason(&error)),
+            Err(TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..)) => {
+                Err(DropReason::NotTunnel)
+            }
+        }
+    }
+
     fn answer_initiation(
         &mut self,
         now: Instant,
@@ -509,6 +543,10 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
+        let print = fingerprint(datagram);
+        if self.spent.contains(&print) {
+            return Opened::Drop(DropReason::Replay);
+        }
         let known = self.slots.get(&(peer.id, lane)).copied();
         let active = match known {
             Some(slot) => slot.active,
@@ -520,18 +558,30 @@ impl WireGuard {
                 Err(reason) => return Opened::Drop(reason),
             },
         };
-        match self.respond(active, from, datagram, tx) {
-            Err(WireGuardError::WrongTai64nTimestamp) => {}
-            Err(error) => return Opened::Drop(reason(&error)),
-            Ok(()) => return Opened::Control,
+        let in_the_way = |s: &Session| s.established && !s.ring.has_room();
+        if !self.sessions.get(active).and_then(Option::as_ref).is_some_and(|s| in_the_way(s)) {
+            match self.respond(active, from, datagram, tx) {
+                Err(WireGuardError::WrongTai64nTimestamp) => {}
+                Err(error) => {
+                    // Whoever knows two public keys can write what makes a session here: not for long.
+                    if known.is_none() {
+                        self.remove(active);
+                    }
+                    return Opened::Drop(reason(&error));
+                }
+                Ok(()) => return Opened::Control,
+            }
         }
         // The candidate may have answered an earlier one of the same peer: let it judge first.
         if let Some(candidate) = known.and_then(|slot| slot.candidate) {
             if self.respond(candidate, from, datagram, tx).is_ok() {
+                self.spend(print);
                 return Opened::Control;
             }
             let age = self.sessions.get(candidate).and_then(Option::as_ref).map(|s| now - s.created);
             if age.is_some_and(|age| age < CANDIDATE_AGE) {
+                // An honest peer tries again with another one.
+                self.spend(print);
                 return Opened::Drop(DropReason::Replay);
             }
             self.remove(candidate);
@@ -544,12 +594,22 @@ impl WireGuard {
             slot.candidate = Some(candidate);
         }
         match self.respond(candidate, from, datagram, tx) {
-            Ok(()) => Opened::Control,
+            Ok(()) => {
+                self.spend(print);
+                Opened::Control
+            }
             Err(error) => {
                 self.remove(candidate);
                 Opened::Drop(reason(&error))
             }
         }
+    }
+
+    fn spend(&mut self, print: [u8; 8]) {
+        if self.spent.len() >= SPENT {
+            self.spent.pop_front();
+        }
+        self.spent.push_back(print);
     }
 
     /// Lets a session answer an initiation; the answer goes to where the initiation came from, but the
@@ -567,12 +627,10 @@ impl WireGuard {
         match session.tunn.decapsulate(None, datagram, room) {
             TunnResult::WriteToNetwork(message) => {
                 let len = message.len();
+                session.ring.sent(message);
                 tx.commit(from, Via::WireGuard, len);
                 self.stats.initiations_answered += 1;
-                // A peer without a reachable announcement may be answered where it called from.
-                if session.candidates.len() < MAX_CANDIDATES && !session.candidates.contains(&from) {
-                    session.candidates.push(from);
-                }
+                session.endpoints.called(from);
                 Ok(())
             }
             TunnResult::Err(error) => Err(error),
@@ -594,7 +652,6 @@ impl WireGuard {
         if self.next_tick.is_none_or(|tick| now < tick) {
             return;
         }
-        self.gate.reset_count();
         for index in 0..self.sessions.len() {
             self.tick_session(now, index, tx);
         }
@@ -608,10 +665,11 @@ impl WireGuard {
             TunnResult::WriteToNetwork(message) => {
                 let (len, initiation) = (message.len(), message[0] == 1);
                 if initiation {
-                    session.attempts += 1;
+                    session.ring.sent(message);
+                    session.endpoints.attempted();
                     self.stats.initiations_sent += 1;
                 }
-                if let Some(to) = session.target() {
+                if let Some(to) = session.endpoints.target() {
                     tx.commit(to, Via::WireGuard, len);
                 }
             }
@@ -623,6 +681,7 @@ impl WireGuard {
             if let Some(old) = session.queue.pop_front() {
                 self.queue_bytes -= old.packet.len();
                 self.stats.queue_dropped += 1;
+                self.waited.dropped += 1;
             }
         }
     }
@@ -639,7 +698,7 @@ impl WireGuard {
             let kept = peer
                 .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
-                Some(peer) => session.follow(lane_endpoints(peer, session.lane)),
+                Some(peer) => session.endpoints.follow(lane_endpoints(peer, session.lane)),
                 None => self.remove(index),
             }
         }
@@ -651,6 +710,7 @@ impl WireGuard {
         self.free.push(index);
         self.queue_bytes -= session.queue.iter().map(|q| q.packet.len()).sum::<usize>();
         self.stats.queue_dropped += session.queue.len() as u64;
+        self.waited.dropped += session.queue.len();
         let key = (session.peer, session.lane);
         let Some(slot) = self.slots.get_mut(&key) else { return };
         if slot.candidate == Some(index) {
@@ -674,7 +734,7 @@ impl WireGuard {
                 peer: s.peer,
                 lane: s.lane,
                 key: s.key,
-                endpoint: s.target(),
+                endpoint: s.endpoints.target(),
                 established: s.established,
                 handshake_age: s.tunn.time_since_last_handshake(),
                 received: s.received,
@@ -682,36 +742,6 @@ impl WireGuard {
                 idle: s.last_data.map(|at| now.saturating_duration_since(at)),
             })
             .collect()
-    }
-}
-
-/// Most endpoints kept for one session.
-const MAX_CANDIDATES: usize = 16;
-
-impl Session {
-    /// Where to send: what last proved to work; after two unanswered initiations the candidates in turn.
-    fn target(&self) -> Option<SocketAddr> {
-        if let Some(confirmed) = self.confirmed
-            && (self.attempts <= LOYAL_ATTEMPTS || self.candidates.is_empty())
-        {
-            return Some(confirmed);
-        }
-        let turn = self.attempts.saturating_sub(1) as usize;
-        self.candidates.get(turn % self.candidates.len().max(1)).copied()
-    }
-
-    /// Takes newly announced endpoints; one that worked but is no longer announced loses its preference.
-    fn follow(&mut self, announced: Vec<SocketAddr>) {
-        if self.candidates == announced {
-            return;
-        }
-        if let Some(confirmed) = self.confirmed
-            && self.candidates.contains(&confirmed)
-            && !announced.contains(&confirmed)
-        {
-            self.confirmed = None;
-        }
-        self.candidates = announced;
     }
 }
 
@@ -724,8 +754,18 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
             Some(port) if lane.0 > 0 => SocketAddr::new(e.ip(), port),
             Some(_) | None => *e,
         })
-        .take(MAX_CANDIDATES)
+        .take(MAX_ANNOUNCED)
         .collect()
+}
+
+/// Tells initiations apart: part of the ephemeral key, which nobody can choose but its sender.
+fn fingerprint(initiation: &[u8]) -> [u8; 8] {
+    initiation.get(8..16).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default()
+}
+
+/// The counter of a data message.
+fn counter(datagram: &[u8]) -> u64 {
+    datagram.get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes)
 }
 
 /// boringtun's errors in our words.

@@ -14,6 +14,13 @@ enum Begins {
     Other,
 }
 
+/// How the kernel's VXLAN sends checksums of the inner packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sums {
+    Computed,
+    Owed,
+}
+
 #[test]
 fn wireguard_go() {
     wireguard(Program::WireguardGo, Begins::Warren, Underlay::V4);
@@ -40,20 +47,25 @@ fn wireguard_go_over_ipv6() {
 
 #[test]
 fn kernel_vxlan_with_written_neighbours() {
-    vxlan(true, Begins::Warren, Underlay::V4);
-    vxlan(true, Begins::Other, Underlay::V4);
+    vxlan(true, Begins::Warren, Underlay::V4, Sums::Computed);
+    vxlan(true, Begins::Other, Underlay::V4, Sums::Computed);
 }
 
 #[test]
 fn kernel_vxlan_with_learnt_neighbours() {
-    vxlan(false, Begins::Warren, Underlay::V4);
-    vxlan(false, Begins::Other, Underlay::V4);
+    vxlan(false, Begins::Warren, Underlay::V4, Sums::Computed);
+    vxlan(false, Begins::Other, Underlay::V4, Sums::Computed);
 }
 
 #[test]
 fn kernel_vxlan_over_ipv6() {
-    vxlan(true, Begins::Warren, Underlay::V6);
-    vxlan(false, Begins::Other, Underlay::V6);
+    vxlan(true, Begins::Warren, Underlay::V6, Sums::Computed);
+    vxlan(false, Begins::Other, Underlay::V6, Sums::Computed);
+}
+
+#[test]
+fn kernel_vxlan_that_owes_its_sums() {
+    vxlan(true, Begins::Warren, Underlay::V4, Sums::Owed);
 }
 
 fn wireguard(program: Program, begins: Begins, underlay: Underlay) {
@@ -88,12 +100,16 @@ fn lane_zero(lab: &Lab) -> (String, u16) {
     (key.to_owned(), port.parse().expect("the port is a number"))
 }
 
-fn vxlan(written: bool, begins: Begins, underlay: Underlay) {
+fn vxlan(written: bool, begins: Begins, underlay: Underlay, sums: Sums) {
     eprintln!("neighbours written: {written}, {begins:?} begins, underlay {underlay:?}");
     let mut lab = Lab::new(2, underlay, 1500);
     lab.nodes[0].add_pod(1500);
     let [warren, other] = [&lab.nodes[0], &lab.nodes[1]];
     let kernel = KernelVxlan::new(&lab, other, 1, 8472);
+    match sums {
+        Sums::Computed => kernel.sum_by_itself(),
+        Sums::Owed => kernel.owe_sums(),
+    }
     lab.write_node(warren, &[]);
     if written {
         lab.write_node(

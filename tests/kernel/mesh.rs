@@ -120,3 +120,18 @@ fn a_node_reaches_pods_of_another_and_the_node_itself() {
         }
     }
 }
+
+/// Bridged packets pass by the node's IP tables or not, as its `br_netfilter` settings say: both work.
+#[test]
+fn with_and_without_br_netfilter() {
+    for call in ["0", "1"] {
+        let lab = Lab::two().with_pods();
+        for node in &lab.nodes {
+            for family in ["iptables", "ip6tables"] {
+                // Without the module there is no such setting, and packets do not pass.
+                node.ns.attempt(&format!("sysctl -qw net.bridge.bridge-nf-call-{family}={call}"));
+            }
+        }
+        Mesh::start(lab, &["--encap", "wireguard"]).exchange(0, 1);
+    }
+}

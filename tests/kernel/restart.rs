@@ -20,6 +20,7 @@ fn a_killed_agent_comes_back_and_connections_live_on() {
             let echo = Echo::start(mesh.pod(1));
             let flows = [0, 1].map(|family| Flow::start(mesh.pod(0), mesh.pod(1), family, echo.port, RATE));
             flows.iter().for_each(|flow| flow.assert_alive(RESUMES));
+            mesh.agents[killed].wait_saved(&mesh.lab, &mesh.lab.nodes[1 - killed]);
             mesh.agents[killed].kill();
             let Mesh { agents, lab } = &mut mesh;
             agents[killed].restart(lab, &lab.nodes[killed]);
@@ -53,6 +54,7 @@ fn an_agent_that_is_stopped_leaves_the_network_and_goes_on_where_it_was() {
 #[test]
 fn an_agent_restarts_without_its_source() {
     let mut mesh = Mesh::start(Lab::two(), &["--encap", "wireguard"]);
+    mesh.agents[0].wait_saved(&mesh.lab, &mesh.lab.nodes[1]);
     mesh.agents[0].kill();
     let (cluster, aside) = (mesh.lab.cluster(), mesh.lab.path().join("aside"));
     std::fs::rename(&cluster, &aside).expect("take the folder away");
@@ -68,6 +70,7 @@ fn an_agent_restarts_without_its_source() {
 #[test]
 fn a_node_that_only_receives_is_told_of_the_restart() {
     let mut mesh = Mesh::start(Lab::two(), &["--encap", "wireguard"]);
+    mesh.agents[1].wait_saved(&mesh.lab, &mesh.lab.nodes[0]);
     mesh.agents[1].kill();
     let Mesh { agents, lab } = &mut mesh;
     agents[1].restart(lab, &lab.nodes[1]);

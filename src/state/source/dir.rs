@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -25,6 +25,8 @@ const QUIET: Duration = Duration::from_millis(40);
 const BURST: usize = 256;
 /// How often everything is looked at whether or not inotify spoke.
 const RESCAN: Duration = Duration::from_secs(5);
+/// How often everything is looked at where inotify cannot be had.
+const POLL: Duration = Duration::from_secs(1);
 /// How often a missing folder is looked for.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -32,12 +34,18 @@ const RETRY: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct DirSource {
     path: PathBuf,
+    poll: bool,
 }
 
 impl DirSource {
     /// A source for this folder, which need not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> DirSource {
-        DirSource { path: path.into() }
+        DirSource { path: path.into(), poll: false }
+    }
+
+    /// The same without inotify: it looks every second.
+    pub fn polling(path: impl Into<PathBuf>) -> DirSource {
+        DirSource { path: path.into(), poll: true }
     }
 
     /// Watches until nobody listens any more.
@@ -45,7 +53,7 @@ impl DirSource {
         let origin = format!("folder {}", self.path.display());
         let mut folder = Some(Folder::new(self.path));
         loop {
-            let outcome = watch(&mut folder, &events, &origin).await;
+            let outcome = watch(&mut folder, &events, &origin, self.poll).await;
             let reason = match outcome {
                 Ok(Watch::Closed) => return,
                 Ok(Watch::Gone) => "is gone; what it last held stays in force until it is back".to_owned(),
@@ -54,9 +62,8 @@ impl DirSource {
                 }
                 Err(error) => format!("cannot be watched: {error}; trying again"),
             };
-            let problem =
-                Problem { kind: ProblemKind::File, subject: origin.clone(), field: String::new(), reason };
-            let news = SourceEvent::Problems { origin: origin.clone(), problems: vec![problem] };
+            let problems = vec![problem(&origin, reason)];
+            let news = SourceEvent::Problems { origin: origin.clone(), problems };
             if events.send(news).await.is_err() {
                 return;
             }
@@ -80,30 +87,37 @@ async fn watch(
     folder: &mut Option<Folder>,
     events: &mpsc::Sender<SourceEvent>,
     origin: &str,
+    poll: bool,
 ) -> io::Result<Watch> {
     let path = folder.as_ref().map(|folder| folder.path().to_owned()).unwrap_or_default();
-    let mask = WatchMask::CLOSE_WRITE
-        | WatchMask::MOVED_TO
-        | WatchMask::MOVED_FROM
-        | WatchMask::DELETE
-        | WatchMask::CREATE
-        | WatchMask::DELETE_SELF
-        | WatchMask::MOVE_SELF
-        | WatchMask::ONLYDIR;
-    let inotify = Inotify::init()?;
-    inotify.watches().add(&path, mask)?;
-    let mut stream = inotify.into_event_stream(vec![0_u8; 64 << 10])?;
+    let (mut stream, complaint) = match open(&path) {
+        _ if poll => (None, None),
+        Ok(stream) => (Some(stream), None),
+        // Out of inotify instances or watches (EMFILE, ENOSPC): the folder itself may be well.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOSPC)) => {
+            let reason = format!(
+                "inotify is used up ({error}), so it is looked at every second; raise \
+                 fs.inotify.max_user_instances and max_user_watches"
+            );
+            (None, Some(problem(origin, reason)))
+        }
+        Err(error) => return Err(error),
+    };
 
     // Only now, with the watch in place, is the first look complete: nothing falls in between.
     let first = work(folder, |folder| folder.scan(true)).await?;
-    let well = SourceEvent::Problems { origin: origin.to_owned(), problems: Vec::new() };
+    let well = SourceEvent::Problems { origin: origin.to_owned(), problems: complaint.into_iter().collect() };
     if !send(events, first?.into_iter().chain([well])).await {
         return Ok(Watch::Closed);
     }
     loop {
-        let news = match timeout(RESCAN, burst(&mut stream)).await {
-            Ok(news) => news?,
-            Err(_) => News { rescan: Some(false), ..News::default() },
+        let look = News { rescan: Some(false), ..News::default() };
+        let news = match &mut stream {
+            Some(stream) => timeout(RESCAN, burst(stream)).await.unwrap_or(Ok(look))?,
+            None => {
+                sleep(POLL).await;
+                look
+            }
         };
         if news.gone {
             return Ok(Watch::Gone);
@@ -122,6 +136,24 @@ async fn watch(
             return Ok(Watch::Closed);
         }
     }
+}
+
+fn open(path: &Path) -> io::Result<EventStream<Vec<u8>>> {
+    let mask = WatchMask::CLOSE_WRITE
+        | WatchMask::MOVED_TO
+        | WatchMask::MOVED_FROM
+        | WatchMask::DELETE
+        | WatchMask::CREATE
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR;
+    let inotify = Inotify::init()?;
+    inotify.watches().add(path, mask)?;
+    inotify.into_event_stream(vec![0_u8; 64 << 10])
+}
+
+fn problem(origin: &str, reason: String) -> Problem {
+    Problem { kind: ProblemKind::File, subject: origin.to_owned(), field: String::new(), reason }
 }
 
 /// What a burst of inotify events comes to.
@@ -250,6 +282,22 @@ mod tests {
         until(&mut events, |e| complains(e, "cannot be read")).await;
         fs::remove_file(path("d.yaml")).unwrap();
         until(&mut events, |e| deletes(e, "Node/c")).await;
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn without_inotify_it_is_looked_at_now_and_then() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("objects");
+        let (sender, mut events) = mpsc::channel(64);
+        let task = tokio::spawn(DirSource::polling(&path).run(sender));
+        until(&mut events, |e| complains(e, "does not exist")).await;
+        fs::create_dir(&path).unwrap();
+        until(&mut events, |e| matches!(e, SourceEvent::Reset { kind: Kind::Node, .. })).await;
+        fs::write(path.join("a.yaml"), node("a")).unwrap();
+        until(&mut events, |e| applies(e, "Node/a")).await;
+        fs::remove_file(path.join("a.yaml")).unwrap();
+        until(&mut events, |e| deletes(e, "Node/a")).await;
         task.abort();
     }
 

@@ -144,6 +144,7 @@ impl World {
             private: ours.to_bytes(),
             seed: (1, 2),
             vxlan_sources: 4,
+            neighbours: Arc::default(),
             flows: Arc::new(FlowTable::in_memory(1 << 10, Seed(3, 4)).expect("a table")),
             epoch: (now, 1_000),
         });

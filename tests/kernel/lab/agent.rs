@@ -92,6 +92,17 @@ impl Agent {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
+    /// Waits until what the agent knows of another node, and that it is in touch with it, is on disk: from
+    /// then on a restart must be seamless. (It saves every few seconds, and a kill may come between.)
+    pub fn wait_saved(&self, lab: &Lab, other: &Node) {
+        let read = |file| fs::read_to_string(self.folder.join("state").join(file)).unwrap_or_default();
+        wait_for(&format!("the agent of {} has saved {}", self.name, other.name), READY, || {
+            let lanes = lab.published(other, "warren.dev/lanes")?;
+            let saved = read("checkpoint.json").contains(&lanes);
+            (saved && read("recent-peers.json").contains(&other.name)).then_some(())
+        });
+    }
+
     /// What it wrote when it became ready.
     pub fn ready(&self) -> String {
         fs::read_to_string(self.folder.join("run/ready")).unwrap_or_default()

@@ -275,6 +275,7 @@ fn require() {
         ("wg", "wireguard-tools"),
         ("unshare", "util-linux"),
         ("sysctl", "procps"),
+        ("ethtool", "ethtool"),
     ] {
         let found = std::env::var_os("PATH")
             .is_some_and(|paths| std::env::split_paths(&paths).any(|folder| folder.join(program).is_file()));

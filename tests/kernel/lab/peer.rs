@@ -208,6 +208,19 @@ impl<'a> KernelVxlan<'a> {
         KernelVxlan { node }
     }
 
+    /// Makes it sum its packets itself, as a network card would for it. On a cable between machines that is how
+    /// they arrive; a veth pair hands on the kernel's promise to do so instead, and a program that reads the
+    /// packet from a UDP socket sees the promise only.
+    pub fn sum_by_itself(&self) {
+        self.node.ns.run("ethtool -K vx0 tx off");
+    }
+
+    /// Lets it leave the sums to a card that is not there, packet by packet: what another container or virtual
+    /// machine of the same host sends.
+    pub fn owe_sums(&self) {
+        self.node.ns.run("ethtool -K vx0 tx on tso off gso off");
+    }
+
     /// Connects it with the other end.
     pub fn connect(&self, lab: &Lab, other: &Node, how: Neighbours<'_>) {
         let n = other.number;

@@ -143,18 +143,18 @@ pub struct Meter<'a> {
 impl<'a> Meter<'a> {
     /// Counts from now on.
     pub fn new(ns: &'a Netns, ports: &[u16]) -> Meter<'a> {
-        ns.run("nft add table inet meter");
+        ns.run("nft add table inet probe");
         // Before every other hook, so that nobody's drop hides a packet.
-        ns.run("nft add chain inet meter in { type filter hook prerouting priority -350 ; }");
+        ns.run("nft add chain inet probe in { type filter hook prerouting priority -350 ; }");
         for port in ports {
-            ns.run(&format!("nft add rule inet meter in udp dport {port} counter"));
+            ns.run(&format!("nft add rule inet probe in udp dport {port} counter"));
         }
         Meter { ns }
     }
 
     /// How many there were for a port.
     pub fn packets(&self, port: u16) -> u64 {
-        let text = self.ns.run("nft list table inet meter");
+        let text = self.ns.run("nft list table inet probe");
         let line = text.lines().find(|line| line.contains(&format!("udp dport {port} ")));
         let count = line.and_then(|line| line.split("packets ").nth(1)?.split(' ').next()?.parse().ok());
         count.unwrap_or_else(|| panic!("no counter for port {port} in: {text}"))
@@ -163,6 +163,6 @@ impl<'a> Meter<'a> {
 
 impl Drop for Meter<'_> {
     fn drop(&mut self) {
-        self.ns.attempt("nft delete table inet meter");
+        self.ns.attempt("nft delete table inet probe");
     }
 }
