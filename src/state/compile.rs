@@ -114,7 +114,7 @@ pub struct HostPlan {
     pub cluster_ranges_guessed: bool,
     /// The Service ranges.
     pub service_ranges: Vec<IpNet>,
-    /// MTU for pods and the tunnel device: the smallest of all peers.
+    /// MTU for pods and the tunnel device: what fits whichever way this node may wrap it.
     pub pod_mtu: u16,
     /// Whether cluster traffic may only leave this node encapsulated (any policy but plain VXLAN).
     pub encrypted: bool,

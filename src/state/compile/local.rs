@@ -148,10 +148,6 @@ impl<'a> Local<'a> {
         } else {
             IpNet::aggregate(&cluster.pods)
         };
-        let pod_mtu = peers().map(|peer| peer.mtu).min();
-        // With nobody to ask: the dearest encapsulation, so that a pod made now fits what may come.
-        let alone =
-            || clamp(settings.underlay_mtu.saturating_sub(Encap::WireGuard.overhead(true)), self.ipv6);
         HostPlan {
             node: settings.node.clone(),
             pod_ranges: self.grant.ranges.clone(),
@@ -161,9 +157,22 @@ impl<'a> Local<'a> {
             cluster_ranges,
             cluster_ranges_guessed: guessed,
             service_ranges: IpNet::aggregate(&cluster.services),
-            pod_mtu: pod_mtu.unwrap_or_else(alone),
+            pod_mtu: self.pod_mtu(settings),
             encrypted: settings.encap != EncapPolicy::Vxlan,
         }
+    }
+
+    /// What a pod may send to anybody: the dearest header that this node's policy and addresses allow.
+    /// No other node has a say, so that none can make our pods' MTU move by coming, going or lying.
+    fn pod_mtu(&self, settings: &Settings) -> u16 {
+        let overhead = match settings.encap {
+            EncapPolicy::WireGuard | EncapPolicy::Auto => Encap::WireGuard.overhead(true),
+            EncapPolicy::Vxlan => {
+                let own = &self.grant.addresses;
+                Encap::Vxlan.overhead(own.is_empty() || own.iter().any(IpAddr::is_ipv6))
+            }
+        };
+        clamp(settings.underlay_mtu.saturating_sub(overhead), self.ipv6)
     }
 }
 
