@@ -66,6 +66,27 @@ pub enum L4 {
     None,
 }
 
+/// The two halves of a ping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Echo {
+    /// The asker's identifier stands on the source's side.
+    Request,
+    /// It stands on the destination's side.
+    Reply,
+}
+
+impl Echo {
+    /// What an ICMP type means (RFC 792, RFC 4443 section 4); each family's numbers mean other things in
+    /// the other.
+    pub const fn of(protocol: u8, kind: u8) -> Option<Echo> {
+        match (protocol, kind) {
+            (protocol::ICMP, 8) | (protocol::ICMPV6, 128) => Some(Echo::Request),
+            (protocol::ICMP, 0) | (protocol::ICMPV6, 129) => Some(Echo::Reply),
+            _ => None,
+        }
+    }
+}
+
 /// What [`parse`] found; offsets are checked against the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Headers {
@@ -448,8 +469,7 @@ fn parse_l4<const Q: bool>(
         protocol::SCTP => Ok(L4::Sctp { source, destination }),
         _ => {
             let (kind, code) = (head[0], head[1]);
-            let echo = if icmp == protocol::ICMP { matches!(kind, 0 | 8) } else { matches!(kind, 128 | 129) };
-            let id = if echo { u16::from_be_bytes([head[4], head[5]]) } else { 0 };
+            let id = if Echo::of(icmp, kind).is_some() { u16::from_be_bytes([head[4], head[5]]) } else { 0 };
             Ok(L4::Icmp { kind, code, id })
         }
     }

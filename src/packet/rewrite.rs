@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::checksum::{self, Delta, transport_field, update};
 use super::icmp::Quoted;
-use super::parse::protocol;
+use super::parse::{Echo, protocol};
 use super::{DropReason, Fragment, Headers, L4};
 
 /// New addresses and ports; what is `None` stays.
@@ -126,8 +126,6 @@ const TCP_CHECKSUM: usize = 16;
 const ICMP_CHECKSUM: usize = 2;
 const ICMP_ID: usize = 4;
 const SCTP_CRC: usize = 8;
-const ECHO_REQUESTS: [u8; 2] = [8, 128];
-const ECHO_REPLIES: [u8; 2] = [0, 129];
 
 /// Does the work of [`rewrite`]; returns the difference of all bytes that changed, for a checksum
 /// that covers the whole packet.
@@ -170,13 +168,14 @@ fn new_ports(headers: &Headers, change: &Rewrite) -> Option<(u16, u16)> {
         L4::Tcp { source, destination, .. }
         | L4::Udp { source, destination }
         | L4::Sctp { source, destination } => (source, destination),
-        L4::Icmp { kind, id, .. } if ECHO_REQUESTS.contains(&kind) => {
-            return source.filter(|new| *new != id).map(|new| (new, new));
+        L4::Icmp { kind, id, .. } => {
+            let new = match Echo::of(headers.protocol, kind)? {
+                Echo::Request => source,
+                Echo::Reply => destination,
+            };
+            return new.filter(|new| *new != id).map(|new| (new, new));
         }
-        L4::Icmp { kind, id, .. } if ECHO_REPLIES.contains(&kind) => {
-            return destination.filter(|new| *new != id).map(|new| (new, new));
-        }
-        L4::Icmp { .. } | L4::Other | L4::None => return None,
+        L4::Other | L4::None => return None,
     };
     let new = (source.unwrap_or(old.0), destination.unwrap_or(old.1));
     (new != old).then_some(new)
@@ -299,6 +298,7 @@ mod tests {
         Kind, Piece, Sample, icmp_error, samples, samples_and_addresses, tcp_kinds,
     };
     use crate::packet::{icmp, parse};
+    use etherparse::{Icmpv6Type, PacketBuilder};
 
     /// What a rewrite makes of a sample; bytes are then built anew.
     fn changed(sample: &Sample, change: &Rewrite) -> Sample {
@@ -338,6 +338,21 @@ mod tests {
         let sum = checksum::pseudo_header(source, destination, headers.protocol, headers.l4_len() as u32);
         packet[at..at + 2].copy_from_slice(&checksum::fold(sum).to_be_bytes());
         packet
+    }
+
+    /// Type 0 is IPv4's echo reply and nothing in ICMPv6: no identifier to change there.
+    #[test]
+    fn an_echo_is_one_in_its_own_family_only() {
+        let (from, to): (IpAddr, IpAddr) = ("fd00::1".parse().unwrap(), "fd00::2".parse().unwrap());
+        let mut whole = Vec::new();
+        let (IpAddr::V6(source), IpAddr::V6(destination)) = (from, to) else { unreachable!() };
+        let unknown = Icmpv6Type::Unknown { type_u8: 0, code_u8: 0, bytes5to8: [5, 6, 0, 1] };
+        let builder = PacketBuilder::ipv6(source.octets(), destination.octets(), 64).icmpv6(unknown);
+        builder.write(&mut whole, b"").unwrap();
+        let (mut packet, mut headers) = (whole.clone(), parse(&whole).unwrap());
+        let change = Rewrite { source: Some((from, Some(9))), destination: Some((to, Some(9))) };
+        rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete).unwrap();
+        assert_eq!((packet, Ok(headers)), (whole.clone(), parse(&whole)));
     }
 
     proptest! {

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use siphasher::sip::SipHasher13;
 
+use crate::packet::parse::Echo;
 use crate::packet::{Headers, L4};
 
 /// Addresses, ports and protocol of one direction of a flow.
@@ -31,12 +32,11 @@ impl FlowKey {
             L4::Tcp { source, destination, .. }
             | L4::Udp { source, destination }
             | L4::Sctp { source, destination } => (source, destination),
-            L4::Icmp { kind, code: _, id } => match (headers.protocol, kind) {
-                // Echo request and reply, RFC 792 and RFC 4443. The identifier stands on the side of the
-                // asker, so that both hosts may ping each other with the same one.
-                (1, 8) | (58, 128) => (id, 0),
-                (1, 0) | (58, 129) => (0, id),
-                _ => return None,
+            // The identifier stands on the side of the asker, so that both hosts may ping each other with
+            // the same one.
+            L4::Icmp { kind, id, .. } => match Echo::of(headers.protocol, kind)? {
+                Echo::Request => (id, 0),
+                Echo::Reply => (0, id),
             },
             L4::Other => (0, 0),
             L4::None => return None,
