@@ -38,9 +38,10 @@ fn run_agent(args: AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// boringtun logs every expired session as an error; what matters of that, Warren counts and says itself.
+/// boringtun logs every expired session as an error, and the netlink crates that nobody listens when the agent
+/// ends; what matters of that, Warren counts and says itself.
 fn start_log(filter: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let filter = EnvFilter::try_new(format!("boringtun=off,{filter}"))
+    let filter = EnvFilter::try_new(format!("boringtun=off,netlink_proto=error,{filter}"))
         .map_err(|e| format!("--log {filter}: {e}; for example info, or warn,warren::state=debug"))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     Ok(())
