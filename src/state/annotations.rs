@@ -44,17 +44,8 @@ const VXLAN_MAC: &str = "warren.dev/vxlan-mac";
 const KEEPALIVE: &str = "warren.dev/keepalive";
 const PUBLIC_KEY: &str = "warren.dev/public-key";
 const ENDPOINT: &str = "warren.dev/endpoint";
-const KNOWN: [&str; 9] = [
-    PROTOCOL_NAME,
-    LANES,
-    ENDPOINTS,
-    LOCATION,
-    ENCAPS,
-    VXLAN_MAC,
-    KEEPALIVE,
-    PUBLIC_KEY,
-    ENDPOINT,
-];
+const KNOWN: [&str; 9] =
+    [PROTOCOL_NAME, LANES, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, PUBLIC_KEY, ENDPOINT];
 
 /// The encapsulations that a node sends and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::blocking::blocking;
 use super::checkpoint::{Checkpoint, CheckpointFiles};
 use super::compile::{Compiled, Compiler, HostPlan, Settings};
 use super::desired::{Desired, Outcome};
@@ -254,8 +255,7 @@ impl StateLine {
     async fn save(&mut self, files: Option<&CheckpointFiles>, clock: Clock) -> bool {
         let Some(files) = files.cloned() else { return true };
         let checkpoint = self.checkpoint((clock.wall)());
-        let saved = tokio::task::spawn_blocking(move || files.save(&checkpoint)).await;
-        let problem = match saved.unwrap_or_else(|error| fail(error)) {
+        let problem = match blocking(move || files.save(&checkpoint)).await {
             Ok(()) => None,
             Err(error) => Some(setting("state folder", format!("the state cannot be saved: {error}"))),
         };
@@ -271,14 +271,11 @@ impl StateLine {
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();
         let now = (clock.now)();
-        let done = tokio::task::spawn_blocking(move || {
+        let (publisher, result) = blocking(move || {
             let result = publisher.reconcile(&announcement, now);
             (publisher, result)
-        });
-        let (publisher, result) = match done.await {
-            Ok(done) => done,
-            Err(error) => fail(error),
-        };
+        })
+        .await;
         let problem = match result {
             Ok(Published::Unchanged | Published::Written) => None,
             Ok(Published::Healed) => {
@@ -294,14 +291,6 @@ impl StateLine {
         self.note("publish", problem.into_iter().collect());
         self.tell();
         Some(publisher)
-    }
-}
-
-/// A blocking task panicked (or the runtime is going down): this task ends the same way, not silently.
-fn fail(error: tokio::task::JoinError) -> ! {
-    match error.try_into_panic() {
-        Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => panic!("a task of the state line was cancelled: {error}"),
     }
 }
 
