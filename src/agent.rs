@@ -9,37 +9,43 @@
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
+mod ends;
+mod error;
+mod presence;
+mod recent;
+mod serve;
+
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{self, UnixListener};
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info, warn};
 
+pub use error::AgentError;
+
 use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
-use crate::io::fleet::{Fleet, FleetConfig, FleetError};
+use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
 use crate::io::lane::LaneOffloads;
-use crate::io::{clock, flows, underlay};
-use crate::snapshot::{LaneId, PeerId, Snapshot};
-use crate::state::checkpoint::{CheckpointFiles, RecentPeer};
+use crate::io::{clock, flows};
+use crate::snapshot::LaneId;
+use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
 use crate::state::durable::Loaded;
-use crate::state::keys::{self, KeyError};
+use crate::state::keys;
 use crate::state::publish::Publisher;
 use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::state::source::dir::DirSource;
-use crate::status::socket::{OwnedSocket, SocketError};
-use crate::status::{Handle, LaneHandle, NodeInfo, pb, server, uapi};
+use crate::status::{Handle, server};
+use ends::Ends;
+use presence::{ReadyFile, make_dir};
 
 /// The loop's own addresses: routed into the TUN, assigned to nothing, never seen outside the node.
 const LOOP_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 87, 87);
@@ -50,96 +56,10 @@ const FIRST_LIST: Duration = Duration::from_secs(5);
 const NODE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often the underlay's addresses and MTU are looked at, and active peers noted.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
-/// A peer that sent or received within this time is called after a restart: WireGuard's REJECT_AFTER_TIME.
-const RECENT: Duration = Duration::from_secs(180);
+/// How long the device may be missing before the lanes have had their chance to make it again.
+const TUN_PATIENCE: Duration = Duration::from_secs(8);
 /// Events of the source that may wait.
 const EVENTS: usize = 4096;
-
-/// Why the agent ended, and what to do.
-#[derive(Debug, Error)]
-pub enum AgentError {
-    /// A directory.
-    #[error("cannot use the directory {path}: {source}; make it, or choose another with {flag}")]
-    Directory {
-        /// Which.
-        path: PathBuf,
-        /// The flag that names it.
-        flag: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// The status socket, which is also what makes sure that there is only one of us.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    /// Two agents would share one device's queues.
-    #[error(
-        "another agent is running in this network: it has the interface {0}; stop it first (to run two on one machine, \
-         give each its own --run-dir, --state-dir, --tun-name and --port)"
-    )]
-    DeviceInUse(String),
-    /// Not in the source.
-    #[error(
-        "there is no Node named `{node}` in {source_name}{}: write one (kind: Node, with spec.podCIDRs and \
-         status.addresses), or say with --node which one this machine is",
-        others(known)
-    )]
-    NoSuchNode {
-        /// Our name.
-        node: String,
-        /// Where we looked.
-        source_name: String,
-        /// Who is there.
-        known: Vec<String>,
-    },
-    /// No pods can live here.
-    #[error(
-        "Node `{node}` has no usable pod range: set spec.podCIDRs (for example [\"10.244.1.0/24\"]), different on \
-         every node{}",
-        reasons(problems)
-    )]
-    NoPodRange {
-        /// Our name.
-        node: String,
-        /// What was wrong with the ranges it has.
-        problems: Vec<String>,
-    },
-    /// Keys.
-    #[error(transparent)]
-    Keys(#[from] KeyError),
-    /// Lanes.
-    #[error(transparent)]
-    Lanes(#[from] FleetError),
-    /// Routes, rules, nftables.
-    #[error(transparent)]
-    Host(#[from] HostError),
-    /// A lane failed: there is no data path any more.
-    #[error("lane {} failed: {reason}; the data path is down, so the agent ends (its supervisor starts it again)", lane.0)]
-    LaneFailed {
-        /// Which.
-        lane: LaneId,
-        /// Why.
-        reason: String,
-    },
-    /// Something of the machine.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// What went wrong.
-        source: io::Error,
-    },
-}
-
-fn others(known: &[String]) -> String {
-    match known {
-        [] => " (there is no Node at all)".to_owned(),
-        some => format!(" (there are: {})", some.join(", ")),
-    }
-}
-
-fn reasons(problems: &[String]) -> String {
-    problems.iter().map(|p| format!("; {p}")).collect()
-}
 
 /// Runs the agent until it is told to stop.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
@@ -165,8 +85,10 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         server::bind(&config.run_dir)?
     };
     let saved = host_state(config);
-    let _sole = sole_agent(&config.tun_name)?;
-    let mut removed = runtime.block_on(host::cleanup(&config.tun_name, Some(&saved)))?;
+    let mut removed = runtime.block_on(async {
+        presence::nobody_has(&Ends::open(config)?.netlink, &config.tun_name).await?;
+        Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
+    })?;
     for file in ["ready", "flows"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
             removed.push(format!("file {}", config.run_dir.join(file).display()));
@@ -175,26 +97,42 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
     Ok(removed)
 }
 
-/// Takes the device's name for us. The run directory does not tell who has the device when it is not the same one;
-/// an abstract socket belongs to the network namespace, as the device does, and goes with its process (unix(7)).
-fn sole_agent(tun: &str) -> Result<UnixListener, AgentError> {
-    let address = net::SocketAddr::from_abstract_name(format!("warren/{tun}"));
-    address.and_then(|address| UnixListener::bind_addr(&address)).map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => AgentError::DeviceInUse(tun.to_owned()),
-        _ => AgentError::Io { what: "cannot reserve the interface's name", source },
-    })
-}
-
 fn host_state(config: &AgentConfig) -> PathBuf {
     config.state_dir.join("host.saved")
 }
 
+/// What runs until the agent ends.
+struct Running {
+    config: AgentConfig,
+    plan: Arc<HostPlan>,
+    settings: Settings,
+    ends: Ends,
+    outputs: Outputs,
+    fleet: Fleet,
+    lane_ends: mpsc::UnboundedReceiver<(LaneId, String)>,
+    host_wanted: watch::Sender<HostConfig>,
+    host_news: mpsc::Receiver<HostEvent>,
+    host_watch: JoinHandle<Result<(), HostError>>,
+    settings_sender: watch::Sender<Settings>,
+    handle: Handle,
+    files: CheckpointFiles,
+    ready: ReadyFile,
+    /// Since when the device has been missing.
+    tun_gone: Option<Instant>,
+    _tasks: Tasks,
+}
+
 async fn agent(config: AgentConfig) -> Result<(), AgentError> {
+    start(config).await?.follow().await
+}
+
+async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     // 1 what there is
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
-    let _sole = sole_agent(&config.tun_name)?;
+    let mut ends = Ends::open(&config)?;
+    presence::nobody_has(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
@@ -208,6 +146,8 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
         }
         Err(source) => return Err(AgentError::Io { what: "cannot read the saved state", source }),
     };
+    let seed = crate::io::fleet::random_seed()
+        .map_err(|source| AgentError::Io { what: "the kernel gives no random numbers", source })?;
 
     // 2 the state line
     let public: Vec<_> = keys.iter().map(|key| key.public()).collect();
@@ -216,8 +156,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
         UnderlayMtu::Auto => None,
     };
     let mut settings = config.settings(&public, fixed_mtu.unwrap_or(1500));
-    let mut node = Node::open(&config).await?;
-    node.follow_underlay(&mut settings, &[]).await;
+    ends.look(&mut settings, &[]).await;
     let (line, mut outputs) = StateLine::new(settings.clone(), saved);
     let (events, source_events) = mpsc::channel(EVENTS);
     let (settings_sender, settings_reader) = watch::channel(settings.clone());
@@ -225,17 +164,16 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     let publisher = Publisher::new(&folder, &config.node);
     let time = Clock { now: clock::now, wall: clock::wall };
     let source = tokio::spawn(DirSource::new(&folder).run(events));
-    let line =
-        tokio::spawn(line.run(source_events, settings_reader, Some(files.clone()), Some(publisher), time));
-    let _tasks = Tasks(vec![source, line]);
+    let line = line.run(source_events, settings_reader, Some(files.clone()), Some(publisher), time);
+    let mut tasks = Tasks(vec![source, tokio::spawn(line)]);
     let plan = first_plan(&config, &mut outputs).await?;
 
     // 3 lanes
-    let table = flows::open(&config.run_dir.join("flows"), seed()).map_err(|source| AgentError::Io {
+    let table = flows::open(&config.run_dir.join("flows"), seed).map_err(|source| AgentError::Io {
         what: "cannot open the flow table in the run directory",
         source,
     })?;
-    let (ended, mut ends) = mpsc::unbounded_channel();
+    let (ended, lane_ends) = mpsc::unbounded_channel();
     let fleet = Fleet::start(
         FleetConfig {
             tun: config.tun_name.clone(),
@@ -250,6 +188,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
             let _ = ended.send((lane, reason));
         },
     )?;
+    presence::only_we_have(&ends.netlink, &config.tun_name, fleet.lanes.len()).await?;
 
     // 4 the host
     let mut host_network = HostNetwork::open(Some(host_state(&config)))?;
@@ -257,85 +196,149 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
-    let (host_sender, host_wanted) = watch::channel(wanted);
-    let (host_events, mut host_news) = mpsc::channel(16);
-    let _repair = Tasks(vec![tokio::spawn(async move {
-        if let Err(error) = host_network.watch(host_wanted, host_events).await {
-            error!("the node's routes and rules are no longer watched: {error}");
-        }
-    })]);
+    let (host_wanted, host_reader) = watch::channel(wanted);
+    let (host_events, host_news) = mpsc::channel(16);
+    let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
-    let handle = status_handle(&config, &outputs, &fleet);
-    let mut services = Tasks(serve_status(&config, handle.clone(), status_socket));
-    services.0.push(tokio::spawn(follow_problems(handle.clone(), outputs.report.clone())));
+    let handle = serve::handle(&config, &outputs, &fleet);
+    tasks.0.extend(serve::serve(&config, handle.clone(), status_socket));
+    tasks.0.push(tokio::spawn(serve::follow_reports(handle.clone(), outputs.report.clone())));
     handle.update(|live| {
         live.pod_mtu = plan.pod_mtu;
         live.pod_ranges.clone_from(&plan.pod_ranges);
         live.not_ready = None;
     });
-    call_recent_peers(&files, &outputs.snapshot.load(), &fleet);
+    recent::call(&files, &outputs.snapshot.load(), &fleet);
     ready.write(&config.node, plan.pod_mtu)?;
     info!(
         node = %config.node, pods = %list(&plan.pod_ranges), pod_mtu = plan.pod_mtu, lanes = fleet.lanes.len(),
         peers = outputs.snapshot.load().mesh.peers.iter().flatten().count(), encap = config.encap.name(),
         "ready: packets flow"
     );
+    Ok(Running {
+        config,
+        plan,
+        settings,
+        ends,
+        outputs,
+        fleet,
+        lane_ends,
+        host_wanted,
+        host_news,
+        host_watch,
+        settings_sender,
+        handle,
+        files,
+        ready,
+        tun_gone: None,
+        _tasks: tasks,
+    })
+}
 
+impl Running {
     // 6 until told to stop
-    let mut stop = Signals::new()?;
-    let mut look = interval(LOOK_EVERY);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut plan = plan;
-    loop {
-        tokio::select! {
-            () = stop.wait() => break,
-            Some((lane, reason)) = ends.recv() => return Err(AgentError::LaneFailed { lane, reason }),
-            changed = outputs.plan.changed() => {
-                if changed.is_err() {
-                    return Err(AgentError::Io { what: "the state line ended", source: io::Error::other("bug") });
+    async fn follow(mut self) -> Result<(), AgentError> {
+        let mut stop = Signals::new()?;
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let recent = recent::keep(self.files.clone(), self.handle.clone());
+        tokio::pin!(recent);
+        loop {
+            tokio::select! {
+                () = stop.wait() => break,
+                Some((lane, reason)) = self.lane_ends.recv() => {
+                    return Err(AgentError::LaneFailed { lane, reason });
                 }
-                let Some(next) = outputs.plan.borrow_and_update().clone() else { continue };
-                fleet.ring();
-                if next.pod_ranges.is_empty() {
-                    warn!("this node has lost its pod range in the source: keeping the old one until there is another");
-                    continue;
+                changed = self.outputs.plan.changed() => {
+                    alive(changed)?;
+                    let next = self.outputs.plan.borrow_and_update().clone();
+                    if let Some(next) = next {
+                        self.obey(next).await?;
+                    }
                 }
-                if next.pod_mtu != plan.pod_mtu {
-                    info!(from = plan.pod_mtu, to = next.pod_mtu, "the MTU for new pods has changed");
-                    ready.write(&config.node, next.pod_mtu)?;
-                    handle.update(|live| live.pod_mtu = next.pod_mtu);
+                ended = &mut self.host_watch => return Err(unwatched(ended)),
+                Some(news) = self.host_news.recv() => self.host_says(news),
+                _ = look.tick() => {
+                    self.is_the_device_back()?;
+                    self.look().await;
                 }
-                plan = next;
-                host_sender.send_replace(host_config(&config, &plan));
-                if node.follow_underlay(&mut settings, &plan.host_addresses).await {
-                    settings_sender.send_replace(settings.clone());
-                }
-            }
-            Some(news) = host_news.recv() => match news {
-                HostEvent::Repaired(report) => {
-                    report.changes.iter().for_each(|change| info!("repaired: {change}"));
-                    report.warnings.iter().for_each(|warning| warn!("{warning}"));
-                }
-                HostEvent::TunGone { name } => {
-                    debug!("the interface {name} is gone; its lanes make it again");
-                    fleet.ring();
-                }
-                HostEvent::Failed(error) => error!("{error}"),
-            },
-            _ = look.tick() => {
-                if node.follow_underlay(&mut settings, &plan.host_addresses).await {
-                    settings_sender.send_replace(settings.clone());
-                }
-                note_recent_peers(&files, &handle).await;
+                () = &mut recent => {}
             }
         }
+        info!(
+            "stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` removes them)"
+        );
+        recent::note(&self.files, &self.handle).await;
+        Ok(())
     }
-    info!(
-        "stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` removes them)"
-    );
-    note_recent_peers(&files, &handle).await;
-    Ok(())
+
+    async fn obey(&mut self, next: Arc<HostPlan>) -> Result<(), AgentError> {
+        self.fleet.ring();
+        if next.pod_ranges.is_empty() {
+            warn!(
+                "this node has lost its pod range in the source: keeping the old one until there is another"
+            );
+            return Ok(());
+        }
+        if next.pod_mtu != self.plan.pod_mtu {
+            info!(from = self.plan.pod_mtu, to = next.pod_mtu, "the MTU for new pods has changed");
+            self.ready.write(&self.config.node, next.pod_mtu)?;
+        }
+        self.handle.update(|live| {
+            live.pod_mtu = next.pod_mtu;
+            live.pod_ranges.clone_from(&next.pod_ranges);
+        });
+        self.plan = next;
+        self.host_wanted.send_replace(host_config(&self.config, &self.plan));
+        self.look().await;
+        Ok(())
+    }
+
+    async fn look(&mut self) {
+        if self.ends.look(&mut self.settings, &self.plan.host_addresses).await {
+            self.settings_sender.send_replace(self.settings.clone());
+        }
+    }
+
+    fn host_says(&mut self, news: HostEvent) {
+        match news {
+            HostEvent::Repaired(report) => {
+                self.tun_gone = None;
+                report.changes.iter().for_each(|change| info!("repaired: {change}"));
+                report.warnings.iter().for_each(|warning| warn!("{warning}"));
+            }
+            HostEvent::TunGone { name } => {
+                warn!("the interface {name} is gone; its lanes make it again");
+                self.tun_gone = Some(clock::now());
+                self.fleet.ring();
+            }
+            HostEvent::Failed(error) => error!("{error}"),
+        }
+    }
+
+    /// A device that was renamed or moved to another namespace keeps its queues, so the lanes notice nothing.
+    fn is_the_device_back(&self) -> Result<(), AgentError> {
+        let gone = self.tun_gone.map(|since| clock::now().saturating_duration_since(since));
+        match gone {
+            Some(gone) if gone > TUN_PATIENCE => Err(AgentError::DeviceTaken(self.config.tun_name.clone())),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+/// The state line feeds everything; without it the agent would go on with what it knew, for ever.
+fn alive(changed: Result<(), watch::error::RecvError>) -> Result<(), AgentError> {
+    changed.map_err(|_| AgentError::StateLineEnded)
+}
+
+fn unwatched(ended: Result<Result<(), HostError>, JoinError>) -> AgentError {
+    let source = match ended {
+        Ok(Ok(())) => io::Error::other("its task ended"),
+        Ok(Err(error)) => return AgentError::Host(error),
+        Err(panic) => io::Error::other(panic),
+    };
+    AgentError::Io { what: "the node's routes and rules are no longer watched", source }
 }
 
 /// Waits for the first plan that names pods of ours; says what it waits for.
@@ -352,19 +355,19 @@ async fn first_plan(config: &AgentConfig, outputs: &mut Outputs) -> Result<Arc<H
             // A file that is being written may become whole in a moment.
             let better = timeout(NODE_PATIENCE, async {
                 while outputs.plan.borrow_and_update().as_ref().is_none_or(|p| p.pod_ranges.is_empty()) {
-                    if outputs.plan.changed().await.is_err() {
-                        return;
-                    }
+                    alive(outputs.plan.changed().await)?;
                 }
+                Ok::<(), AgentError>(())
             });
-            if better.await.is_err() {
-                return Err(missing(config, outputs));
+            match better.await {
+                Ok(result) => result?,
+                Err(_) => return Err(missing(config, outputs)),
             }
             continue;
         }
         tokio::select! {
-            _ = outputs.plan.changed() => {}
-            _ = outputs.report.changed() => {}
+            changed = outputs.plan.changed() => alive(changed)?,
+            changed = outputs.report.changed() => alive(changed)?,
             _ = waits.tick() => {
                 info!("waiting for the first full list of objects from {}", source_folder(config).display());
             }
@@ -443,152 +446,6 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     }
 }
 
-/// This node's underlay: where it may be reached, and the MTU there.
-struct Node {
-    handle: rtnetlink::Handle,
-    tun: String,
-    port: u16,
-    fixed_endpoints: bool,
-    fixed_mtu: bool,
-    _connection: Tasks,
-}
-
-impl Node {
-    async fn open(config: &AgentConfig) -> Result<Node, AgentError> {
-        let (connection, handle, _) = rtnetlink::new_connection()
-            .map_err(|source| AgentError::Io { what: "cannot open a route netlink socket", source })?;
-        Ok(Node {
-            handle,
-            tun: config.tun_name.clone(),
-            port: config.port,
-            fixed_endpoints: !config.endpoints.is_empty(),
-            fixed_mtu: config.underlay_mtu != UnderlayMtu::Auto,
-            _connection: Tasks(vec![tokio::spawn(connection)]),
-        })
-    }
-
-    /// Brings endpoints and MTU up to date; whether anything changed.
-    async fn follow_underlay(&mut self, settings: &mut Settings, announced: &[IpAddr]) -> bool {
-        let found = match underlay::look(&self.handle, announced, &self.tun).await {
-            Ok(found) => found,
-            Err(error) => {
-                warn!("{error}");
-                return false;
-            }
-        };
-        let before = settings.clone();
-        if !self.fixed_mtu {
-            settings.underlay_mtu = found.mtu;
-        }
-        if !self.fixed_endpoints {
-            let from = if announced.is_empty() { &found.addresses[..] } else { announced };
-            settings.announcement.endpoints = from.iter().map(|ip| SocketAddr::new(*ip, self.port)).collect();
-        }
-        before != *settings
-    }
-}
-
-/// Calls peers that were active when the last agent ended: they may be waiting for us.
-fn call_recent_peers(files: &CheckpointFiles, snapshot: &Snapshot, fleet: &Fleet) {
-    let recent = match files.load_recent() {
-        Ok(Loaded::Good(recent)) => recent,
-        Ok(Loaded::Missing) => return,
-        Ok(Loaded::SetAside { reason, .. }) => {
-            return warn!("the list of active peers was not usable: {reason}");
-        }
-        Err(error) => return warn!("the list of active peers cannot be read: {error}"),
-    };
-    let now = unix_seconds();
-    let fresh = |peer: &&RecentPeer| now.saturating_sub(peer.at) <= RECENT.as_secs();
-    let ids: Vec<PeerId> = recent
-        .iter()
-        .filter(fresh)
-        .filter_map(|peer| snapshot.mesh.peers.iter().flatten().find(|p| p.name == peer.name).map(|p| p.id))
-        .collect();
-    if !ids.is_empty() {
-        info!(peers = ids.len(), "calling peers that were active before the restart");
-        fleet.initiate(&ids);
-    }
-}
-
-/// Saves who is active now.
-async fn note_recent_peers(files: &CheckpointFiles, handle: &Handle) {
-    let Ok(view) = handle.collect_async().await else { return };
-    let wall = unix_seconds();
-    let mut recent = Vec::new();
-    for peer in &view.peers {
-        let ages = [peer.last_received_age_ms, peer.last_sent_age_ms];
-        let age = ages.into_iter().flatten().min().map(Duration::from_millis);
-        let at = age.filter(|age| *age <= RECENT).map(|age| wall.saturating_sub(age.as_secs()));
-        recent.extend(at.map(|at| RecentPeer { name: peer.name.clone(), at }));
-    }
-    let files = files.clone();
-    let saved = tokio::task::spawn_blocking(move || files.save_recent(&recent)).await;
-    if let Ok(Err(error)) = saved {
-        debug!("the list of active peers cannot be saved: {error}");
-    }
-}
-
-// --- status --------------------------------------------------------------------------------------
-
-fn status_handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Handle {
-    let lanes = fleet.lanes.iter().map(|lane| LaneHandle {
-        id: lane.id,
-        public_key: lane.public_key,
-        port: lane.port,
-        commands: lane.commands.clone(),
-        bell: Arc::clone(&lane.bell),
-        counters: Arc::clone(&lane.counters),
-        offloads: lane.offloads,
-    });
-    let info = NodeInfo {
-        name: config.node.clone(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        tun: config.tun_name.clone(),
-        settings: vec![
-            ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
-            ("encap".to_owned(), config.encap.name().to_owned()),
-            ("port".to_owned(), config.port.to_string()),
-            ("lanes".to_owned(), config.lanes.to_string()),
-            ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
-            ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
-            ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
-        ],
-        started: clock::now(),
-    };
-    Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
-}
-
-fn serve_status(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
-    let grpc = handle.clone();
-    let mut tasks = vec![tokio::spawn(async move {
-        if let Err(error) = server::serve(socket, grpc, std::future::pending()).await {
-            error!("`warren status` does not work any more: {error}");
-        }
-    })];
-    match uapi::bind(Path::new(uapi::DEFAULT_DIR), &config.tun_name) {
-        Ok(socket) => tasks.push(tokio::spawn(async move {
-            if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
-                warn!("`wg show` does not work any more: {error}");
-            }
-        })),
-        // The mesh works without it.
-        Err(error) => warn!("`wg show` will not work: {error}"),
-    }
-    tasks
-}
-
-/// Hands what the state line finds wrong to whoever asks.
-async fn follow_problems(handle: Handle, mut report: watch::Receiver<Arc<StateReport>>) {
-    loop {
-        let problems: Vec<_> = report.borrow_and_update().problems.iter().map(pb::Problem::from).collect();
-        handle.update(|live| live.problems.clone_from(&problems));
-        if report.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
 // --- small things --------------------------------------------------------------------------------
 
 /// Tasks that end with the agent.
@@ -622,50 +479,6 @@ impl Signals {
             _ = self.interrupt.recv() => {}
         }
     }
-}
-
-/// `ready` in the run directory: there while packets flow.
-struct ReadyFile(PathBuf);
-
-impl ReadyFile {
-    fn new(run_dir: &Path) -> ReadyFile {
-        let file = ReadyFile(run_dir.join("ready"));
-        // One that a killed agent left says nothing about this one.
-        let _ = fs::remove_file(&file.0);
-        file
-    }
-
-    fn write(&self, node: &str, pod_mtu: u16) -> Result<(), AgentError> {
-        let text = serde_json::json!({ "node": node, "pod_mtu": pod_mtu }).to_string();
-        let next = self.0.with_extension("next");
-        fs::write(&next, text).and_then(|()| fs::rename(&next, &self.0)).map_err(|source| AgentError::Io {
-            what: "cannot write the file `ready` in the run directory",
-            source,
-        })
-    }
-}
-
-impl Drop for ReadyFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| AgentError::Directory {
-        path: path.to_owned(),
-        flag,
-        source,
-    })
-}
-
-fn unix_seconds() -> u64 {
-    clock::wall().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-fn seed() -> (u64, u64) {
-    crate::io::fleet::random_seed().unwrap_or((1, 1))
 }
 
 fn list(ranges: &[ipnet::IpNet]) -> String {

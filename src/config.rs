@@ -30,9 +30,7 @@ mod file;
 mod flags;
 
 pub use file::environment_warnings;
-pub use flags::{
-    AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, MetricsArg, SourceSpec, UnderlayMtu,
-};
+pub use flags::{AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, SourceSpec, UnderlayMtu};
 
 use file::{merge, read_file};
 
@@ -93,8 +91,6 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// Log filter.
     pub log: String,
-    /// Where metrics are served.
-    pub metrics: Option<SocketAddr>,
     /// Whether to clean up and end.
     pub cleanup: bool,
     /// Offloads.
@@ -181,10 +177,6 @@ impl AgentConfig {
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             log: args.log.unwrap_or_else(|| "info".to_owned()),
-            metrics: match args.metrics {
-                Some(MetricsArg::At(address)) => Some(address),
-                Some(MetricsArg::None) | None => None,
-            },
             cleanup: args.cleanup,
             offloads: Offloads {
                 tun_gso: on(args.no_tun_gso),

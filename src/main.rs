@@ -1,5 +1,6 @@
 //! The `warren` binary: parses the command line and calls the library.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -38,11 +39,14 @@ fn run_agent(args: AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// boringtun logs every expired session as an error; what matters of that, Warren counts and says itself.
+/// boringtun logs every expired session as an error, and the netlink crates that nobody listens when the agent
+/// ends; what matters of that, Warren counts and says itself.
 fn start_log(filter: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let filter = EnvFilter::try_new(format!("boringtun=off,{filter}"))
+    let filter = EnvFilter::try_new(format!("boringtun=off,netlink_proto=error,{filter}"))
         .map_err(|e| format!("--log {filter}: {e}; for example info, or warn,warren::state=debug"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    log.with_ansi(colours).with_target(false).init();
     Ok(())
 }
 

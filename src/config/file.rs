@@ -144,7 +144,6 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         state_dir,
         run_dir,
         log,
-        metrics,
         no_tun_gso,
         no_udp_gso,
         no_udp_gro,

@@ -141,9 +141,6 @@ pub struct AgentArgs {
     /// [default: info]
     #[arg(long, value_name = "FILTER", env = "WARREN_LOG", help_heading = "Host")]
     pub log: Option<String>,
-    /// Where metrics are served: ADDRESS:PORT or none [default: none]
-    #[arg(long, value_name = "ADDRESS:PORT|none", env = "WARREN_METRICS", help_heading = "Host")]
-    pub metrics: Option<MetricsArg>,
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
     pub cleanup: bool,
@@ -269,26 +266,6 @@ impl FromStr for EndpointArg {
         }
         let endpoint = annotations::endpoint(text)?;
         Ok(EndpointArg { address: endpoint.ip(), port: Some(endpoint.port()) })
-    }
-}
-
-/// `--metrics`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MetricsArg {
-    /// Not served.
-    None,
-    /// Served here.
-    At(SocketAddr),
-}
-
-impl FromStr for MetricsArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<MetricsArg, String> {
-        if text == "none" {
-            return Ok(MetricsArg::None);
-        }
-        text.parse().map(MetricsArg::At).map_err(|_| "neither none nor ADDRESS:PORT".to_owned())
     }
 }
 

@@ -45,7 +45,7 @@ fn defaults() {
         (config.lanes, config.underlay_mtu, config.masquerade),
         (1, UnderlayMtu::Auto, Masquerade::Auto)
     );
-    assert_eq!((config.tun_name.as_str(), config.metrics), ("warren0", None));
+    assert_eq!(config.tun_name.as_str(), "warren0");
     let on = Offloads { tun_gso: true, udp_gso: true, udp_gro: true, coalescing: true, ack_coalescing: true };
     assert_eq!(config.offloads, on);
     assert_eq!(config.state_dir, Path::new("/var/lib/warren"));
@@ -57,7 +57,7 @@ fn a_flag_wins_over_the_file_and_lists_are_taken_either_way() {
     let path = dir.path().join("warren.yaml");
     let text = "source: dir:/file\nnode: from-file\nencap: auto\nport: 4000\nmasquerade: off\nno-udp-gso: true\n\
                 cluster-cidr: [10.244.0.0/16, 'fd00:244::/56']\nservice-cidr: 10.96.0.0/16\nunderlay-mtu: 9000\n\
-                endpoint: 203.0.113.7\nmetrics: none\n# the end\n";
+                endpoint: 203.0.113.7\n# the end\n";
     std::fs::write(&path, text).unwrap();
     let path = path.to_str().unwrap();
     let config = AgentConfig::resolve(agent(&[

@@ -19,7 +19,7 @@ macro_rules! totals {
             /// Every total, in the order of its counter.
             pub const ALL: &'static [Total] = &[$(Total::$variant,)*];
 
-            /// The name shown to people and in metrics.
+            /// The name shown to people.
             pub const fn name(self) -> &'static str {
                 match self { $(Total::$variant => $name,)* }
             }

@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_core::Nla as _;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeader, AddressHeaderFlags, AddressScope};
+use rtnetlink::packet_route::link::{InfoData, InfoTun, LinkAttribute, LinkInfo};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use thiserror::Error;
@@ -31,7 +33,7 @@ pub async fn look(handle: &Handle, announced: &[IpAddr], skip: &str) -> Result<U
     let mut held: Vec<(u32, IpAddr)> = Vec::new();
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
-        if message.header.scope != AddressScope::Universe {
+        if message.header.scope != AddressScope::Universe || is_passing(&message.header) {
             continue;
         }
         let local = message.attributes.iter().find_map(|a| match a {
@@ -71,6 +73,47 @@ pub async fn look(handle: &Handle, announced: &[IpAddr], skip: &str) -> Result<U
     let mut addresses: Vec<IpAddr> = held.into_iter().map(|(_, ip)| ip).collect();
     addresses.sort();
     Ok(Underlay { addresses, mtu: mtu.unwrap_or(DEFAULT_MTU) })
+}
+
+/// How many processes' queues a tunnel device has; `None` where there is no such device.
+pub async fn tun_queues(handle: &Handle, name: &str) -> Result<Option<u32>, UnderlayError> {
+    /// linux/if_link.h
+    const IFLA_TUN_NUM_QUEUES: u16 = 8;
+    let mut links = handle.link().get().execute();
+    while let Some(link) = links.try_next().await? {
+        let is_it = |a: &LinkAttribute| matches!(a, LinkAttribute::IfName(have) if have == name);
+        if !link.attributes.iter().any(is_it) {
+            continue;
+        }
+        let infos = link.attributes.iter().filter_map(|a| match a {
+            LinkAttribute::LinkInfo(infos) => Some(infos),
+            _ => None,
+        });
+        let data = infos.flatten().filter_map(|info| match info {
+            LinkInfo::Data(InfoData::Tun(data)) => Some(data),
+            _ => None,
+        });
+        let queues = data.flatten().find_map(|item| match item {
+            InfoTun::Other(nla) if nla.kind() == IFLA_TUN_NUM_QUEUES => {
+                let mut value = [0; 4];
+                (nla.value_len() == 4).then(|| nla.emit_value(&mut value))?;
+                Some(u32::from_ne_bytes(value))
+            }
+            _ => None,
+        });
+        return Ok(queues);
+    }
+    Ok(None)
+}
+
+/// Addresses that others should not be told: they are about to go, or not yet ours.
+fn is_passing(header: &AddressHeader) -> bool {
+    // IPv4 calls each further address of a subnet "secondary", by the bit that is "temporary" in IPv6.
+    let temporary =
+        header.family == AddressFamily::Inet6 && header.flags.contains(AddressHeaderFlags::Secondary);
+    let unsettled =
+        AddressHeaderFlags::Deprecated | AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+    temporary || header.flags.intersects(unsettled)
 }
 
 async fn default_route_links(handle: &Handle) -> Result<Vec<u32>, UnderlayError> {

@@ -104,10 +104,13 @@ impl Delta {
         self.0 = u32::from(fold(self.0 + other.0));
     }
 
-    /// The checksum after the change (RFC 1624 equation 3). Never 0xffff: a complete computation
-    /// does not yield it either.
+    /// The checksum after the change (RFC 1624 equation 3). Never a new 0xffff: a complete computation
+    /// yields it only for a message of nothing but zeros.
     #[inline]
     pub const fn apply(self, checksum: u16) -> u16 {
+        if self.0 == 0 {
+            return checksum;
+        }
         match !fold(!checksum as u32 + self.0) {
             0xffff => 0,
             new => new,

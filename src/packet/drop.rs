@@ -12,7 +12,7 @@ macro_rules! drop_reasons {
             /// Every reason, in the order of its counter.
             pub const ALL: &'static [DropReason] = &[$(DropReason::$variant,)*];
 
-            /// The name that `warren status` and the metrics show.
+            /// The name that `warren status` shows.
             pub const fn name(self) -> &'static str {
                 match self { $(DropReason::$variant => $name,)* }
             }

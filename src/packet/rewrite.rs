@@ -224,6 +224,11 @@ fn translate_transport(
             if matches!(headers.l4, L4::Udp { .. }) { delta.apply_udp(field) } else { delta.apply(field) }
         }
     });
+    // The one message whose checksum is 0xffff: an echo reply with nothing in it.
+    let nothing = || transport.get(..len).is_some_and(|message| message.iter().all(|byte| *byte == 0));
+    if headers.protocol == protocol::ICMP && ports.is_some() && nothing() {
+        write_counted(transport, ICMP_CHECKSUM, all, |_| 0xffff);
+    }
 }
 
 /// Lets SCTP's CRC32c follow changed ports. It stands in the packet with its low byte first.
@@ -338,6 +343,25 @@ mod tests {
         let sum = checksum::pseudo_header(source, destination, headers.protocol, headers.l4_len() as u32);
         packet[at..at + 2].copy_from_slice(&checksum::fold(sum).to_be_bytes());
         packet
+    }
+
+    #[test]
+    fn an_echo_reply_of_nothing_keeps_its_checksum() {
+        let (from, to) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        let reply = |id| {
+            let mut packet = Vec::new();
+            let builder = PacketBuilder::ipv4(from, to, 64).icmpv4_echo_reply(id, 0);
+            builder.write(&mut packet, &[0; 6]).unwrap();
+            let headers = parse(&packet).unwrap();
+            checksum::fill_transport(&mut packet, &headers);
+            (packet, headers)
+        };
+        for (before, after) in [(0, 0), (0, 9), (9, 0)] {
+            let (mut packet, mut headers) = reply(before);
+            let change = Rewrite { source: None, destination: Some((to.into(), Some(after))) };
+            rewrite(&mut packet, &mut headers, &change, ChecksumState::Complete).unwrap();
+            assert_eq!(packet, reply(after).0, "from {before} to {after}");
+        }
     }
 
     /// Type 0 is IPv4's echo reply and nothing in ICMPv6: no identifier to change there.

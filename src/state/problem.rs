@@ -31,7 +31,7 @@ impl ProblemKind {
         ProblemKind::Setting,
     ];
 
-    /// The name that `warren status` and the metrics show.
+    /// The name that `warren status` shows.
     pub const fn name(self) -> &'static str {
         match self {
             ProblemKind::File => "file",

@@ -162,3 +162,18 @@ fn what_cleanup_leaves_is_what_was_there() {
         assert!(cleanup.status().expect("run the cleanup again").success(), "{end}: a second cleanup");
     }
 }
+
+/// A renamed device keeps its queues, so nothing fails by itself: the agent must not go on without its name.
+#[test]
+fn an_agent_whose_tun_was_renamed_says_so_and_ends() {
+    let mut mesh = Mesh::start(Lab::two(), &[]);
+    reach(mesh.pod(0), mesh.pod(1));
+    let node = &mesh.lab.nodes[0];
+    node.ns.run_all("ip link set warren0 down\nip link set warren0 name stolen0");
+    wait_for("the agent ends", Duration::from_secs(20), || (!mesh.agents[0].is_running()).then_some(()));
+    let log = mesh.agents[0].log();
+    assert!(log.contains("the interface warren0 is gone and did not come back"), "{log}");
+    node.ns.run("ip link delete stolen0");
+    mesh.agents[0].restart(&mesh.lab, &mesh.lab.nodes[0]);
+    reach(mesh.pod(0), mesh.pod(1));
+}

@@ -58,7 +58,7 @@ fn translate(packet: &[u8], headers: &Headers, input: &mut Reader<'_>) {
     match rewrite::rewrite(&mut copy, &mut changed, &change, ChecksumState::Complete) {
         Ok(()) => {
             assert_eq!(parse_any_address(&copy), Ok(changed), "the headers follow the rewrite");
-            // A message of nothing but zeros says checksum 0 where 0xffff is right; the two are one number
+            // A message of nothing but zeros with checksum 0 is wrong (0xffff is right); the two are one number
             // to any incremental update (RFC 1624 section 3).
             if headers.transport(packet).iter().any(|byte| *byte != 0) {
                 assert_eq!(check_transport(&copy, &changed), before, "the checksum follows the rewrite");

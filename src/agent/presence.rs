@@ -1,0 +1,59 @@
+//! One agent per device, and the files that say it is there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rtnetlink::Handle;
+
+use super::AgentError;
+use crate::io::underlay;
+
+/// Fails if another agent runs the device. Its run directory's lock does not tell when that is another one; the
+/// kernel knows, and only who may administrate the network can make it say so.
+pub(super) async fn nobody_has(netlink: &Handle, tun: &str) -> Result<(), AgentError> {
+    only_we_have(netlink, tun, 0).await
+}
+
+/// Fails if anybody but us has queues of the device, of which we have `ours`.
+pub(super) async fn only_we_have(netlink: &Handle, tun: &str, ours: usize) -> Result<(), AgentError> {
+    match underlay::tun_queues(netlink, tun).await? {
+        Some(queues) if queues as usize > ours => Err(AgentError::DeviceInUse(tun.to_owned())),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// `ready` in the run directory: there while packets flow.
+pub(super) struct ReadyFile(PathBuf);
+
+impl ReadyFile {
+    pub(super) fn new(run_dir: &Path) -> ReadyFile {
+        let file = ReadyFile(run_dir.join("ready"));
+        // One that a killed agent left says nothing about this one.
+        let _ = fs::remove_file(&file.0);
+        file
+    }
+
+    pub(super) fn write(&self, node: &str, pod_mtu: u16) -> Result<(), AgentError> {
+        let text = serde_json::json!({ "node": node, "pod_mtu": pod_mtu }).to_string();
+        let next = self.0.with_extension("next");
+        fs::write(&next, text).and_then(|()| fs::rename(&next, &self.0)).map_err(|source| AgentError::Io {
+            what: "cannot write the file `ready` in the run directory",
+            source,
+        })
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+pub(super) fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| AgentError::Directory {
+        path: path.to_owned(),
+        flag,
+        source,
+    })
+}

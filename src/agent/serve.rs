@@ -1,0 +1,74 @@
+//! What others may ask of a running agent: `warren status` and `wg show`.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{error, warn};
+
+use super::{list, or, source_folder};
+use crate::config::AgentConfig;
+use crate::io::clock;
+use crate::io::fleet::Fleet;
+use crate::state::run::{Outputs, StateReport};
+use crate::status::socket::OwnedSocket;
+use crate::status::{Handle, LaneHandle, NodeInfo, pb, server, uapi};
+
+pub(super) fn handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Handle {
+    let lanes = fleet.lanes.iter().map(|lane| LaneHandle {
+        id: lane.id,
+        public_key: lane.public_key,
+        port: lane.port,
+        commands: lane.commands.clone(),
+        bell: Arc::clone(&lane.bell),
+        counters: Arc::clone(&lane.counters),
+        offloads: lane.offloads,
+    });
+    let info = NodeInfo {
+        name: config.node.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        tun: config.tun_name.clone(),
+        settings: vec![
+            ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
+            ("encap".to_owned(), config.encap.name().to_owned()),
+            ("port".to_owned(), config.port.to_string()),
+            ("lanes".to_owned(), config.lanes.to_string()),
+            ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
+            ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
+            ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
+        ],
+        started: clock::now(),
+    };
+    Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
+}
+
+pub(super) fn serve(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
+    let grpc = handle.clone();
+    let mut tasks = vec![tokio::spawn(async move {
+        if let Err(error) = server::serve(socket, grpc, std::future::pending()).await {
+            error!("`warren status` does not work any more: {error}");
+        }
+    })];
+    match uapi::bind(Path::new(uapi::DEFAULT_DIR), &config.tun_name) {
+        Ok(socket) => tasks.push(tokio::spawn(async move {
+            if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
+                warn!("`wg show` does not work any more: {error}");
+            }
+        })),
+        // The mesh works without it.
+        Err(error) => warn!("`wg show` will not work: {error}"),
+    }
+    tasks
+}
+
+/// Hands what the state line finds wrong to whoever asks.
+pub(super) async fn follow_reports(handle: Handle, mut report: watch::Receiver<Arc<StateReport>>) {
+    loop {
+        let problems: Vec<_> = report.borrow_and_update().problems.iter().map(pb::Problem::from).collect();
+        handle.update(|live| live.problems.clone_from(&problems));
+        if report.changed().await.is_err() {
+            return;
+        }
+    }
+}
