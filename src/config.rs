@@ -200,7 +200,6 @@ impl AgentConfig {
             encap: self.encap,
             announcement: Announcement {
                 lanes: lanes.collect(),
-                next_lanes: Vec::new(),
                 endpoints: self.endpoints.clone(),
                 location: self.location.clone(),
                 encaps,

@@ -4,7 +4,6 @@
 //! |---|---|
 //! | `warren.dev/protocol` | `1` |
 //! | `warren.dev/lanes` | `KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
-//! | `warren.dev/next-lanes` | the same, for the keys that are to come (rotation) |
 //! | `warren.dev/endpoints` | `IP:PORT,[IPV6]:PORT,...`: where lane 0 may be reached, best first |
 //! | `warren.dev/location` | a word: nodes of one location may speak VXLAN to each other in `auto` mode |
 //! | `warren.dev/encaps` | `wireguard`, `vxlan` or `wireguard,vxlan`: what the node sends and accepts |
@@ -38,7 +37,6 @@ pub const MAX_ENDPOINTS: usize = 16;
 
 const PROTOCOL_NAME: &str = "warren.dev/protocol";
 const LANES: &str = "warren.dev/lanes";
-const NEXT_LANES: &str = "warren.dev/next-lanes";
 const ENDPOINTS: &str = "warren.dev/endpoints";
 const LOCATION: &str = "warren.dev/location";
 const ENCAPS: &str = "warren.dev/encaps";
@@ -46,18 +44,8 @@ const VXLAN_MAC: &str = "warren.dev/vxlan-mac";
 const KEEPALIVE: &str = "warren.dev/keepalive";
 const PUBLIC_KEY: &str = "warren.dev/public-key";
 const ENDPOINT: &str = "warren.dev/endpoint";
-const KNOWN: [&str; 10] = [
-    PROTOCOL_NAME,
-    LANES,
-    NEXT_LANES,
-    ENDPOINTS,
-    LOCATION,
-    ENCAPS,
-    VXLAN_MAC,
-    KEEPALIVE,
-    PUBLIC_KEY,
-    ENDPOINT,
-];
+const KNOWN: [&str; 9] =
+    [PROTOCOL_NAME, LANES, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, PUBLIC_KEY, ENDPOINT];
 
 /// The encapsulations that a node sends and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -89,8 +77,6 @@ impl fmt::Display for Encaps {
 pub struct Announcement {
     /// Its lanes, lane 0 first; empty when it has announced no key.
     pub lanes: Vec<PeerLane>,
-    /// The lanes that it is about to switch to.
-    pub next_lanes: Vec<PeerLane>,
     /// Where lane 0 may be reached, best first.
     pub endpoints: Vec<SocketAddr>,
     /// Its location.
@@ -125,7 +111,6 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
     }
     let mut announcement = Announcement {
         lanes: reader.value(LANES, lanes).unwrap_or_default(),
-        next_lanes: reader.value(NEXT_LANES, lanes).unwrap_or_default(),
         endpoints: reader.value(ENDPOINTS, endpoints).unwrap_or_default(),
         location: reader.value(LOCATION, location),
         encaps: reader.value(ENCAPS, encaps).unwrap_or_default(),
@@ -151,7 +136,6 @@ pub fn render(announcement: &Announcement) -> BTreeMap<String, String> {
     };
     put(PROTOCOL_NAME, PROTOCOL.to_owned());
     put(LANES, lanes_text(&announcement.lanes));
-    put(NEXT_LANES, lanes_text(&announcement.next_lanes));
     let endpoints: Vec<String> = announcement.endpoints.iter().map(SocketAddr::to_string).collect();
     put(ENDPOINTS, endpoints.join(","));
     put(LOCATION, announcement.location.clone().unwrap_or_default());
@@ -456,7 +440,7 @@ mod tests {
 
     prop_compose! {
         fn announcement()(
-            lanes in lanes(), next_lanes in lanes(),
+            lanes in lanes(),
             endpoints in proptest::collection::btree_set(any::<SocketAddr>(), 0..=MAX_ENDPOINTS),
             location in proptest::option::of("[a-zA-Z0-9_./-]{1,63}"),
             (wireguard, vxlan) in (any::<bool>(), any::<bool>()),
@@ -468,7 +452,7 @@ mod tests {
             let endpoints = endpoints.into_iter().map(|e| SocketAddr::new(e.ip(), e.port()));
             let encaps = Encaps { wireguard: wireguard || !lanes.is_empty(), vxlan: vxlan || mac.is_some() };
             Announcement {
-                lanes, next_lanes, endpoints: endpoints.filter(plain).collect(), location, encaps,
+                lanes, endpoints: endpoints.filter(plain).collect(), location, encaps,
                 vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive,
             }
         }

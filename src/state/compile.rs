@@ -129,6 +129,9 @@ pub struct Compiled {
     pub plan: Arc<HostPlan>,
     /// Claims that were refused, and settings that do not fit.
     pub problems: Vec<Problem>,
+    /// Whether snapshot and plan are the last ones, because this node has lost its pod ranges: half a
+    /// state would drop the packets of pods that run.
+    pub held: bool,
 }
 
 /// Compiles, and remembers what it compiled, so that the next time only what changed is made anew.
@@ -187,7 +190,12 @@ impl Compiler {
         let ownership = ownership::settle(&nodes, &cluster);
         let mut problems = ownership.problems;
         let local = Local::new(&nodes, &ownership.grants, settings);
-        local.check(desired, &mut problems);
+        let last = self.last.as_ref().filter(|last| !last.plan.pod_ranges.is_empty());
+        let held = last.filter(|_| local.grant.ranges.is_empty());
+        local.check(desired, held.is_some(), &mut problems);
+        if let Some(last) = held {
+            return Compiled { problems, held: true, ..last.clone() };
+        }
 
         let generation = self.generation + 1;
         self.release_ids(desired, settings, generation);
@@ -227,6 +235,7 @@ impl Compiler {
                 snapshot: last.snapshot.clone(),
                 plan: if last.plan == plan { last.plan.clone() } else { plan },
                 problems,
+                held: false,
             },
             Some(_) | None => {
                 self.generation += 1;
@@ -236,7 +245,7 @@ impl Compiler {
                     Some(last) if last.plan == plan => last.plan.clone(),
                     Some(_) | None => plan,
                 };
-                Compiled { snapshot: Arc::new(snapshot), plan, problems }
+                Compiled { snapshot: Arc::new(snapshot), plan, problems, held: false }
             }
         };
         self.last = Some(compiled.clone());

@@ -1,7 +1,8 @@
 //! What should be, as typed values: told of changes, asked by [`compile`](super::compile).
 //!
-//! Nothing is removed before the first full list of its kind has arrived: after a restart the saved
-//! state stays in force until the source has spoken in full.
+//! Nothing is removed before the first complete list of its kind has arrived: after a restart the saved
+//! state stays in force until the source has spoken in full. What is in force without the source's word
+//! is marked as unconfirmed, and goes with that list.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -47,12 +48,21 @@ pub struct Outcome {
     pub reports: Vec<(String, Vec<Problem>)>,
 }
 
+impl Outcome {
+    fn extend(&mut self, more: Outcome) {
+        self.changed |= more.changed;
+        self.reports.extend(more.reports);
+    }
+}
+
 /// The typed store.
 #[derive(Clone, Debug, Default)]
 pub struct Desired {
     nodes: BTreeMap<Precedence, Arc<NodeInfo>>,
     by_name: HashMap<String, Precedence>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    /// What the source does not hold, as far as is known: it was saved, or was in the source before.
+    unconfirmed: BTreeSet<Key>,
     listed: BTreeSet<Kind>,
 }
 
@@ -60,6 +70,7 @@ impl Desired {
     /// An object is new or has changed.
     pub fn apply(&mut self, object: &Object) -> Outcome {
         let key = object.key();
+        self.unconfirmed.remove(&key);
         match object {
             Object::Node(node) => {
                 let (info, problems) = convert::node(node);
@@ -77,11 +88,22 @@ impl Desired {
         }
     }
 
+    /// What was known before a restart: in force until the source says otherwise.
+    pub fn remember(&mut self, object: &Object) -> Outcome {
+        let outcome = self.apply(object);
+        self.unconfirmed.insert(object.key());
+        outcome
+    }
+
     /// An object is gone.
     pub fn delete(&mut self, key: &Key) -> Outcome {
         if !self.listed.contains(&key.kind) {
+            if self.names(key.kind).any(|name| *name == key.name) {
+                self.unconfirmed.insert(key.clone());
+            }
             return Outcome::default();
         }
+        self.unconfirmed.remove(key);
         let changed = match key.kind {
             Kind::Node => self.take_node(&key.name),
             Kind::ServiceCidr => self.service_cidrs.remove(&key.name).is_some(),
@@ -92,30 +114,39 @@ impl Desired {
 
     /// These are all objects of the kind.
     pub fn reset(&mut self, kind: Kind, objects: &[Object]) -> Outcome {
-        let mut outcome = Outcome { changed: self.listed.insert(kind), reports: Vec::new() };
-        let mut named = BTreeSet::new();
+        let mut outcome = self.list(kind, objects);
+        outcome.extend(self.complete(kind));
+        outcome
+    }
+
+    /// These are objects of the kind, and there may be more: nothing goes.
+    pub fn list(&mut self, kind: Kind, objects: &[Object]) -> Outcome {
+        let mut outcome = Outcome::default();
+        let key = |name: &String| Key { kind, namespace: String::new(), name: name.clone() };
+        let known: Vec<Key> = self.names(kind).map(key).collect();
+        self.unconfirmed.extend(known);
         for object in objects.iter().filter(|object| object.kind() == kind) {
-            let applied = self.apply(object);
-            outcome.changed |= applied.changed;
-            outcome.reports.extend(applied.reports);
-            named.insert(object.key().name);
-        }
-        let gone: Vec<String> = match kind {
-            Kind::Node => self.by_name.keys().filter(|name| !named.contains(*name)).cloned().collect(),
-            Kind::ServiceCidr => {
-                self.service_cidrs.keys().filter(|name| !named.contains(*name)).cloned().collect()
-            }
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => Vec::new(),
-        };
-        for name in gone {
-            let removed = self.delete(&Key { kind, namespace: String::new(), name });
-            outcome.changed |= removed.changed;
-            outcome.reports.extend(removed.reports);
+            outcome.extend(self.apply(object));
         }
         outcome
     }
 
-    /// Whether a full list of that kind has arrived.
+    /// The source has said all about the kind: what it did not confirm goes.
+    pub fn complete(&mut self, kind: Kind) -> Outcome {
+        let mut outcome = Outcome { changed: self.listed.insert(kind), reports: Vec::new() };
+        let gone: Vec<Key> = self.unconfirmed.iter().filter(|key| key.kind == kind).cloned().collect();
+        for key in gone {
+            outcome.extend(self.delete(&key));
+        }
+        outcome
+    }
+
+    /// Whether the object is in force without the source's word.
+    pub fn is_unconfirmed(&self, key: &Key) -> bool {
+        self.unconfirmed.contains(key)
+    }
+
+    /// Whether a complete list of that kind has arrived.
     pub fn is_listed(&self, kind: Kind) -> bool {
         self.listed.contains(&kind)
     }
@@ -150,6 +181,15 @@ impl Desired {
             }))
         });
         nodes.chain(cidrs).collect()
+    }
+
+    /// The names of all objects of a kind.
+    fn names(&self, kind: Kind) -> Box<dyn Iterator<Item = &String> + '_> {
+        match kind {
+            Kind::Node => Box::new(self.by_name.keys()),
+            Kind::ServiceCidr => Box::new(self.service_cidrs.keys()),
+            Kind::Service | Kind::EndpointSlice | Kind::Pod => Box::new(std::iter::empty()),
+        }
     }
 
     fn put_node(&mut self, info: NodeInfo) -> bool {
@@ -196,6 +236,34 @@ mod tests {
         assert_eq!(desired.nodes().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["a"]);
         assert!(desired.delete(&node("a").key()).changed);
         assert!(desired.is_listed(Kind::Node) && !desired.is_listed(Kind::ServiceCidr));
+    }
+
+    #[test]
+    fn what_the_source_does_not_confirm_goes_with_the_first_complete_list() {
+        let mut desired = Desired::default();
+        let names = |desired: &Desired| desired.nodes().map(|n| n.name.clone()).collect::<Vec<_>>();
+        for saved in ["a", "b", "c"] {
+            desired.remember(&node(saved));
+        }
+        desired.list(Kind::Node, &[node("a"), node("d")]);
+        assert_eq!(names(&desired), ["a", "b", "c", "d"]);
+        assert!(desired.is_unconfirmed(&node("b").key()) && !desired.is_unconfirmed(&node("a").key()));
+        desired.apply(&node("b"));
+        desired.delete(&node("d").key());
+        desired.delete(&node("x").key());
+        assert_eq!(names(&desired), ["a", "b", "c", "d"]);
+        let outcome = desired.complete(Kind::Node);
+        assert!(outcome.changed);
+        assert_eq!(
+            outcome.reports.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(),
+            ["Node/c", "Node/d"]
+        );
+        assert_eq!(names(&desired), ["a", "b"]);
+        // Later an incomplete list removes nobody either.
+        desired.list(Kind::Node, &[node("a")]);
+        assert_eq!(names(&desired), ["a", "b"]);
+        desired.reset(Kind::Node, &[node("a")]);
+        assert_eq!(names(&desired), ["a"]);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! 6. [`publish`]: what this node tells the others. [`checkpoint`], [`keys`]: what survives a restart.
 
 pub mod annotations;
+mod blocking;
 pub mod checkpoint;
 pub mod compile;
 pub mod convert;

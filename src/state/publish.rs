@@ -81,15 +81,6 @@ impl Publisher {
         Ok(Published::Healed)
     }
 
-    /// Takes the file away again, on `--cleanup`. Says whether there was one.
-    pub fn withdraw(&self) -> io::Result<bool> {
-        match std::fs::remove_file(&self.path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
     fn may_heal(&mut self, now: Instant) -> bool {
         let Some(healed) = self.healed else { return true };
         let since = now.saturating_duration_since(healed);
@@ -156,7 +147,6 @@ mod tests {
         fs::write(&path, "junk").unwrap();
         assert_eq!(look(&said, 1_000), Published::Healed);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(publisher.withdraw().unwrap() && !publisher.withdraw().unwrap());
     }
 
     #[test]

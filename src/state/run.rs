@@ -4,23 +4,28 @@
 //! Per turn: take everything that waits, change the desired state, compile once, hand over. Saving and
 //! publishing come after, so that a slow disk delays no packet's route.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
+use super::blocking::blocking;
 use super::checkpoint::{Checkpoint, CheckpointFiles};
 use super::compile::{Compiled, Compiler, HostPlan, Settings};
 use super::desired::{Desired, Outcome};
 use super::problem::{Problem, ProblemBoard, ProblemKind};
 use super::publish::{Published, Publisher};
-use super::source::{Kind, SourceEvent};
+use super::source::{Key, Kind, SourceEvent};
 use crate::snapshot::{LocalNode, Mesh, Snapshot};
 
 /// How often our published file is looked at, and the state saved if it has changed.
 const TICK: Duration = Duration::from_secs(2);
+/// What the mesh is made from: nothing is compiled before the source has listed these.
+const NEEDED: [Kind; 2] = [Kind::Node, Kind::ServiceCidr];
 /// Most events of one turn; more are the next one's.
 const BATCH: usize = 4096;
 
@@ -36,9 +41,10 @@ pub struct Clock {
 /// What the state line knows about itself, for `status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateReport {
-    /// Whether the source has given its first full list.
+    /// Whether the source has given its first complete list.
     pub listed: bool,
-    /// When the state in force was saved, if it comes from a checkpoint and the source has not spoken yet.
+    /// When the state was saved that is still in force, if it is: seconds since 1970. The source has then
+    /// not given a complete list yet, or one without a pod range of this node.
     pub from_checkpoint: Option<u64>,
     /// How many Nodes there are, this one included.
     pub nodes: usize,
@@ -48,6 +54,10 @@ pub struct StateReport {
     pub problems: Vec<Problem>,
     /// How many problems of each kind there ever were.
     pub problems_seen: Vec<(ProblemKind, u64)>,
+    /// The ranges in which pods of the cluster live.
+    pub cluster_ranges: Vec<IpNet>,
+    /// Whether those are only the ranges of the nodes seen.
+    pub cluster_ranges_guessed: bool,
 }
 
 /// What the rest of the agent reads.
@@ -69,6 +79,10 @@ pub struct StateLine {
     board: ProblemBoard,
     settings: Settings,
     from_checkpoint: Option<u64>,
+    /// Which kinds the source has listed, and whether it said that this was all.
+    heard: BTreeMap<Kind, bool>,
+    /// Whether what is in force would do for a restart.
+    savable: bool,
     snapshot: Arc<ArcSwap<Snapshot>>,
     plan: watch::Sender<Option<Arc<HostPlan>>>,
     report: watch::Sender<Arc<StateReport>>,
@@ -99,12 +113,14 @@ impl StateLine {
             board: ProblemBoard::default(),
             settings,
             from_checkpoint,
+            heard: BTreeMap::new(),
+            savable: false,
             snapshot: snapshot.clone(),
             plan,
             report,
         };
         for object in &saved.objects {
-            let outcome = line.desired.apply(object);
+            let outcome = line.desired.remember(object);
             line.take_in(outcome);
         }
         line.compile();
@@ -116,23 +132,45 @@ impl StateLine {
         let outcome = match event {
             SourceEvent::Apply(object) => self.desired.apply(&object),
             SourceEvent::Delete(key) => self.desired.delete(&key),
-            SourceEvent::Reset { kind, objects } => self.desired.reset(kind, &objects),
+            SourceEvent::Reset { kind, objects, complete } => {
+                let mut outcome = self.desired.list(kind, &objects);
+                outcome.changed |= self.heard.insert(kind, complete) != Some(complete);
+                outcome
+            }
             SourceEvent::Problems { origin, problems } => {
                 Outcome { changed: false, reports: vec![(origin, problems)] }
             }
         };
-        self.take_in(outcome)
+        let changed = self.take_in(outcome);
+        self.drop_unconfirmed() | changed
     }
 
-    /// Compiles and hands over, once there is a saved or a full state to speak of.
-    pub fn compile(&mut self) {
-        if self.is_listed() {
-            self.from_checkpoint = None;
+    /// Takes complete lists for what they say. One without this node's own Node, when there was one
+    /// before, is no list of this cluster: the folder is still being filled, or it is the wrong one.
+    fn drop_unconfirmed(&mut self) -> bool {
+        let complete = self.heard.iter().filter(|(_, complete)| **complete).map(|(kind, _)| *kind);
+        let mut changed = false;
+        for kind in complete.collect::<Vec<_>>() {
+            if self.desired.is_listed(kind) || !self.is_own_node_missing() {
+                let outcome = self.desired.complete(kind);
+                changed |= self.take_in(outcome);
+            }
         }
-        if self.is_listed() || self.from_checkpoint.is_some() {
-            let Compiled { snapshot, plan, problems } = self.compiler.compile(&self.desired, &self.settings);
+        changed
+    }
+
+    /// Compiles and hands over, once there is a saved state or the source has spoken.
+    pub fn compile(&mut self) {
+        if self.is_heard() || self.from_checkpoint.is_some() {
+            let compiled = self.compiler.compile(&self.desired, &self.settings);
+            let Compiled { snapshot, plan, problems, held } = compiled;
+            self.savable = self.is_listed() && !held && !plan.pod_ranges.is_empty();
+            if self.is_listed() && !held {
+                self.from_checkpoint = None;
+            }
             self.snapshot.store(snapshot);
             self.note("compile", problems);
+            self.note("source", self.incomplete().into_iter().collect());
             self.plan.send_if_modified(|last| {
                 let changed = last.as_ref() != Some(&plan);
                 *last = Some(plan);
@@ -188,7 +226,7 @@ impl StateLine {
                 }
                 _ = tick.tick() => {
                     publish = true;
-                    if unsaved && self.is_listed() {
+                    if unsaved && self.savable {
                         unsaved = !self.save(files.as_ref(), clock).await;
                     }
                 }
@@ -197,13 +235,43 @@ impl StateLine {
                 publisher = self.publish(publisher, clock).await;
             }
         }
-        if unsaved && self.is_listed() {
+        if unsaved && self.savable {
             self.save(files.as_ref(), clock).await;
         }
     }
 
     fn is_listed(&self) -> bool {
-        [Kind::Node, Kind::ServiceCidr].into_iter().all(|kind| self.desired.is_listed(kind))
+        NEEDED.into_iter().all(|kind| self.desired.is_listed(kind))
+    }
+
+    /// Whether the source has given a list, be it incomplete.
+    fn is_heard(&self) -> bool {
+        NEEDED.into_iter().all(|kind| self.heard.contains_key(&kind))
+    }
+
+    /// Whether this node's own Node is one that is only remembered.
+    fn is_own_node_missing(&self) -> bool {
+        let name = self.settings.node.clone();
+        self.desired.is_unconfirmed(&Key { kind: Kind::Node, namespace: String::new(), name })
+    }
+
+    /// Why what the source gave is not yet taken for everything.
+    fn incomplete(&self) -> Option<Problem> {
+        if self.is_listed() || !self.is_heard() {
+            return None;
+        }
+        let missing = NEEDED.into_iter().any(|kind| self.heard.get(&kind) != Some(&true));
+        let reason = match missing {
+            true => {
+                "a part of it cannot be read (which, is said here too): until it can, no node counts as \
+                     removed and no state is saved"
+            }
+            false => {
+                "this node's own Node is not in it: until it is, no node counts as removed and no \
+                      state is saved"
+            }
+        };
+        Some(setting("source", reason.to_owned()))
     }
 
     fn concerns_this_node(&self, event: &SourceEvent) -> bool {
@@ -233,6 +301,7 @@ impl StateLine {
     }
 
     fn tell(&mut self) {
+        let plan = self.plan.borrow().clone();
         let report = StateReport {
             listed: self.is_listed(),
             from_checkpoint: self.from_checkpoint,
@@ -240,6 +309,8 @@ impl StateLine {
             generation: self.snapshot.load().generation,
             problems: self.board.list(),
             problems_seen: self.board.seen().collect(),
+            cluster_ranges: plan.as_ref().map(|plan| plan.cluster_ranges.clone()).unwrap_or_default(),
+            cluster_ranges_guessed: plan.is_some_and(|plan| plan.cluster_ranges_guessed),
         };
         self.report.send_if_modified(|last| {
             let changed = **last != report;
@@ -254,8 +325,7 @@ impl StateLine {
     async fn save(&mut self, files: Option<&CheckpointFiles>, clock: Clock) -> bool {
         let Some(files) = files.cloned() else { return true };
         let checkpoint = self.checkpoint((clock.wall)());
-        let saved = tokio::task::spawn_blocking(move || files.save(&checkpoint)).await;
-        let problem = match saved.unwrap_or_else(|error| fail(error)) {
+        let problem = match blocking(move || files.save(&checkpoint)).await {
             Ok(()) => None,
             Err(error) => Some(setting("state folder", format!("the state cannot be saved: {error}"))),
         };
@@ -271,14 +341,11 @@ impl StateLine {
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();
         let now = (clock.now)();
-        let done = tokio::task::spawn_blocking(move || {
+        let (publisher, result) = blocking(move || {
             let result = publisher.reconcile(&announcement, now);
             (publisher, result)
-        });
-        let (publisher, result) = match done.await {
-            Ok(done) => done,
-            Err(error) => fail(error),
-        };
+        })
+        .await;
         let problem = match result {
             Ok(Published::Unchanged | Published::Written) => None,
             Ok(Published::Healed) => {
@@ -297,14 +364,6 @@ impl StateLine {
     }
 }
 
-/// A blocking task panicked (or the runtime is going down): this task ends the same way, not silently.
-fn fail(error: tokio::task::JoinError) -> ! {
-    match error.try_into_panic() {
-        Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => panic!("a task of the state line was cancelled: {error}"),
-    }
-}
-
 fn setting(subject: &str, reason: String) -> Problem {
     Problem { kind: ProblemKind::Setting, subject: subject.to_owned(), field: String::new(), reason }
 }
@@ -317,6 +376,8 @@ mod tests {
     use crate::state::compile::EncapPolicy;
     use crate::state::durable::Loaded;
     use crate::state::source::dir::DirSource;
+    use crate::state::source::folder::Folder;
+    use crate::state::source::manifest;
     use std::fs;
     use std::path::Path;
 
@@ -421,7 +482,7 @@ mod tests {
             let _ = task.await;
         }
         let (mut line, _) = StateLine::new(settings("a", 1), None);
-        for event in crate::state::source::folder::Folder::new(folder.path()).scan(true).unwrap() {
+        for event in Folder::new(folder.path()).scan(true).unwrap() {
             line.handle(event);
         }
         line.compile();
@@ -438,6 +499,128 @@ mod tests {
         .await;
         assert!(has_lanes(&again.snapshot.load(), "b", 2));
         tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+
+    /// The names of the peers in force.
+    fn peers(outputs: &Outputs) -> Vec<String> {
+        let snapshot = outputs.snapshot.load();
+        let mut names: Vec<String> = snapshot.mesh.peers.iter().flatten().map(|p| p.name.clone()).collect();
+        names.sort();
+        names
+    }
+
+    /// What one agent knew when it ended.
+    fn saved_by_one_that_knew(text: &str) -> Checkpoint {
+        let (mut line, _) = StateLine::new(settings("a", 1), None);
+        let objects = manifest::parse(text.as_bytes(), false).objects;
+        line.handle(SourceEvent::Reset { kind: Kind::Node, objects, complete: true });
+        line.handle(SourceEvent::Reset { kind: Kind::ServiceCidr, objects: Vec::new(), complete: true });
+        line.compile();
+        assert!(line.savable);
+        line.checkpoint(SystemTime::UNIX_EPOCH + Duration::from_secs(77))
+    }
+
+    fn feed(line: &mut StateLine, events: Vec<SourceEvent>) {
+        let changed = events.into_iter().fold(false, |changed, event| line.handle(event) | changed);
+        if changed {
+            line.compile();
+        }
+    }
+
+    #[test]
+    fn a_restart_while_a_file_is_broken_forgets_nobody() {
+        let saved = saved_by_one_that_knew(&(node("a", 1) + &node("b", 2) + &node("c", 3)));
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        write("a.yaml", &node("a", 1));
+        write("b.yaml", "apiVersion: v1\nkind: [");
+        write("d.yaml", &node("d", 4));
+        let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+        let mut folder = Folder::new(dir.path());
+        feed(&mut line, folder.scan(true).unwrap());
+        assert_eq!(peers(&outputs), ["b", "c", "d"]);
+        let report = outputs.report.borrow().clone();
+        assert_eq!((report.listed, report.from_checkpoint, line.savable), (false, Some(77), false));
+        assert!(report.problems.iter().any(|p| p.subject == "source" && p.reason.contains("cannot be read")));
+
+        // When the file is well again, what went meanwhile goes; and from then on a broken one costs nothing.
+        write("b.yaml", &node("b", 2));
+        feed(&mut line, folder.reread(["b.yaml"]));
+        assert_eq!(peers(&outputs), ["b", "d"]);
+        let report = outputs.report.borrow().clone();
+        assert_eq!((report.listed, report.from_checkpoint, line.savable), (true, None, true));
+        assert_eq!(report.problems, []);
+        write("b.yaml", "kind: [");
+        feed(&mut line, folder.reread(["b.yaml"]));
+        assert_eq!(peers(&outputs), ["b", "d"]);
+        fs::remove_file(dir.path().join("b.yaml")).unwrap();
+        feed(&mut line, folder.reread(["b.yaml"]));
+        assert_eq!((peers(&outputs), line.savable), (vec!["d".to_owned()], true));
+    }
+
+    #[test]
+    fn a_folder_that_is_being_filled_forgets_nobody_before_this_node_is_there() {
+        let saved = saved_by_one_that_knew(&(node("a", 1) + &node("b", 2) + &node("c", 3)));
+        let dir = tempfile::tempdir().unwrap();
+        let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+        let mut folder = Folder::new(dir.path());
+        feed(&mut line, folder.scan(true).unwrap());
+        assert_eq!((peers(&outputs).len(), line.savable), (2, false));
+        let problems = outputs.report.borrow().problems.clone();
+        assert!(problems.iter().any(|p| p.reason.contains("own Node is not in it")), "{problems:?}");
+        fs::write(dir.path().join("b.yaml"), node("b", 2)).unwrap();
+        feed(&mut line, folder.reread(["b.yaml"]));
+        assert_eq!(peers(&outputs), ["b", "c"]);
+        fs::write(dir.path().join("a.yaml"), node("a", 1)).unwrap();
+        feed(&mut line, folder.reread(["a.yaml"]));
+        assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], true));
+    }
+
+    #[test]
+    fn a_first_start_works_with_what_can_be_read_and_saves_nothing_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("n.yaml"), node("a", 1) + &node("b", 2)).unwrap();
+        fs::write(dir.path().join("c.yaml"), "").unwrap();
+        let (mut line, outputs) = StateLine::new(settings("a", 1), None);
+        feed(&mut line, Folder::new(dir.path()).scan(true).unwrap());
+        assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], false));
+        assert_eq!(outputs.plan.borrow().as_ref().unwrap().pod_ranges.len(), 1);
+    }
+
+    #[test]
+    fn a_node_that_loses_its_pod_range_keeps_the_last_state() {
+        let saved = saved_by_one_that_knew(&(node("a", 1) + &node("b", 2)));
+        let nodes = |text: &str| SourceEvent::Reset {
+            kind: Kind::Node,
+            objects: manifest::parse(text.as_bytes(), false).objects,
+            complete: true,
+        };
+        let cidrs = SourceEvent::Reset { kind: Kind::ServiceCidr, objects: Vec::new(), complete: true };
+        let wrong = node("a", 1).replace(".0/24", ".0/33");
+        // Wrong from the first list after a restart on; then well; then wrong again.
+        let (mut line, mut outputs) = StateLine::new(settings("a", 1), Some(saved));
+        let (snapshot, plan) = (outputs.snapshot.load_full(), outputs.plan.borrow_and_update().clone());
+        feed(&mut line, vec![nodes(&(wrong.clone() + &node("c", 3))), cidrs]);
+        let stands = |outputs: &Outputs| Arc::ptr_eq(&outputs.snapshot.load_full(), &snapshot);
+        assert!(stands(&outputs) && !outputs.plan.has_changed().unwrap() && !line.savable);
+        let report = outputs.report.borrow().clone();
+        assert_eq!((report.listed, report.from_checkpoint), (true, Some(77)));
+        let said = |report: &StateReport| {
+            report.problems.iter().any(|p| p.reason.contains("has lost its pod range"))
+        };
+        assert!(said(&report), "{report:?}");
+
+        feed(&mut line, vec![nodes(&(node("a", 1) + &node("c", 3)))]);
+        assert_eq!((peers(&outputs), line.savable), (vec!["c".to_owned()], true));
+        assert!(!said(&outputs.report.borrow()) && outputs.report.borrow().from_checkpoint.is_none());
+        assert_ne!(outputs.plan.borrow_and_update().clone(), plan);
+
+        for lost in [wrong, String::new()] {
+            feed(&mut line, vec![nodes(&(lost + &node("d", 4)))]);
+            assert_eq!((peers(&outputs), line.savable), (vec!["c".to_owned()], false));
+            assert!(outputs.snapshot.load().local.address_v4.is_some());
+        }
+        assert!(!outputs.plan.has_changed().unwrap());
     }
 
     #[tokio::test]

@@ -16,6 +16,8 @@ use crate::packet::DropReason;
 use crate::snapshot::{
     Encap, LaneId, LocalNode, Mesh, Peer, PeerId, PeerLane, PeerVxlan, PublicKey, Snapshot,
 };
+use crate::state::problem::ProblemKind;
+use crate::state::run::StateReport;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
 
 /// Saturday, 21 November 2026, 12:00:00.250 UTC.
@@ -130,6 +132,17 @@ pub(super) fn reports(now: Instant) -> Vec<LaneReport> {
     ]
 }
 
+/// What the state line says of it.
+pub(super) fn state() -> StateReport {
+    StateReport {
+        listed: true,
+        nodes: 4,
+        problems_seen: ProblemKind::ALL.into_iter().zip([3, 0, 0, 1, 0, 0]).collect(),
+        cluster_ranges: vec!["10.244.0.0/16".parse().unwrap()],
+        ..StateReport::default()
+    }
+}
+
 fn info(started: Instant) -> NodeInfo {
     NodeInfo {
         name: "node-a".to_owned(),
@@ -172,6 +185,7 @@ pub(super) fn view() -> pb::NodeView {
         live: &Live {
             pod_mtu: 1420,
             pod_ranges: vec!["10.244.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+            state: Some(pb::StateView::from(&state())),
             ..Live::default()
         },
         snapshot: &snapshot(),

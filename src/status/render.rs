@@ -6,6 +6,8 @@ use std::fmt::Write as _;
 
 use super::pb;
 
+/// Cluster ranges that `warren status` lists; the others are counted.
+const RANGES_IN_STATUS: usize = 4;
 /// Peers that `warren status` lists; those that need attention first, the others are counted.
 const PEERS_IN_STATUS: usize = 20;
 
@@ -110,6 +112,11 @@ fn head(out: &mut String, view: &pb::NodeView) {
         vec!["peers".to_owned(), peer_summary(&view.peers)],
         vec!["offloads".to_owned(), offload_summary(&view.lanes)],
     ];
+    if let Some(state) = &view.state {
+        rows.push(vec!["state".to_owned(), state_summary(view, state)]);
+        rows.push(vec!["cluster".to_owned(), cluster_summary(state)]);
+        rows.push(vec!["problems".to_owned(), problem_summary(view.problems.len(), state)]);
+    }
     if !view.settings.is_empty() {
         let settings: Vec<String> =
             view.settings.iter().map(|s| format!("{}={}", clean(&s.name), clean(&s.value))).collect();
@@ -129,6 +136,53 @@ fn peer_summary(peers: &[pb::PeerView]) -> String {
         .map(|(count, state)| format!("{count} {state}"))
         .collect();
     format!("{} known: {}", peers.len(), parts.join(", "))
+}
+
+/// How many nodes are known, and on whose word.
+fn state_summary(view: &pb::NodeView, state: &pb::StateView) -> String {
+    let nodes = format!("{} node{}", state.nodes, if state.nodes == 1 { "" } else { "s" });
+    let word = match (state.saved_unix_ms, state.listed) {
+        (Some(saved), _) => {
+            let age = ago(view.collected_unix_ms.saturating_sub(saved));
+            format!("AS SAVED {age}: the source has not given a complete list with a pod range of this node")
+        }
+        (None, false) => "so far: the source has not given a complete list".to_owned(),
+        (None, true) => return format!("{nodes}, generation {}", view.generation),
+    };
+    format!("{nodes}, generation {}, {word}", view.generation)
+}
+
+fn cluster_summary(state: &pb::StateView) -> String {
+    let mut ranges =
+        state.cluster_ranges.iter().take(RANGES_IN_STATUS).map(|range| clean(range)).collect::<Vec<_>>();
+    if ranges.is_empty() {
+        return "no pod range known".to_owned();
+    }
+    let more = state.cluster_ranges.len() - ranges.len();
+    if more > 0 {
+        ranges.push(format!("and {more} more"));
+    }
+    let guessed = match state.cluster_ranges_guessed {
+        true => {
+            ", GUESSED from the nodes seen: to pods of other nodes packets leave outside the tunnel; set --cluster-cidr"
+        }
+        false => "",
+    };
+    format!("{}{guessed}", ranges.join(" "))
+}
+
+/// "2 now, 9 since the start: 7 file, 2 annotation".
+fn problem_summary(now: usize, state: &pb::StateView) -> String {
+    let seen: Vec<&pb::Count> = state.problem_totals.iter().filter(|total| total.value > 0).collect();
+    let sum = seen.iter().fold(0_u64, |sum, total| sum.wrapping_add(total.value));
+    let kinds: Vec<String> =
+        seen.iter().map(|total| format!("{} {}", total.value, clean(&total.name))).collect();
+    match (now, sum) {
+        (0, 0) => "none".to_owned(),
+        (now, 0) => format!("{now} now"),
+        (0, sum) => format!("none now, {sum} since the start: {}", kinds.join(", ")),
+        (now, sum) => format!("{now} now, {sum} since the start: {}", kinds.join(", ")),
+    }
 }
 
 /// "all on", or only what is not, with the lanes it is about.
@@ -348,6 +402,7 @@ fn table(out: &mut String, indent: &str, rows: &[Vec<String>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::run::StateReport;
     use crate::status::fake;
 
     #[test]
@@ -359,6 +414,9 @@ node-a: ready
   pods      10.244.1.0/24 fd00:1::/64, MTU 1420
   peers     3 known: 1 up, 1 idle, 1 connecting
   offloads  all on, but: tun-udp off; udp-segmentation given up (the kernel refused it) on lane 1
+  state     4 nodes, generation 9
+  cluster   10.244.0.0/16
+  problems  none now, 4 since the start: 3 file, 1 annotation
   settings  encap=auto port=51820
 
 LANE  PORT   STATE  SESSIONS  RECEIVED  SENT      DROPPED
@@ -397,6 +455,37 @@ DROPPED  REASON     MEANING
         let problem = got.find("Node/b, warren.dev/lanes (annotation): key 2 has 31 bytes").expect(&got);
         assert!(lane < problem && problem < got.find("LANE").expect(&got), "{got}");
         assert!(got.contains("1     51821  no answer  ?"), "{got}");
+    }
+
+    #[test]
+    fn on_whose_word_the_state_is_and_what_is_only_guessed_is_said() {
+        let row = |report: &StateReport, name: &str| {
+            let view = pb::NodeView { state: Some(report.into()), ..fake::view() };
+            let text = status(&view);
+            text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap().trim().to_owned()
+        };
+        let saved = Some(fake::WALL_MS / 1000 - 7200);
+        let mut report = StateReport { from_checkpoint: saved, ..fake::state() };
+        assert!(
+            row(&report, "state").starts_with("4 nodes, generation 9, AS SAVED 2 h 0 min ago: the source")
+        );
+        report = StateReport { listed: false, nodes: 1, ..fake::state() };
+        assert!(
+            row(&report, "state").starts_with("1 node, generation 9, so far"),
+            "{}",
+            row(&report, "state")
+        );
+        report.cluster_ranges = (0..9).map(|i| format!("10.{i}.1.0/24").parse().unwrap()).collect();
+        report.cluster_ranges_guessed = true;
+        let cluster = row(&report, "cluster");
+        assert!(
+            cluster.starts_with("10.0.1.0/24 10.1.1.0/24 10.2.1.0/24 10.3.1.0/24 and 5 more, GUESSED"),
+            "{cluster}"
+        );
+        assert!(cluster.ends_with("set --cluster-cidr"), "{cluster}");
+        report.problems_seen.clear();
+        assert_eq!(row(&report, "problems"), "none");
+        assert!(!status(&pb::NodeView::default()).contains("cluster"));
     }
 
     #[test]

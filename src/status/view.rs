@@ -13,6 +13,7 @@ use crate::io::lane::{LaneOffloads, LaneReport};
 use crate::packet::DropReason;
 use crate::snapshot::{Encap, LaneId, Peer, PeerId, PublicKey, Snapshot};
 use crate::state::problem::Problem;
+use crate::state::run::StateReport;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
 
 /// A WireGuard session carries no data when its handshake is older (REJECT_AFTER_TIME, WireGuard paper
@@ -69,6 +70,7 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         drops: drops(all),
         totals: totals(all),
         problems: live.problems.clone(),
+        state: live.state.clone(),
     }
 }
 
@@ -80,6 +82,23 @@ impl From<&Problem> for pb::Problem {
             subject: subject.clone(),
             field: field.clone(),
             reason: reason.clone(),
+        }
+    }
+}
+
+impl From<&StateReport> for pb::StateView {
+    fn from(report: &StateReport) -> pb::StateView {
+        pb::StateView {
+            listed: report.listed,
+            saved_unix_ms: report.from_checkpoint.map(|seconds| seconds.saturating_mul(1000)),
+            nodes: u32::try_from(report.nodes).unwrap_or(u32::MAX),
+            problem_totals: report
+                .problems_seen
+                .iter()
+                .map(|(kind, seen)| count(kind.name(), *seen))
+                .collect(),
+            cluster_ranges: report.cluster_ranges.iter().map(ToString::to_string).collect(),
+            cluster_ranges_guessed: report.cluster_ranges_guessed,
         }
     }
 }

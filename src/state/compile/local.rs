@@ -39,14 +39,25 @@ impl<'a> Local<'a> {
         }
     }
 
-    pub(super) fn check(&self, desired: &Desired, problems: &mut Vec<Problem>) {
+    /// What is wrong with this node's own Node. `held`: what was compiled before stays in force.
+    pub(super) fn check(&self, desired: &Desired, held: bool, problems: &mut Vec<Problem>) {
         let node = &self.settings.node;
         let mut report = |field: &str, reason: &str| {
             problems.push(Problem::node(ProblemKind::Setting, node, field, reason));
         };
         match self.info {
+            None if held => {
+                report(
+                    "",
+                    "this node's Node is gone: the last state stays in force until there is one again",
+                );
+            }
             None if desired.is_listed(Kind::Node) => report("", "no such Node: is --node right?"),
             None => {}
+            Some(_) if self.grant.ranges.is_empty() && held => report(
+                "spec.podCIDRs",
+                "this node has lost its pod range: the last state stays in force until there is one again",
+            ),
             Some(_) if self.grant.ranges.is_empty() => {
                 report("spec.podCIDRs", "this node has no pod range: its pods cannot be reached");
             }

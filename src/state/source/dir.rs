@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -17,6 +18,7 @@ use tokio::time::{sleep, timeout};
 
 use super::SourceEvent;
 use super::folder::Folder;
+use crate::state::blocking::blocking;
 use crate::state::problem::{Problem, ProblemKind};
 
 /// How long nothing may happen before a burst counts as over.
@@ -34,26 +36,22 @@ const RETRY: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub struct DirSource {
     path: PathBuf,
-    poll: bool,
+    /// How inotify is asked for; a test may say no.
+    open: fn(&Path) -> io::Result<EventStream<Vec<u8>>>,
 }
 
 impl DirSource {
     /// A source for this folder, which need not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> DirSource {
-        DirSource { path: path.into(), poll: false }
-    }
-
-    /// The same without inotify: it looks every second.
-    pub fn polling(path: impl Into<PathBuf>) -> DirSource {
-        DirSource { path: path.into(), poll: true }
+        DirSource { path: path.into(), open }
     }
 
     /// Watches until nobody listens any more.
     pub async fn run(self, events: mpsc::Sender<SourceEvent>) {
         let origin = format!("folder {}", self.path.display());
-        let mut folder = Some(Folder::new(self.path));
+        let folder = Arc::new(Mutex::new(Folder::new(&self.path)));
         loop {
-            let outcome = watch(&mut folder, &events, &origin, self.poll).await;
+            let outcome = self.watch(&folder, &events, &origin).await;
             let reason = match outcome {
                 Ok(Watch::Closed) => return,
                 Ok(Watch::Gone) => "is gone; what it last held stays in force until it is back".to_owned(),
@@ -73,6 +71,67 @@ impl DirSource {
             }
         }
     }
+
+    /// Watches the folder for as long as it is there.
+    async fn watch(
+        &self,
+        folder: &Arc<Mutex<Folder>>,
+        events: &mpsc::Sender<SourceEvent>,
+        origin: &str,
+    ) -> io::Result<Watch> {
+        let (mut stream, complaint) = match (self.open)(&self.path) {
+            Ok(stream) => (Some(stream), None),
+            // Out of inotify instances or watches (EMFILE, ENOSPC): the folder itself may be well.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOSPC)) =>
+            {
+                let reason = format!(
+                    "inotify is used up ({error}), so it is looked at every second; raise \
+                     fs.inotify.max_user_instances and max_user_watches"
+                );
+                (None, Some(problem(origin, reason)))
+            }
+            Err(error) => return Err(error),
+        };
+
+        // Only now, with the watch in place, is the first look complete: nothing falls in between.
+        let first = work(folder, |folder| folder.scan(true)).await?;
+        let problems = complaint.into_iter().collect();
+        let well = SourceEvent::Problems { origin: origin.to_owned(), problems };
+        if !send(events, first.into_iter().chain([well])).await {
+            return Ok(Watch::Closed);
+        }
+        loop {
+            let look = News { rescan: Some(false), ..News::default() };
+            let news = match &mut stream {
+                Some(stream) => timeout(RESCAN, burst(stream)).await.unwrap_or(Ok(look))?,
+                None => {
+                    sleep(POLL).await;
+                    look
+                }
+            };
+            if news.gone {
+                return Ok(Watch::Gone);
+            }
+            // What was read counts as told: it is sent before a scan that fails is complained of.
+            let rescan = news.rescan;
+            let told = work(folder, move |folder| {
+                let created =
+                    news.created.iter().filter(|name| folder.is_symlink(name)).cloned().collect::<Vec<_>>();
+                folder.reread(news.names.iter().chain(&created).map(String::as_str))
+            })
+            .await;
+            if !send(events, told).await {
+                return Ok(Watch::Closed);
+            }
+            if let Some(settled) = rescan {
+                let told = work(folder, move |folder| folder.scan(settled)).await?;
+                if !send(events, told).await {
+                    return Ok(Watch::Closed);
+                }
+            }
+        }
+    }
 }
 
 enum Watch {
@@ -80,62 +139,6 @@ enum Watch {
     Closed,
     /// The folder was removed, renamed or unmounted.
     Gone,
-}
-
-/// Watches the folder for as long as it is there.
-async fn watch(
-    folder: &mut Option<Folder>,
-    events: &mpsc::Sender<SourceEvent>,
-    origin: &str,
-    poll: bool,
-) -> io::Result<Watch> {
-    let path = folder.as_ref().map(|folder| folder.path().to_owned()).unwrap_or_default();
-    let (mut stream, complaint) = match open(&path) {
-        _ if poll => (None, None),
-        Ok(stream) => (Some(stream), None),
-        // Out of inotify instances or watches (EMFILE, ENOSPC): the folder itself may be well.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOSPC)) => {
-            let reason = format!(
-                "inotify is used up ({error}), so it is looked at every second; raise \
-                 fs.inotify.max_user_instances and max_user_watches"
-            );
-            (None, Some(problem(origin, reason)))
-        }
-        Err(error) => return Err(error),
-    };
-
-    // Only now, with the watch in place, is the first look complete: nothing falls in between.
-    let first = work(folder, |folder| folder.scan(true)).await?;
-    let well = SourceEvent::Problems { origin: origin.to_owned(), problems: complaint.into_iter().collect() };
-    if !send(events, first?.into_iter().chain([well])).await {
-        return Ok(Watch::Closed);
-    }
-    loop {
-        let look = News { rescan: Some(false), ..News::default() };
-        let news = match &mut stream {
-            Some(stream) => timeout(RESCAN, burst(stream)).await.unwrap_or(Ok(look))?,
-            None => {
-                sleep(POLL).await;
-                look
-            }
-        };
-        if news.gone {
-            return Ok(Watch::Gone);
-        }
-        let told = work(folder, move |folder| {
-            let created =
-                news.created.iter().filter(|name| folder.is_symlink(name)).cloned().collect::<Vec<_>>();
-            let mut told = folder.reread(news.names.iter().chain(&created).map(String::as_str));
-            if let Some(settled) = news.rescan {
-                told.extend(folder.scan(settled)?);
-            }
-            Ok::<_, io::Error>(told)
-        })
-        .await?;
-        if !send(events, told?).await {
-            return Ok(Watch::Closed);
-        }
-    }
 }
 
 fn open(path: &Path) -> io::Result<EventStream<Vec<u8>>> {
@@ -195,20 +198,14 @@ async fn burst(stream: &mut EventStream<Vec<u8>>) -> io::Result<News> {
     Ok(news)
 }
 
-/// Runs file work where it may block.
+/// Runs file work where it may block. The folder stays where it is: nothing that happens here can lose it.
 async fn work<T: Send + 'static>(
-    folder: &mut Option<Folder>,
+    folder: &Arc<Mutex<Folder>>,
     task: impl FnOnce(&mut Folder) -> T + Send + 'static,
-) -> io::Result<T> {
-    let Some(mut inner) = folder.take() else { return Err(io::Error::other("the folder is in use")) };
-    let (inner, result) = tokio::task::spawn_blocking(move || {
-        let result = task(&mut inner);
-        (inner, result)
-    })
-    .await
-    .map_err(io::Error::other)?;
-    *folder = Some(inner);
-    Ok(result)
+) -> T {
+    let folder = Arc::clone(folder);
+    // Poisoned by a panic that is on its way up already: nobody asks again.
+    blocking(move || task(&mut folder.lock().unwrap_or_else(PoisonError::into_inner))).await
 }
 
 async fn send(events: &mpsc::Sender<SourceEvent>, news: impl IntoIterator<Item = SourceEvent>) -> bool {
@@ -290,15 +287,29 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let path = parent.path().join("objects");
         let (sender, mut events) = mpsc::channel(64);
-        let task = tokio::spawn(DirSource::polling(&path).run(sender));
+        let used_up = |_: &Path| Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let task = tokio::spawn(DirSource { path: path.clone(), open: used_up }.run(sender));
         until(&mut events, |e| complains(e, "does not exist")).await;
         fs::create_dir(&path).unwrap();
         until(&mut events, |e| matches!(e, SourceEvent::Reset { kind: Kind::Node, .. })).await;
+        until(&mut events, |e| complains(e, "max_user_instances")).await;
         fs::write(path.join("a.yaml"), node("a")).unwrap();
         until(&mut events, |e| applies(e, "Node/a")).await;
         fs::remove_file(path.join("a.yaml")).unwrap();
         until(&mut events, |e| deletes(e, "Node/a")).await;
         task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_panic_over_a_file_ends_the_source_and_is_not_taken_for_a_lost_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Arc::new(Mutex::new(Folder::new(dir.path())));
+        let asking = {
+            let folder = Arc::clone(&folder);
+            tokio::spawn(async move { work(&folder, |_| panic!("a bug")).await })
+        };
+        assert!(asking.await.unwrap_err().is_panic());
+        assert_eq!(work(&folder, |folder| folder.path().to_owned()).await, dir.path());
     }
 
     #[tokio::test]

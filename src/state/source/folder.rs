@@ -2,13 +2,18 @@
 //! [`dir`](super::dir) says when to look.
 //!
 //! Rules, in the order in which they apply:
-//! 1. A file counts if it ends in `.yaml`, `.yml` or `.json` and does not start with a dot.
+//! 1. A file counts if it ends in `.yaml`, `.yml` or `.json` and does not start with a dot. A copy that a
+//!    sync program made of a conflict is reported and not read.
 //! 2. A document that is wrong is reported. As long as a file holds one, nothing that the file gave
 //!    earlier is withdrawn: a half-written file removes nothing. The same for a file that is empty,
-//!    unreadable or too big.
-//! 3. `<node>.warren.yaml` gives only the `warren.dev/` annotations of that Node; they are merged into
+//!    unreadable or too big. Objects of other kinds than ours are reported and otherwise left alone.
+//! 3. The list is complete when every file was read whole once. Until then what a file may hold is not
+//!    known, so the list says that it is incomplete, and everybody keeps what he knew.
+//! 4. `<node>.warren.yaml` gives only the `warren.dev/` annotations of that Node; they are merged into
 //!    the Node that some other file holds, whose own annotations win.
-//! 4. If two files hold the same object, the file whose name sorts first wins, the other is reported.
+//! 5. If several files hold the same object, one is used and the others are reported: a Node with pod
+//!    ranges before one without, then the file whose name without its ending sorts first (`nodes.yaml`
+//!    before `nodes (1).yaml` and `nodes-old.yaml`).
 
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
@@ -18,7 +23,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::manifest::{self, MAX_FILE_BYTES};
+use super::manifest::{self, Flaw, MAX_FILE_BYTES};
 use super::{Key, Kind, Object, SourceEvent};
 use crate::state::annotations::PREFIX;
 use crate::state::problem::{Problem, ProblemKind};
@@ -29,6 +34,11 @@ pub const MAX_FILES: usize = 20_000;
 pub const PUBLISHED_SUFFIX: &str = ".warren.yaml";
 /// The origin under which two files with the same object are reported.
 const CONFLICTS: &str = "folder: same object twice";
+/// How a file's name ends that counts.
+const ENDINGS: [&str; 3] = [".yaml", ".yml", ".json"];
+/// What is in the name, in small letters, of the copy that a sync program keeps when a file was changed in
+/// two places: Syncthing; Dropbox and Nextcloud; ownCloud's older clients; Seafile.
+const CONFLICT_COPIES: [&str; 4] = [".sync-conflict-", "conflicted copy", "_conflict-", "(sfconflict "];
 
 /// What tells one content of a file from another without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +54,21 @@ struct FileState {
     stamp: Option<Stamp>,
     /// Seen by the last rescan but not read yet: it may still be being written.
     unsettled: Option<Stamp>,
+    /// Read without a gap, now or at any time before.
+    whole: bool,
     objects: BTreeMap<Key, Object>,
     problems: Vec<Problem>,
+}
+
+/// How much of the folder is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listing {
+    /// Nothing yet.
+    Unread,
+    /// All but what some files may hold.
+    Partial,
+    /// Everything, once. A file that breaks later keeps what it gave.
+    Complete,
 }
 
 /// The folder's files and the objects they add up to.
@@ -60,7 +83,7 @@ pub struct Folder {
     conflicts: BTreeMap<Key, Vec<Problem>>,
     /// How many files were too many at the last scan.
     beyond: usize,
-    listed: bool,
+    listing: Listing,
 }
 
 impl Folder {
@@ -73,7 +96,7 @@ impl Folder {
             merged: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             beyond: 0,
-            listed: false,
+            listing: Listing::Unread,
         }
     }
 
@@ -82,8 +105,8 @@ impl Folder {
         &self.path
     }
 
-    /// Looks at every file. The first time that works, the answer is a reset of every kind; after that
-    /// it is what changed. `settled`: read every changed file now; otherwise a changed file is read when
+    /// Looks at every file. The first time that works, the answer is a reset of every kind, and once more
+    /// when the list becomes complete; else it is what changed. `settled`: read every changed file now; otherwise a changed file is read when
     /// two scans saw it unchanged, as its writer may not be done.
     pub fn scan(&mut self, settled: bool) -> io::Result<Vec<SourceEvent>> {
         let mut found = BTreeSet::new();
@@ -118,11 +141,7 @@ impl Folder {
             }
         }
         self.settle(touched, &mut events);
-        if !self.listed {
-            self.listed = true;
-            events.retain(|event| matches!(event, SourceEvent::Problems { .. }));
-            events.splice(0..0, self.resets());
-        }
+        self.list(true, &mut events);
         Ok(events)
     }
 
@@ -135,6 +154,7 @@ impl Folder {
             }
         }
         self.settle(touched, &mut events);
+        self.list(false, &mut events);
         events
     }
 
@@ -143,11 +163,22 @@ impl Folder {
         fs::symlink_metadata(self.path.join(name)).is_ok_and(|metadata| metadata.is_symlink())
     }
 
-    fn resets(&self) -> Vec<SourceEvent> {
+    /// Puts resets in the place of single changes when the list is new or has become complete.
+    fn list(&mut self, scanned: bool, events: &mut Vec<SourceEvent>) {
+        let complete = self.beyond == 0 && self.files.values().all(|file| file.whole);
+        match self.listing {
+            Listing::Complete => return,
+            Listing::Partial if !complete => return,
+            Listing::Unread if !scanned => return,
+            Listing::Partial | Listing::Unread => {}
+        }
+        self.listing = if complete { Listing::Complete } else { Listing::Partial };
         let of_kind = |kind| {
             self.merged.values().filter(move |object| object.kind() == kind).cloned().collect::<Vec<_>>()
         };
-        Kind::ALL.into_iter().map(|kind| SourceEvent::Reset { kind, objects: of_kind(kind) }).collect()
+        let reset = |kind| SourceEvent::Reset { kind, objects: of_kind(kind), complete };
+        events.retain(|event| matches!(event, SourceEvent::Problems { .. }));
+        events.splice(0..0, Kind::ALL.map(reset));
     }
 
     fn is_due(&mut self, name: &str, settled: bool) -> bool {
@@ -180,23 +211,26 @@ impl Folder {
             Ok(None) => {}
             Ok(Some((stamp, bytes))) => {
                 state.stamp = Some(stamp);
-                let parsed = manifest::parse(&bytes, name.ends_with(".json"));
-                (after, problems, keep) = take(name, parsed);
-                if bytes.trim_ascii().is_empty() && !before.is_empty() {
-                    problems.push(file_problem(
-                        name,
-                        "",
-                        "is empty; remove the file to withdraw its objects",
-                    ));
+                if is_conflict_copy(name) {
+                    let reason = "is what a sync program made of two versions of a file: not read; \
+                                  see which one is right, and remove this one";
+                    problems.push(file_problem(name, "", reason));
+                } else if bytes.trim_ascii().is_empty() {
+                    let reason = "is empty; remove the file if that is meant";
+                    problems.push(file_problem(name, "", reason));
                     keep = true;
+                } else {
+                    let parsed = manifest::parse(&bytes, name.ends_with(".json"));
+                    (after, problems, keep) = take(name, parsed);
                 }
             }
             Err((stamp, reason)) => {
                 state.stamp = stamp;
                 problems.push(file_problem(name, "", reason));
-                keep = true;
+                keep = !is_conflict_copy(name);
             }
         }
+        state.whole |= !keep;
         if keep {
             for (key, object) in &before {
                 after.entry(key.clone()).or_insert_with(|| object.clone());
@@ -212,6 +246,10 @@ impl Folder {
         }
         touched.extend(before.into_keys());
         touched.extend(after.keys().cloned());
+        if let Some(node) = name.strip_suffix(PUBLISHED_SUFFIX) {
+            // That Node may have waited for this file.
+            touched.insert(Key { kind: Kind::Node, namespace: String::new(), name: node.to_owned() });
+        }
         if state.problems != problems || gone {
             events.push(SourceEvent::Problems { origin: format!("file {name}"), problems: problems.clone() });
         }
@@ -252,24 +290,39 @@ impl Folder {
         }
     }
 
+    /// Whether what this Node announces is in a file that could not be read yet. To tell the Node without
+    /// it would take the keys away that everybody still has of it.
+    fn awaits_announcement(&self, key: &Key) -> bool {
+        let unread = || {
+            let published = self.files.get(&format!("{}{PUBLISHED_SUFFIX}", key.name));
+            published.is_some_and(|file| !file.whole)
+        };
+        key.kind == Kind::Node && self.listing != Listing::Complete && unread()
+    }
+
     fn merge(&mut self, key: &Key) -> (Option<Object>, Vec<Problem>) {
         let mut problems = Vec::new();
         let Some(holders) = self.holders.get(key).filter(|holders| !holders.is_empty()) else {
             self.holders.remove(key);
             return (None, problems);
         };
-        let mut base: Option<(&str, &Object)> = None;
-        let mut published = None;
-        for name in holders {
-            let Some(object) = self.files.get(name).and_then(|file| file.objects.get(key)) else { continue };
-            if name.ends_with(PUBLISHED_SUFFIX) {
-                published = Some((name.as_str(), object));
-            } else if let Some((first, _)) = base {
-                let reason = format!("{key} is in {first} already; this one is not used");
-                problems.push(file_problem(name, "", reason));
-            } else {
-                base = Some((name, object));
-            }
+        let held =
+            holders.iter().filter_map(|name| Some((name.as_str(), self.files.get(name)?.objects.get(key)?)));
+        let (published, mut written): (Vec<_>, Vec<_>) =
+            held.partition(|(name, _)| name.ends_with(PUBLISHED_SUFFIX));
+        let published = published.first().copied();
+        written.sort_by_key(|(name, object)| (!says_enough(object), stem(name), *name));
+        let base = written.first().copied();
+        for (name, _) in written.iter().skip(1) {
+            let first = base.map_or("", |(first, _)| first);
+            problems.push(file_problem(
+                name,
+                "",
+                format!("{key} is in {first} already; this one is not used"),
+            ));
+        }
+        if published.is_none() && self.awaits_announcement(key) {
+            return (None, problems);
         }
         let object = match (base, published) {
             (Some((base_name, Object::Node(node))), Some((_, Object::Node(announced)))) => {
@@ -302,7 +355,27 @@ impl Folder {
 
 /// Whether a file of that name is one of ours.
 fn counts(name: &str) -> bool {
-    !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end))
+    !name.starts_with('.') && ENDINGS.iter().any(|end| name.ends_with(end))
+}
+
+/// The name without its ending.
+fn stem(name: &str) -> &str {
+    ENDINGS.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name)
+}
+
+fn is_conflict_copy(name: &str) -> bool {
+    let name = name.to_lowercase();
+    CONFLICT_COPIES.iter().any(|mark| name.contains(mark))
+}
+
+/// Whether an object says what only a person can say about it: a Node's pod ranges.
+fn says_enough(object: &Object) -> bool {
+    match object {
+        Object::Node(node) => node.spec.as_ref().is_some_and(|spec| {
+            spec.pod_cidr.is_some() || spec.pod_cidrs.as_ref().is_some_and(|ranges| !ranges.is_empty())
+        }),
+        Object::Service(_) | Object::EndpointSlice(_) | Object::Pod(_) | Object::ServiceCidr(_) => true,
+    }
 }
 
 fn stamp(metadata: &fs::Metadata) -> Stamp {
@@ -351,14 +424,20 @@ fn file_problem(name: &str, field: &str, reason: impl Into<String>) -> Problem {
     }
 }
 
-/// The usable objects of a file, its problems, and whether it has bad documents.
+/// The usable objects of a file, its problems, and whether it may hold more of ours than could be read.
 fn take(name: &str, parsed: manifest::Manifest) -> (BTreeMap<Key, Object>, Vec<Problem>, bool) {
-    let bad = !parsed.problems.is_empty();
+    let bad = parsed.problems.iter().any(|problem| match problem.flaw {
+        Flaw::Syntax | Flaw::Object => true,
+        Flaw::Foreign => false,
+    });
     let mut problems: Vec<Problem> = parsed
         .problems
         .into_iter()
         .map(|problem| Problem {
-            kind: if problem.syntax { ProblemKind::File } else { ProblemKind::Object },
+            kind: match problem.flaw {
+                Flaw::Syntax => ProblemKind::File,
+                Flaw::Object | Flaw::Foreign => ProblemKind::Object,
+            },
             subject: name.to_owned(),
             field: format!("document {}, line {}", problem.document, problem.line),
             reason: problem.reason,
@@ -409,7 +488,8 @@ mod tests {
         format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{podCIDRs: [{range}]}}\n")
     }
 
-    /// Every change in short form: `+key`, `-key`, `=kind:count` for a reset, `!origin:count` for problems.
+    /// Every change in short form: `+key`, `-key`, `=kind:count` for a reset (`~kind:count` if it is not
+    /// complete), `!origin:count` for problems.
     fn short(events: &[SourceEvent]) -> Vec<String> {
         events
             .iter()
@@ -417,7 +497,10 @@ mod tests {
                 SourceEvent::Apply(object) => Some(format!("+{}", object.key())),
                 SourceEvent::Delete(key) => Some(format!("-{key}")),
                 SourceEvent::Reset { objects, .. } if objects.is_empty() => None,
-                SourceEvent::Reset { kind, objects } => Some(format!("={}:{}", kind.name(), objects.len())),
+                SourceEvent::Reset { kind, objects, complete } => {
+                    let sign = if *complete { '=' } else { '~' };
+                    Some(format!("{sign}{}:{}", kind.name(), objects.len()))
+                }
                 SourceEvent::Problems { origin, problems } => Some(format!("!{origin}:{}", problems.len())),
             })
             .collect()
@@ -460,6 +543,82 @@ mod tests {
         assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:1"]);
         fs::write(&path, &text).unwrap();
         assert_eq!(short(&folder.reread(["n.yaml"])), ["!file n.yaml:0", "+Node/a"]);
+    }
+
+    #[test]
+    fn the_list_is_complete_when_every_file_was_read_whole_once() {
+        let foreign = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n";
+        for broken in ["", "kind: [", "apiVersion: v1\nkind: Node\nmetadata: 7\n", "apiVersion: v1\nkind: No"]
+        {
+            let good = format!("{foreign}---\n{}", node("a", "10.1.0.0/24"));
+            let (dir, mut folder) = setup(&[("a.yaml", &good), ("b.yaml", broken)]);
+            let events = short(&folder.scan(true).unwrap());
+            assert_eq!(events, ["~Node:1", "!file a.yaml:1", "!file b.yaml:1"], "{broken:?}");
+            // Incomplete as it is, it follows what can be read.
+            fs::write(dir.path().join("c.yaml"), node("c", "10.3.0.0/24")).unwrap();
+            assert_eq!(short(&folder.reread(["c.yaml"])), ["+Node/c"]);
+            fs::write(dir.path().join("c.yaml"), "kind: [").unwrap();
+            assert_eq!(short(&folder.reread(["c.yaml"])), ["!file c.yaml:1"]);
+            fs::write(dir.path().join("b.yaml"), node("b", "10.2.0.0/24")).unwrap();
+            assert_eq!(short(&folder.reread(["b.yaml"])), ["=Node:3", "!file b.yaml:0"]);
+            fs::write(dir.path().join("b.yaml"), broken).unwrap();
+            assert_eq!(short(&folder.reread(["b.yaml"])), ["!file b.yaml:1"]);
+        }
+        let (dir, mut folder) = setup(&[]);
+        fs::create_dir(dir.path().join("b.yaml")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["!file b.yaml:1"]);
+        fs::remove_dir(dir.path().join("b.yaml")).unwrap();
+        let events = folder.scan(true).unwrap();
+        assert!(events.iter().any(|e| matches!(e, SourceEvent::Reset { complete: true, .. })), "{events:?}");
+    }
+
+    #[test]
+    fn a_node_is_not_told_without_its_announcement_while_that_cannot_be_read() {
+        let text = format!("{}---\n{}", node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24"));
+        let (dir, mut folder) = setup(&[("n.yaml", &text), ("b.warren.yaml", "kind: [")]);
+        assert_eq!(short(&folder.scan(true).unwrap()), ["~Node:1", "!file b.warren.yaml:1"]);
+        fs::remove_file(dir.path().join("b.warren.yaml")).unwrap();
+        assert_eq!(short(&folder.reread(["b.warren.yaml"])), ["=Node:2", "!file b.warren.yaml:0"]);
+        // From then on the folder's word counts.
+        fs::write(dir.path().join("b.warren.yaml"), "kind: [").unwrap();
+        assert_eq!(short(&folder.reread(["b.warren.yaml"])), ["!file b.warren.yaml:1"]);
+    }
+
+    #[test]
+    fn copies_that_sync_programs_make_are_named_and_not_read() {
+        for copy in [
+            "b.warren.sync-conflict-20261121-120000-ABCDEFG.yaml",
+            "b (Jo's conflicted copy 2026-11-21).yaml",
+            "b (conflicted copy 2026-11-21 120000).yaml",
+            "b_conflict-20261121-120000.yaml",
+            "b (SFConflict jo@example.com 2026-11-21).yaml",
+        ] {
+            let (_dir, mut folder) =
+                setup(&[("b.yaml", &node("b", "10.2.0.0/24")), (copy, &node("b", "10.9.0.0/24"))]);
+            let events = folder.scan(true).unwrap();
+            assert_eq!(short(&events), ["=Node:1".to_owned(), format!("!file {copy}:1")]);
+            assert!(short(&folder.scan(true).unwrap()).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_node_with_pod_ranges_comes_before_one_without_and_a_file_before_its_copies() {
+        let bare = "apiVersion: v1\nkind: Node\nmetadata: {name: a}\n";
+        let range = |folder: &Folder| {
+            let Some(Object::Node(node)) = folder.merged.values().next() else { panic!() };
+            node.spec.as_ref().unwrap().pod_cidrs.clone().unwrap().remove(0)
+        };
+        let good = node("a", "10.1.0.0/24");
+        let (_dir, mut folder) = setup(&[("a.yaml", bare), ("nodes.yaml", &good)]);
+        folder.scan(true).unwrap();
+        assert_eq!(range(&folder), "10.1.0.0/24");
+        let old = node("a", "10.9.0.0/24");
+        let copies = ["nodes (1).yaml", "nodes - Copy.yaml", "nodes copy.yaml", "nodes-laptop.yaml"];
+        for copy in copies {
+            let (_dir, mut folder) = setup(&[("nodes.yaml", &good), (copy, &old)]);
+            assert_eq!(short(&folder.scan(true).unwrap()), ["=Node:1", "!folder: same object twice:1"]);
+            assert_eq!(range(&folder), "10.1.0.0/24", "{copy}");
+        }
     }
 
     #[test]

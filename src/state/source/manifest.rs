@@ -27,10 +27,21 @@ pub struct DocumentProblem {
     pub document: usize,
     /// Line in the file, from 1; 0 when not known.
     pub line: u64,
-    /// Whether it is not even YAML or JSON (as opposed to an object we cannot use).
-    pub syntax: bool,
+    /// How it is wrong.
+    pub flaw: Flaw,
     /// Why.
     pub reason: String,
+}
+
+/// How a document can be wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// Not even YAML or JSON.
+    Syntax,
+    /// An object that we cannot use, though it may be meant for us.
+    Object,
+    /// An object of a kind that is none of ours: whatever it says, it hides none of our objects.
+    Foreign,
 }
 
 /// What a file gave.
@@ -51,12 +62,12 @@ pub fn parse(bytes: &[u8], json: bool) -> Manifest {
     let text = match std::str::from_utf8(bytes) {
         Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
         Err(error) => {
-            manifest.report(0, 0, true, format!("not UTF-8 at byte {}", error.valid_up_to()));
+            manifest.report(0, 0, Flaw::Syntax, format!("not UTF-8 at byte {}", error.valid_up_to()));
             return manifest;
         }
     };
     if text.contains('\0') {
-        manifest.report(0, 0, true, "holds a zero byte: not a text file".to_owned());
+        manifest.report(0, 0, Flaw::Syntax, "holds a zero byte: not a text file".to_owned());
         return manifest;
     }
     if json {
@@ -85,7 +96,7 @@ fn parse_yaml(text: &str, manifest: &mut Manifest) {
             Ok(value) => manifest.take(value, line, Some(piece)),
             Err(error) => {
                 let (at, reason) = describe(&error, line);
-                manifest.report(manifest.documents, at, true, reason);
+                manifest.report(manifest.documents, at, Flaw::Syntax, reason);
             }
         }
     }
@@ -106,7 +117,8 @@ fn parse_json(text: &str, manifest: &mut Manifest) {
         match value {
             Ok(value) => manifest.take(value, line, None),
             Err(error) => {
-                manifest.report(manifest.documents, error.line() as u64, true, one_line(&error.to_string()));
+                let reason = one_line(&error.to_string());
+                manifest.report(manifest.documents, error.line() as u64, Flaw::Syntax, reason);
                 return;
             }
         }
@@ -179,8 +191,8 @@ fn newlines(text: &str, from: usize, to: usize) -> u64 {
 }
 
 impl Manifest {
-    fn report(&mut self, document: usize, line: u64, syntax: bool, reason: String) {
-        self.problems.push(DocumentProblem { document, line, syntax, reason });
+    fn report(&mut self, document: usize, line: u64, flaw: Flaw, reason: String) {
+        self.problems.push(DocumentProblem { document, line, flaw, reason });
     }
 
     fn full(&mut self, line: u64) -> bool {
@@ -189,7 +201,7 @@ impl Manifest {
             self.report(
                 0,
                 line,
-                false,
+                Flaw::Object,
                 format!("more than {MAX_DOCUMENTS} documents or {MAX_OBJECTS} objects"),
             );
         }
@@ -204,7 +216,7 @@ impl Manifest {
             Err(value) => {
                 match typed(value, piece) {
                     Ok(object) => self.objects.push(object),
-                    Err((offset, reason)) => self.report(document, line + offset, false, reason),
+                    Err(wrong) => self.report(document, line + wrong.offset, wrong.flaw, wrong.reason),
                 }
                 return;
             }
@@ -215,7 +227,9 @@ impl Manifest {
             }
             match typed(item, None) {
                 Ok(object) => self.objects.push(object),
-                Err((_, reason)) => self.report(document, line, false, format!("items[{index}]: {reason}")),
+                Err(Wrong { flaw, reason, .. }) => {
+                    self.report(document, line, flaw, format!("items[{index}]: {reason}"));
+                }
             }
         }
     }
@@ -237,21 +251,37 @@ fn list_items(mut value: Value) -> Result<Vec<Value>, Value> {
     Ok(items)
 }
 
-/// The typed object, or how many lines below the document's first the mistake is, and which.
-fn typed(value: Value, piece: Option<&str>) -> Result<Object, (u64, String)> {
+/// Why a document gives no object, and how many lines below the document's first the mistake is.
+struct Wrong {
+    offset: u64,
+    flaw: Flaw,
+    reason: String,
+}
+
+impl Wrong {
+    fn object(reason: String) -> Wrong {
+        Wrong { offset: 0, flaw: Flaw::Object, reason }
+    }
+}
+
+fn typed(value: Value, piece: Option<&str>) -> Result<Object, Wrong> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let Some(name) = text("kind") else {
-        return Err((0, "no `kind`: not a Kubernetes object".to_owned()));
+        return Err(Wrong::object("no `kind`: not a Kubernetes object".to_owned()));
     };
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.name() == name) else {
-        let hint = nearest(&name, Kind::ALL.map(Kind::name));
-        let hint = hint.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default();
-        return Err((0, format!("kind {} is not one that Warren reads{hint}", quote(&name))));
+        let near = nearest(&name, Kind::ALL.map(Kind::name));
+        // A file that is being written may end inside of the word.
+        let begun = Kind::ALL.iter().any(|kind| kind.name().starts_with(&name));
+        let flaw = if near.is_some() || begun { Flaw::Object } else { Flaw::Foreign };
+        let hint = near.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default();
+        let reason = format!("kind {} is not one that Warren reads{hint}", quote(&name));
+        return Err(Wrong { offset: 0, flaw, reason });
     };
     let version = text("apiVersion").unwrap_or_default();
     if version != kind.api_version() {
         let wanted = kind.api_version();
-        return Err((0, format!("apiVersion of a {name} is {wanted}, not {}", quote(&version))));
+        return Err(Wrong::object(format!("apiVersion of a {name} is {wanted}, not {}", quote(&version))));
     }
     let object = match kind {
         Kind::Node => into(value, piece).map(Object::Node),
@@ -260,11 +290,11 @@ fn typed(value: Value, piece: Option<&str>) -> Result<Object, (u64, String)> {
         Kind::Pod => into(value, piece).map(Object::Pod),
         Kind::ServiceCidr => into(value, piece).map(Object::ServiceCidr),
     }?;
-    check_names(&object).map_err(|reason| (0, reason))?;
+    check_names(&object).map_err(Wrong::object)?;
     Ok(object)
 }
 
-fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>, (u64, String)> {
+fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>, Wrong> {
     serde_json::from_value::<T>(value).map(Arc::new).map_err(|error| {
         // serde_json no longer knows lines; reading the text again, typed, finds the line.
         let line = piece.and_then(|piece| match yaml::<T>(piece) {
@@ -277,7 +307,7 @@ fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>
         } else {
             ""
         };
-        (line.unwrap_or(0), format!("{reason}{hint}"))
+        Wrong { offset: line.unwrap_or(0), flaw: Flaw::Object, reason: format!("{reason}{hint}") }
     })
 }
 
@@ -345,10 +375,14 @@ mod tests {
         let manifest = parse(text.as_bytes(), false);
         assert_eq!(names(&manifest), ["Node/a", "Node/b"]);
         let [syntax, kind] = manifest.problems.as_slice() else { panic!("{:?}", manifest.problems) };
-        assert_eq!((syntax.document, syntax.syntax), (2, true));
+        assert_eq!((syntax.document, syntax.flaw), (2, Flaw::Syntax));
         assert!((5..=7).contains(&syntax.line), "{syntax:?}");
-        assert_eq!((kind.document, kind.line, kind.syntax), (3, 7, false));
+        assert_eq!((kind.document, kind.line, kind.flaw), (3, 7, Flaw::Object));
         assert!(kind.reason.contains("did you mean Node?"), "{kind:?}");
+        for (kind, flaw) in [("Deployment", Flaw::Foreign), ("No", Flaw::Object), ("''", Flaw::Object)] {
+            let text = format!("apiVersion: v1\nkind: {kind}\n");
+            assert_eq!(parse(text.as_bytes(), false).problems[0].flaw, flaw, "{kind}");
+        }
     }
 
     #[test]

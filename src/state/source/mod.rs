@@ -140,13 +140,15 @@ pub enum SourceEvent {
     Apply(Object),
     /// This object is gone.
     Delete(Key),
-    /// These are all objects of this kind: what is not among them is gone. The first one of a kind
-    /// says that the source is complete; before it nothing is removed.
+    /// These are the objects of this kind. Nothing is removed before the first complete list of it.
     Reset {
         /// Which kind.
         kind: Kind,
-        /// All of them.
+        /// All of them that could be read.
         objects: Vec<Object>,
+        /// Whether that is all of them: what is not among them is gone. A source that cannot read a
+        /// part of what it has says so, and gives a complete list when it can.
+        complete: bool,
     },
     /// Replaces what `origin` has to report; an empty list means that all is well there now.
     Problems {

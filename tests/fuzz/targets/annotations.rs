@@ -16,7 +16,7 @@ pub(crate) fn run(data: &[u8]) {
         })
         .collect();
     let (said, problems) = parse(&annotations);
-    assert!(said.lanes.len() <= MAX_LANES && said.next_lanes.len() <= MAX_LANES);
+    assert!(said.lanes.len() <= MAX_LANES);
     assert!(said.endpoints.len() <= MAX_ENDPOINTS);
     assert!(said.endpoints.iter().all(|endpoint| is_reachable(endpoint.ip()) && endpoint.port() != 0));
     for problem in &problems {
