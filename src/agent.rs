@@ -29,6 +29,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tracing::{debug, error, info, warn};
 
 pub use error::AgentError;
+use error::reasons;
 
 use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
@@ -275,12 +276,6 @@ impl Running {
 
     async fn obey(&mut self, next: Arc<HostPlan>) -> Result<(), AgentError> {
         self.fleet.ring();
-        if next.pod_ranges.is_empty() {
-            warn!(
-                "this node has lost its pod range in the source: keeping the old one until there is another"
-            );
-            return Ok(());
-        }
         if next.pod_mtu != self.plan.pod_mtu {
             info!(from = self.plan.pod_mtu, to = next.pod_mtu, "the MTU for new pods has changed");
             self.ready.write(&self.config.node, next.pod_mtu)?;
@@ -369,7 +364,8 @@ async fn first_plan(config: &AgentConfig, outputs: &mut Outputs) -> Result<Arc<H
             changed = outputs.plan.changed() => alive(changed)?,
             changed = outputs.report.changed() => alive(changed)?,
             _ = waits.tick() => {
-                info!("waiting for the first full list of objects from {}", source_folder(config).display());
+                let why = reasons(&report.problems.iter().map(ToString::to_string).collect::<Vec<_>>());
+                info!("waiting for the first full list of objects from {}{why}", source_folder(config).display());
             }
         }
     }

@@ -108,6 +108,6 @@ fn others(known: &[String]) -> String {
     }
 }
 
-fn reasons(problems: &[String]) -> String {
+pub(super) fn reasons(problems: &[String]) -> String {
     problems.iter().map(|p| format!("; {p}")).collect()
 }

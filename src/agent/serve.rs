@@ -65,8 +65,11 @@ pub(super) fn serve(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -
 /// Hands what the state line finds wrong to whoever asks.
 pub(super) async fn follow_reports(handle: Handle, mut report: watch::Receiver<Arc<StateReport>>) {
     loop {
-        let problems: Vec<_> = report.borrow_and_update().problems.iter().map(pb::Problem::from).collect();
-        handle.update(|live| live.problems.clone_from(&problems));
+        let now = Arc::clone(&report.borrow_and_update());
+        handle.update(|live| {
+            live.problems = now.problems.iter().map(pb::Problem::from).collect();
+            live.state = Some(pb::StateView::from(&*now));
+        });
         if report.changed().await.is_err() {
             return;
         }
