@@ -14,6 +14,10 @@
 //! A peer may have two sessions at once: the one in use and a candidate. A handshake whose timestamp is
 //! not newer than the last one we saw is a replay, or a peer whose clock was set back; it gets a
 //! candidate of its own, which takes over only when data arrives that proves the peer holds the keys.
+//!
+//! An endpoint never lies inside the mesh: what is sealed for such a peer would come back to be sealed again.
+//! Announced ones were checked where they were compiled; where datagrams come from is checked here, once for
+//! each place: an ordinary packet comes from the confirmed one and costs no look-up.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -373,12 +377,14 @@ impl WireGuard {
             Ok(Packet::HandshakeInit(_)) => return self.open_initiation(now, mesh, from, datagram, tx),
             Err(_) => return Opened::Drop(DropReason::NotTunnel),
         };
-        self.open_in_session(now, (index >> 8) as usize, from, datagram, plain, tx)
+        self.open_in_session(now, mesh, (index >> 8) as usize, from, datagram, plain, tx)
     }
 
+    #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
     fn open_in_session(
         &mut self,
         now: Instant,
+        mesh: &Mesh,
         index: usize,
         from: SocketAddr,
         datagram: &[u8],
@@ -388,6 +394,9 @@ impl WireGuard {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
             return Opened::Drop(DropReason::UnknownPeer);
         };
+        if !session.endpoints.is_confirmed(from) && mesh.routes.among_pods(from.ip()) {
+            return Opened::Drop(DropReason::TunnelInTunnel);
+        }
         let data = datagram[0] == 4;
         let result = match session.tunn.decapsulate(None, datagram, plain) {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
@@ -481,6 +490,9 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
+        if mesh.routes.among_pods(from.ip()) {
+            return Opened::Drop(DropReason::TunnelInTunnel);
+        }
         let message = match self.open_gate.verify_packet(None, datagram, &mut []) {
             Ok(Packet::HandshakeInit(message)) => message,
             Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
@@ -698,7 +710,10 @@ impl WireGuard {
             let kept = peer
                 .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
-                Some(peer) => session.endpoints.follow(lane_endpoints(peer, session.lane)),
+                Some(peer) => {
+                    session.endpoints.follow(lane_endpoints(peer, session.lane));
+                    session.endpoints.forget(|at| mesh.routes.among_pods(at.ip()));
+                }
                 None => self.remove(index),
             }
         }

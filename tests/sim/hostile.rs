@@ -416,3 +416,38 @@ fn frames_from_the_tun_do_no_harm() {
         world.ledger.assert_all(&[id]);
     });
 }
+
+/// A member puts a WireGuard message into a packet of its own pod: opened, it comes to our socket from an address
+/// inside the mesh. Were that taken for where the member is, what we seal for it would come back for ever.
+#[test]
+fn a_member_cannot_lead_the_tunnel_into_itself() {
+    for inside in [pod(1, 7, false), pod(1, 7, true), pod(0, 7, false), pod(1, 0, false)] {
+        let mut world = World::mesh(14, 2, Spec::default());
+        assert_both_ways(&mut world);
+        let to = world.nodes[0].endpoints[0];
+        let via = SocketAddr::new(inside, WIREGUARD_PORT);
+        // Data that is new to us, and a handshake; both never came here the honest way.
+        let mut inner = Vec::new();
+        world.net.cut(0, 1);
+        for _ in 0..2 {
+            world.net.tap = Some(Vec::new());
+            let probe = world.probe(1, 0);
+            world.send_forbidden(1, &probe);
+            inner.extend(world.net.tap.take().expect("tap").into_iter().filter(|d| d.from.ip() != to.ip()));
+            world.restart(1);
+        }
+        world.net.heal();
+        assert_eq!(inner.iter().map(|d| d.bytes[0]).collect::<Vec<_>>(), [4, 1]);
+        for datagram in &inner {
+            world.inject(via, to, &datagram.bytes);
+            world.run_ms(10);
+        }
+        assert_eq!(world.dropped(0, DropReason::TunnelInTunnel), 2, "{inside}");
+        assert_eq!(world.endpoint(0, 1), Some(SocketAddr::new(underlay(1, false), WIREGUARD_PORT)));
+        world.initiate(1, 0);
+        world.run_ms(100);
+        assert_both_ways(&mut world);
+        assert_endpoints_stay(&world);
+        world.audit();
+    }
+}
