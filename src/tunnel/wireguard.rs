@@ -128,10 +128,12 @@ struct Session {
     lane: LaneId,
     key: PublicKey,
     established: bool,
+    keepalive: Option<Duration>,
     endpoints: Endpoints,
     ring: Ring,
     queue: VecDeque<Queued>,
     created: Instant,
+    last_sent: Instant,
     last_data: Option<Instant>,
     received: u64,
     sent: u64,
@@ -221,6 +223,7 @@ impl WireGuard {
         if !session.established {
             return self.enqueue(now, index, packets, tx);
         }
+        session.last_sent = now;
         for i in 0..packets.count() {
             let some = |reason| Sealed { sent: i, waiting: 0, refused: Some(reason) };
             let len = packets.write(i, &mut self.scratch);
@@ -258,7 +261,7 @@ impl WireGuard {
     pub fn initiate(&mut self, now: Instant, peer: &Peer, tx: &mut TxBatch) -> Result<(), DropReason> {
         let index = self.session_towards(now, peer)?;
         if self.sessions.get(index).and_then(Option::as_ref).is_some_and(|session| !session.established) {
-            self.send_initiation(index, false, tx);
+            self.send_initiation(now, index, tx);
         }
         Ok(())
     }
@@ -287,12 +290,12 @@ impl WireGuard {
             }
             None => return Err(DropReason::NoBuffer),
         };
-        let keepalive = (peer.keepalive > 0).then_some(peer.keepalive);
+        // Persistent keepalives are sent by the tick: boringtun could not follow a changed interval.
         let tunn = Tunn::new(
             self.private.clone(),
             DalekPublic::from(key),
             None,
-            keepalive,
+            None,
             index as u32,
             Some(Arc::clone(&self.open_gate)),
         );
@@ -302,10 +305,12 @@ impl WireGuard {
             lane,
             key,
             established: false,
+            keepalive: keepalive(peer),
             endpoints: Endpoints::new(lane_endpoints(peer, lane)),
             ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
+            last_sent: now,
             last_data: None,
             received: 0,
             sent: 0,
@@ -334,16 +339,18 @@ impl WireGuard {
                 sealed.waiting += 1;
             }
         }
-        self.send_initiation(index, false, tx);
+        self.send_initiation(now, index, tx);
         sealed
     }
 
-    fn send_initiation(&mut self, index: usize, force: bool, tx: &mut TxBatch) {
+    /// Begins a handshake, unless one is under way.
+    fn send_initiation(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
         let Some(to) = session.endpoints.target() else { return };
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
-        if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, force) {
+        if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, false) {
             let len = message.len();
+            session.last_sent = now;
             session.ring.sent(message);
             tx.commit(to, Via::WireGuard, len);
             session.endpoints.attempted();
@@ -411,6 +418,7 @@ impl WireGuard {
                     room.copy_from_slice(message);
                     tx.commit(from, Via::WireGuard, message.len());
                 }
+                session.last_sent = now;
                 session.established = false; // a rekey counts as a new handshake below
                 Opened::Control
             }
@@ -461,6 +469,7 @@ impl WireGuard {
     fn flush_queue(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
         let Some(to) = session.endpoints.target() else { return };
+        session.last_sent = now;
         while let Some(waiting) = session.queue.pop_front() {
             self.queue_bytes -= waiting.packet.len();
             let room = (waiting.packet.len() + DATA_OVERHEAD).max(HANDSHAKE_ROOM);
@@ -683,18 +692,44 @@ impl WireGuard {
                 }
                 if let Some(to) = session.endpoints.target() {
                     tx.commit(to, Via::WireGuard, len);
+                    session.last_sent = now;
                 }
             }
             TunnResult::Err(_) => return self.remove(index),
             TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {}
         }
         session.established &= session.tunn.time_since_last_handshake().is_some();
+        self.keep_alive(now, index, tx);
+        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
         while session.queue.front().is_some_and(|q| now.saturating_duration_since(q.since) >= QUEUE_AGE) {
             if let Some(old) = session.queue.pop_front() {
                 self.queue_bytes -= old.packet.len();
                 self.stats.queue_dropped += 1;
                 self.waited.dropped += 1;
             }
+        }
+    }
+
+    /// Sends a persistent keepalive if one is due. Where the keys have expired it takes a handshake to send one,
+    /// and so a peer with keepalives keeps its session for as long as it answers.
+    fn keep_alive(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
+        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
+        let silent = now.saturating_duration_since(session.last_sent);
+        if session.keepalive.is_none_or(|interval| silent < interval) {
+            return;
+        }
+        // A candidate has yet to prove that there is anybody to keep alive.
+        if self.slots.get(&(session.peer, session.lane)).is_none_or(|slot| slot.active != index) {
+            return;
+        }
+        if !session.established {
+            return self.send_initiation(now, index, tx);
+        }
+        let (Some(to), Some(room)) = (session.endpoints.target(), tx.reserve(HANDSHAKE_ROOM)) else { return };
+        if let TunnResult::WriteToNetwork(message) = session.tunn.encapsulate(&[], room) {
+            let len = message.len();
+            tx.commit(to, Via::WireGuard, len);
+            session.last_sent = now;
         }
     }
 
@@ -711,6 +746,7 @@ impl WireGuard {
                 .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
                 Some(peer) => {
+                    session.keepalive = keepalive(peer);
                     session.endpoints.follow(lane_endpoints(peer, session.lane));
                     session.endpoints.forget(|at| mesh.routes.among_pods(at.ip()));
                 }
@@ -771,6 +807,11 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
         })
         .take(MAX_ANNOUNCED)
         .collect()
+}
+
+/// How often a peer wants to hear from us, if it does.
+fn keepalive(peer: &Peer) -> Option<Duration> {
+    (peer.keepalive > 0).then(|| Duration::from_secs(peer.keepalive.into()))
 }
 
 /// Tells initiations apart: part of the ephemeral key, which nobody can choose but its sender.
