@@ -48,6 +48,11 @@ impl Endpoints {
         self.confirmed == Some(from)
     }
 
+    /// Where authenticated data last came from, if that was not announced.
+    pub fn unannounced(&self) -> Option<SocketAddr> {
+        self.confirmed.filter(|at| !self.announced.contains(at))
+    }
+
     /// Authenticated data came from here; whether that is another place than before.
     pub fn proved(&mut self, from: SocketAddr) -> bool {
         self.attempts = 0;

@@ -139,6 +139,13 @@ struct Session {
     sent: u64,
 }
 
+/// Where whoever has this key was last.
+#[derive(Clone, Copy, Debug)]
+struct LastSeen {
+    key: PublicKey,
+    at: SocketAddr,
+}
+
 /// Sessions of one peer's lane, as indices.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
@@ -161,6 +168,9 @@ pub struct WireGuard {
     free: Vec<usize>,
     live: usize,
     slots: HashMap<(PeerId, LaneId), Slot>,
+    /// Where peers without a session were last, if they had not announced that: one place for each of the
+    /// mesh's keys, so no more of them than keys.
+    last_seen: HashMap<(PeerId, LaneId), LastSeen>,
     queue_bytes: usize,
     waited: Waited,
     next_tick: Option<Instant>,
@@ -192,6 +202,7 @@ impl WireGuard {
             free: Vec::new(),
             live: 0,
             slots: HashMap::new(),
+            last_seen: HashMap::new(),
             queue_bytes: 0,
             waited: Waited::default(),
             next_tick: None,
@@ -290,6 +301,10 @@ impl WireGuard {
             }
             None => return Err(DropReason::NoBuffer),
         };
+        let mut endpoints = Endpoints::new(lane_endpoints(peer, lane));
+        if let Some(seen) = self.last_seen.get(&(peer.id, lane)).filter(|seen| seen.key == key) {
+            endpoints.called(seen.at);
+        }
         // Persistent keepalives are sent by the tick: boringtun could not follow a changed interval.
         let tunn = Tunn::new(
             self.private.clone(),
@@ -306,7 +321,7 @@ impl WireGuard {
             key,
             established: false,
             keepalive: keepalive(peer),
-            endpoints: Endpoints::new(lane_endpoints(peer, lane)),
+            endpoints,
             ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
@@ -753,6 +768,10 @@ impl WireGuard {
                 None => self.remove(index),
             }
         }
+        self.last_seen.retain(|(peer, lane), seen| {
+            let lane = mesh.peer(*peer).and_then(|p| p.lanes.get(usize::from(lane.0)));
+            lane.is_some_and(|l| l.key == seen.key) && !mesh.routes.among_pods(seen.at.ip())
+        });
     }
 
     fn remove(&mut self, index: usize) {
@@ -763,6 +782,9 @@ impl WireGuard {
         self.stats.queue_dropped += session.queue.len() as u64;
         self.waited.dropped += session.queue.len();
         let key = (session.peer, session.lane);
+        if let Some(at) = session.endpoints.unannounced() {
+            self.last_seen.insert(key, LastSeen { key: session.key, at });
+        }
         let Some(slot) = self.slots.get_mut(&key) else { return };
         if slot.candidate == Some(index) {
             slot.candidate = None;

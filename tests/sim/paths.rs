@@ -290,3 +290,38 @@ fn keepalives_keep_a_session_for_as_long_as_they_are_answered() {
     world.ledger.assert_all(&[back]);
     world.audit();
 }
+
+/// Nine silent minutes end a session, but not what it found out: a node that is not where it announces to be can be
+/// called again, if its box has kept the mapping or it has moved to a public address.
+#[test]
+fn where_a_node_was_last_outlives_the_session() {
+    for moved in [false, true] {
+        let mut world = behind_nat(13, 0, 100_000, false);
+        if moved {
+            world = talking(13, Spec::default());
+            world.move_to(0, IpAddr::from([203, 0, 113, 9]));
+        }
+        let first = world.send(0, 1);
+        world.run_secs(1);
+        world.ledger.assert_all(&[first]);
+        world.run_secs(700);
+        assert!(world.nodes[1].lanes[0].wireguard().report(world.now()).is_empty());
+        // Other people's changes in between.
+        world.publish();
+        // The first attempt goes to where it announces to be, the second is due after 5 s.
+        world.talk_until_heard(1, 0, Duration::from_secs(6));
+        assert_both_ways(&mut world);
+
+        // Another key is another machine.
+        world.run_secs(700);
+        world.rekey(0);
+        world.publish();
+        world.net.tap = Some(Vec::new());
+        world.send(1, 0);
+        world.run_secs(100);
+        let announced = world.nodes[0].endpoints[0];
+        let calls = world.net.tap.take().expect("tap");
+        assert!(calls.len() > 10 && calls.iter().all(|call| call.to == announced));
+        world.audit();
+    }
+}
