@@ -394,12 +394,44 @@ impl WireGuard {
                 return Opened::Drop(DropReason::ExpiredSession);
             }
             Ok(Packet::PacketData(p)) => p.receiver_idx,
-            Ok(Packet::HandshakeResponse(p)) => p.receiver_idx,
+            Ok(Packet::HandshakeResponse(p)) => {
+                let index = (p.receiver_idx >> 8) as usize;
+                return self.open_response(now, mesh, index, from, datagram, plain, tx);
+            }
             Ok(Packet::PacketCookieReply(p)) => p.receiver_idx,
             Ok(Packet::HandshakeInit(_)) => return self.open_initiation(now, mesh, from, datagram, tx),
             Err(_) => return Opened::Drop(DropReason::NotTunnel),
         };
         self.open_in_session(now, mesh, (index >> 8) as usize, from, datagram, plain, tx)
+    }
+
+    /// The answer to a handshake of ours: gate, then the session. Whoever sends too many that were not made by the
+    /// peer shows a cookie first.
+    #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
+    fn open_response(
+        &mut self,
+        now: Instant,
+        mesh: &Mesh,
+        index: usize,
+        from: SocketAddr,
+        datagram: &[u8],
+        plain: &mut [u8],
+        tx: &mut TxBatch,
+    ) -> Opened {
+        if let Err(reason) = self.gate(mesh, from, datagram) {
+            return Opened::Drop(reason);
+        }
+        if !self.limits.trusts_answer(from.ip(), now)
+            && let Err(reason) = self.demand_cookie(now, from, datagram, tx)
+        {
+            return Opened::Drop(reason);
+        }
+        let opened = self.open_in_session(now, mesh, index, from, datagram, plain, tx);
+        // Its first MAC was right: the keys were computed.
+        if opened == Opened::Drop(DropReason::BadAuthentication) {
+            self.limits.answer_was_forged(from.ip(), now);
+        }
+        opened
     }
 
     #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
@@ -514,16 +546,12 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        if mesh.routes.among_pods(from.ip()) {
-            return Opened::Drop(DropReason::TunnelInTunnel);
-        }
-        let message = match self.open_gate.verify_packet(None, datagram, &mut []) {
+        let message = match self.gate(mesh, from, datagram) {
             Ok(Packet::HandshakeInit(message)) => message,
             Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
                 return Opened::Drop(DropReason::NotTunnel);
             }
-            Err(TunnResult::Err(error)) => return Opened::Drop(reason(&error)),
-            Err(_) => return Opened::Drop(DropReason::NotTunnel),
+            Err(reason) => return Opened::Drop(reason),
         };
         if let Err(reason) = self.admit(now, from, datagram, tx) {
             return Opened::Drop(reason);
@@ -540,6 +568,21 @@ impl WireGuard {
         self.answer_initiation(now, peer, lane, from, datagram, tx)
     }
 
+    /// What is cheap to see of a handshake message: that it did not come through the mesh, and that whoever wrote
+    /// it knows our public key.
+    fn gate<'a>(&self, mesh: &Mesh, from: SocketAddr, datagram: &'a [u8]) -> Result<Packet<'a>, DropReason> {
+        if mesh.routes.among_pods(from.ip()) {
+            return Err(DropReason::TunnelInTunnel);
+        }
+        self.open_gate.verify_packet(None, datagram, &mut []).map_err(|refusal| match refusal {
+            TunnResult::Err(error) => reason(&error),
+            TunnResult::Done
+            | TunnResult::WriteToNetwork(_)
+            | TunnResult::WriteToTunnelV4(..)
+            | TunnResult::WriteToTunnelV6(..) => DropReason::NotTunnel,
+        })
+    }
+
     /// Whether there is time for the expensive part of a handshake. When there are too many, or too many
     /// from this source, its sender first proves with a cookie that he is there.
     fn admit(
@@ -552,6 +595,17 @@ impl WireGuard {
         if self.limits.allow_unproven(from.ip(), now) {
             return Ok(());
         }
+        self.demand_cookie(now, from, datagram, tx)
+    }
+
+    /// Lets a handshake message with our cookie in it pass, in measure; to another the cookie is sent.
+    fn demand_cookie(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        datagram: &[u8],
+        tx: &mut TxBatch,
+    ) -> Result<(), DropReason> {
         let mut cookie = [0; 64];
         match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
             Ok(_) if self.limits.allow_proven(from.ip(), now) => Ok(()),

@@ -205,6 +205,57 @@ fn whoever_forges_a_nodes_address_does_not_shut_it_out() {
     world.audit();
 }
 
+/// An answer to the first handshake of the first node of a world of [`HUB_SEED`], well formed, by a stranger. To be
+/// called before that world's time begins.
+fn strangers_answer() -> Vec<u8> {
+    let hub = World::mesh(HUB_SEED, 1, Spec::default());
+    let mut world = World::mesh(9, 2, Spec::default());
+    world.nodes[0].keys = hub.nodes[0].keys.clone();
+    world.restart(0);
+    world.publish();
+    world.net.tap = Some(Vec::new());
+    world.initiate(0, 1);
+    world.run_ms(100);
+    world.net.tap.take().expect("tap").into_iter().find(|d| d.bytes[0] == 2).expect("an answer").bytes
+}
+
+/// Each forged answer costs as much as an honest one, for as long as a handshake is under way. Few are paid for, and
+/// the peer in whose name they come gets through.
+#[test]
+fn forged_answers_are_not_worth_their_price() {
+    let forged = strangers_answer();
+    let mut world = World::mesh(HUB_SEED, 2, Spec::default());
+    let (peer, hub) = (world.nodes[1].endpoints[0], world.nodes[0].endpoints[0]);
+    world.net.cut(0, 1);
+    world.send(0, 1);
+    let mut sent = 0;
+    let flood = |world: &mut World, sent: &mut u64| {
+        for _ in 0..20 {
+            world.inject(peer, hub, &forged);
+            *sent += 1;
+        }
+        world.run_ms(10);
+    };
+    for _ in 0..400 {
+        flood(&mut world, &mut sent);
+    }
+    let paid = world.dropped(0, DropReason::BadAuthentication);
+    assert!((100..=100 + 50 * 4).contains(&paid), "{paid} of {sent}");
+    assert!(world.dropped(0, DropReason::CookieDemanded) > 7_000);
+
+    // The peer's next answer comes without a cookie, the one after that with it.
+    world.net.heal();
+    let since = world.at();
+    while !world.established(0, 1) {
+        assert!(world.at() - since < Duration::from_secs(12), "shut out");
+        flood(&mut world, &mut sent);
+    }
+    let ids = [world.send(0, 1), world.send(1, 0)];
+    world.run_ms(100);
+    world.ledger.assert_all(&ids);
+    world.audit();
+}
+
 /// Two nodes and a third that is a member of the mesh but evil: it believes what `claim` writes into its routes.
 fn evil(seed: u64, policy: Policy, claim: impl Fn(&mut RouteTable)) -> World {
     let mut world = World::mesh(seed, 3, Spec { policy, ..Spec::default() });
