@@ -157,6 +157,18 @@ impl RouteTable {
         }
     }
 
+    /// Whether any range that holds `address` is one of pods, also where a node's address stands out of it.
+    pub fn among_pods(&self, address: IpAddr) -> bool {
+        let pods = |owner: &Owner| match owner {
+            Owner::PeerPod(_) | Owner::LocalPod => true,
+            Owner::PeerNode(_) | Owner::LocalNode => false,
+        };
+        match address {
+            IpAddr::V4(a) => self.v4.cover_values(&host_v4(a)).any(pods),
+            IpAddr::V6(a) => self.v6.cover_values(&host_v6(a)).any(pods),
+        }
+    }
+
     /// How many ranges there are.
     pub fn len(&self) -> usize {
         self.v4.len() + self.v6.len()
@@ -231,4 +243,33 @@ pub struct Snapshot {
     pub local: Arc<LocalNode>,
     /// All nodes.
     pub mesh: Arc<Mesh>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nodes_address_among_pods_is_told_from_its_address_outside() {
+        let mut routes = RouteTable::default();
+        for (range, owner) in [
+            ("10.244.0.0/24", Owner::LocalPod),
+            ("10.244.0.0/32", Owner::LocalNode),
+            ("192.0.2.1/32", Owner::LocalNode),
+            ("10.244.1.0/24", Owner::PeerPod(PeerId(1))),
+            ("10.244.1.0/32", Owner::PeerNode(PeerId(1))),
+            ("192.0.2.2/32", Owner::PeerNode(PeerId(1))),
+            ("fd00:10:244:1::/64", Owner::PeerPod(PeerId(1))),
+            ("fd00:10:244:1::/128", Owner::PeerNode(PeerId(1))),
+        ] {
+            routes.insert(range.parse().expect("range"), owner);
+        }
+        let among = |text: &str| routes.among_pods(text.parse().expect("address"));
+        for inside in ["10.244.0.0", "10.244.0.9", "10.244.1.0", "10.244.1.9", "fd00:10:244:1::"] {
+            assert!(among(inside), "{inside}");
+        }
+        for outside in ["192.0.2.1", "192.0.2.2", "192.0.2.3", "10.244.2.1", "fd00:10:244:2::"] {
+            assert!(!among(outside), "{outside}");
+        }
+    }
 }

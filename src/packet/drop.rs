@@ -68,6 +68,8 @@ drop_reasons! {
     // --- inbound ---------------------------------------------------------------------------------
     /// A datagram that is neither WireGuard nor VXLAN.
     NotTunnel => "not-tunnel",
+    /// A tunnel's datagram from a pod's address or a tunnel's own: it came through a tunnel.
+    TunnelInTunnel => "tunnel-in-tunnel",
     /// A WireGuard message of a key or session that is not known here.
     UnknownPeer => "unknown-peer",
     /// A WireGuard message that failed authentication.

@@ -34,6 +34,9 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         DropReason::NoBuffer => "the lane's buffers were full: more traffic than it can carry",
         DropReason::SendFailed => "the kernel refused the datagram: is there a route to the peer's endpoint?",
         DropReason::NotTunnel => "a datagram that is neither WireGuard nor VXLAN: a scanner?",
+        DropReason::TunnelInTunnel => {
+            "WireGuard from an address inside the mesh: a tunnel through the tunnel?"
+        }
         DropReason::UnknownPeer => {
             "WireGuard from a key or session not known here: a node that just left or restarted?"
         }

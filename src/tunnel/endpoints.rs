@@ -43,6 +43,16 @@ impl Endpoints {
         self.attempts = self.attempts.saturating_add(1);
     }
 
+    /// Whether authenticated data last came from here.
+    pub fn is_confirmed(&self, from: SocketAddr) -> bool {
+        self.confirmed == Some(from)
+    }
+
+    /// Where authenticated data last came from, if that was not announced.
+    pub fn unannounced(&self) -> Option<SocketAddr> {
+        self.confirmed.filter(|at| !self.announced.contains(at))
+    }
+
     /// Authenticated data came from here; whether that is another place than before.
     pub fn proved(&mut self, from: SocketAddr) -> bool {
         self.attempts = 0;
@@ -74,6 +84,12 @@ impl Endpoints {
         self.confirmed = self.confirmed.filter(|confirmed| !withdrawn(confirmed));
         self.learnt.retain(|learnt| !announced.contains(learnt));
         self.announced = announced;
+    }
+
+    /// Lets go of what was found out about places that are `unfit` now.
+    pub fn forget(&mut self, unfit: impl Fn(&SocketAddr) -> bool) {
+        self.confirmed = self.confirmed.filter(|at| !unfit(at));
+        self.learnt.retain(|at| !unfit(at));
     }
 }
 

@@ -27,34 +27,73 @@ const BEFORE_COOKIES: u32 = 200;
 /// When there are too many, or too many from one source, a sender first proves with a cookie that he is where
 /// he says. One that has proved it has a share of his own: who forges an honest node's address can use up only
 /// the share that needs no proof.
+///
+/// An answer to a handshake of ours costs as much to check as a question. Honest ones come as often as we ask, so
+/// only those that turn out to be forged are counted, and only their sources are asked for a cookie.
 #[derive(Debug)]
 pub struct HandshakeLimits {
-    /// Handshakes of the second that began then.
-    second: Option<(Instant, u32)>,
+    /// Handshakes.
+    begun: PerSecond,
     unproven: SourceLimiter,
     proven: SourceLimiter,
+    /// Answers that were forged.
+    forged: PerSecond,
+    forgers: SourceLimiter,
 }
 
 impl HandshakeLimits {
     /// Limits whose hashes nobody outside can predict.
     pub fn new(seed: (u64, u64)) -> HandshakeLimits {
-        let (unproven, proven) = (SourceLimiter::new(seed), SourceLimiter::new((seed.1, seed.0)));
-        HandshakeLimits { second: None, unproven, proven }
+        HandshakeLimits {
+            begun: PerSecond::default(),
+            unproven: SourceLimiter::new(seed),
+            proven: SourceLimiter::new((seed.1, seed.0)),
+            forged: PerSecond::default(),
+            forgers: SourceLimiter::new((!seed.0, seed.1)),
+        }
     }
 
     /// Counts a handshake; whether it is dealt with without a cookie.
     pub fn allow_unproven(&mut self, source: IpAddr, now: Instant) -> bool {
-        let (since, count) = match self.second {
-            Some((since, count)) if now.saturating_duration_since(since).as_secs() < 1 => (since, count),
-            Some(_) | None => (now, 0),
-        };
-        self.second = Some((since, count.saturating_add(1)));
+        let count = self.begun.count(now);
+        self.begun.add(now);
         count < BEFORE_COOKIES && self.unproven.allow(source, now)
     }
 
     /// Whether a handshake that came with a cookie is dealt with.
     pub fn allow_proven(&mut self, source: IpAddr, now: Instant) -> bool {
         self.proven.allow(source, now)
+    }
+
+    /// Whether an answer from here is checked without a cookie.
+    pub fn trusts_answer(&mut self, source: IpAddr, now: Instant) -> bool {
+        self.forged.count(now) < BEFORE_COOKIES && self.forgers.has_room(source, now)
+    }
+
+    /// An answer from here was checked in vain.
+    pub fn answer_was_forged(&mut self, source: IpAddr, now: Instant) {
+        self.forged.add(now);
+        self.forgers.allow(source, now);
+    }
+}
+
+/// How often something happened in the second that began then.
+#[derive(Debug, Default)]
+struct PerSecond(Option<(Instant, u32)>);
+
+impl PerSecond {
+    fn count(&self, now: Instant) -> u32 {
+        match self.0 {
+            Some((since, count)) if now.saturating_duration_since(since).as_secs() < 1 => count,
+            Some(_) | None => 0,
+        }
+    }
+
+    fn add(&mut self, now: Instant) {
+        self.0 = match (self.0, self.count(now)) {
+            (Some((since, _)), count @ 1..) => Some((since, count.saturating_add(1))),
+            (Some(_) | None, _) => Some((now, 1)),
+        };
     }
 }
 
@@ -82,15 +121,25 @@ impl SourceLimiter {
 
     /// Whether this source may start one more handshake now; if so, it has.
     pub fn allow(&mut self, source: IpAddr, now: Instant) -> bool {
+        let (slot, due) = self.due_after_one(source, now);
+        if let Some(due) = due {
+            self.due[slot] = due;
+        }
+        due.is_some()
+    }
+
+    /// Whether it may, without doing it.
+    pub fn has_room(&mut self, source: IpAddr, now: Instant) -> bool {
+        self.due_after_one(source, now).1.is_some()
+    }
+
+    /// The source's bucket, and what it holds after one more handshake if there is room for that.
+    fn due_after_one(&mut self, source: IpAddr, now: Instant) -> (usize, Option<u64>) {
         let start = *self.start.get_or_insert(now);
         let now = now.saturating_duration_since(start).as_nanos() as u64;
-        let slot = &mut self.due[bucket(self.seed, source)];
-        let due = (*slot).max(now) + COST;
-        if due - now > DEPTH {
-            return false;
-        }
-        *slot = due;
-        true
+        let slot = bucket(self.seed, source);
+        let due = self.due[slot].max(now) + COST;
+        (slot, (due - now <= DEPTH).then_some(due))
     }
 }
 
@@ -141,6 +190,26 @@ mod tests {
         assert!(limits.allow_proven(node, now));
         let next = now + Duration::from_secs(1);
         assert!(limits.allow_unproven(IpAddr::from([198, 51, 100, 8]), next));
+    }
+
+    #[test]
+    fn only_forged_answers_count_against_their_source() {
+        let mut limits = HandshakeLimits::new((7, 8));
+        let (now, forger) = (start(), IpAddr::from([203, 0, 113, 9]));
+        assert!((0..10_000).all(|_| limits.trusts_answer(forger, now)), "asking costs nothing");
+        let checked = (0..10_000).take_while(|_| {
+            let trusted = limits.trusts_answer(forger, now);
+            limits.answer_was_forged(forger, now);
+            trusted
+        });
+        assert_eq!(checked.count(), BURST as usize);
+        assert!(limits.trusts_answer(IpAddr::from([198, 51, 100, 7]), now), "others go on");
+        // From so many places that none of them stands out: cookies for all until the second is over.
+        for host in 0..BEFORE_COOKIES {
+            limits.answer_was_forged(Ipv4Addr::from(0x0a00_0000 + host).into(), now);
+        }
+        assert!(!limits.trusts_answer(IpAddr::from([198, 51, 100, 7]), now));
+        assert!(limits.trusts_answer(IpAddr::from([198, 51, 100, 7]), now + Duration::from_secs(1)));
     }
 
     #[test]

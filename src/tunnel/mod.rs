@@ -3,6 +3,7 @@
 pub mod batch;
 pub mod endpoints;
 pub mod limit;
+pub mod neighbours;
 pub mod ring;
 pub mod vxlan;
 pub mod vxlan_link;

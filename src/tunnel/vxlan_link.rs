@@ -2,17 +2,23 @@
 //!
 //! The wire format is in [`vxlan`]. A peer that announces its MAC address needs no more; for
 //! one that does not (a kernel `vxlan` device set up by hand) the address is asked for and learnt, per
-//! peer and never across peers, and packets wait for it in a small queue.
+//! peer and never across peers, and packets wait for it in a small queue. Asked for are the packet's
+//! destination and the node address of the range that holds it: a Linux router answers for its own
+//! addresses, not for the pods behind it.
 //!
 //! All lanes read from one port, and the kernel picks the lane by the sender's address and port: the answer
 //! comes to the lane that asked only by chance. So what one lane learns stands in [`Neighbours`] for all.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
+pub use super::neighbours::Neighbours;
+use super::neighbours::{ASK_EVERY, Neighbour, Standing};
 use super::vxlan::{self, HEADER, Inner, MAX_NEIGHBOUR, Mac};
 use super::{Sealed, Segments, TxBatch, Via, Waited};
 use crate::packet::DropReason;
@@ -22,8 +28,6 @@ use crate::snapshot::{Encap, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Packets that wait for one peer's MAC address.
 const QUEUE_PACKETS: usize = 64;
-/// Between two questions to the same peer; the kernel's `retrans_time_ms` is a second too.
-const ASK_EVERY: Duration = Duration::from_secs(1);
 /// A packet that has waited this long is of no use to anyone.
 const QUEUE_AGE: Duration = Duration::from_secs(3);
 
@@ -45,22 +49,13 @@ pub enum Opened {
     Drop(DropReason),
 }
 
-/// MAC addresses that peers have told, shared by the lanes of a node. No packet waits for its lock: who finds
-/// it taken goes on without, and looks again.
-#[derive(Debug, Default)]
-pub struct Neighbours {
-    version: AtomicU64,
-    /// With the outer address that told it: another machine may have another one.
-    table: RwLock<HashMap<PeerId, (IpAddr, Mac)>>,
-}
-
 /// The VXLAN end of one lane.
 #[derive(Debug)]
 pub struct VxlanLink {
     sources: u8,
     shared: Arc<Neighbours>,
     /// What this lane has looked up in `shared`, good for one version of it.
-    learnt: HashMap<PeerId, Mac>,
+    learnt: HashMap<PeerId, Arc<Neighbour>>,
     version: u64,
     waiting: BTreeMap<PeerId, Waiting>,
     waited: Waited,
@@ -131,8 +126,8 @@ impl VxlanLink {
         let Some(mesh) = self.mesh.clone() else { return };
         let ids: Vec<PeerId> = self.waiting.keys().copied().collect();
         for peer in ids.iter().filter_map(|id| mesh.peer(*id)) {
-            if let Some(mac) = self.known(peer) {
-                self.flush(now, local, peer, mac, tx);
+            if self.known(peer).is_some() {
+                self.flush(now, local, peer, tx);
             }
         }
         let dropped = &mut self.waited.dropped;
@@ -144,9 +139,8 @@ impl VxlanLink {
                 return true;
             }
             waiting.asked = now;
-            let peer = mesh.peer(*id).and_then(|peer| peer.vxlan.as_ref());
-            if let (Some(remote), Ok(headers)) = (peer, crate::packet::parse(packet)) {
-                ask(local, SocketAddr::new(remote.address, remote.port), headers.destination, tx);
+            if let (Some(peer), Ok(headers)) = (mesh.peer(*id), crate::packet::parse(packet)) {
+                ask(local, peer, headers.destination, tx);
             }
             true
         });
@@ -166,8 +160,8 @@ impl VxlanLink {
     ) -> Sealed {
         let Some(remote) = &peer.vxlan else { return Sealed::refused(DropReason::NoEndpoint) };
         let to = SocketAddr::new(remote.address, remote.port);
-        let Some(mac) = remote.mac.or_else(|| self.known(peer)) else {
-            return self.ask_and_wait(now, local, peer.id, to, destination, packets, tx);
+        let Some(mac) = remote.mac.or_else(|| self.resolve(now, local, peer, destination, tx)) else {
+            return self.ask_and_wait(now, local, peer, destination, packets, tx);
         };
         let via = Via::Vxlan(vxlan::source_port_index(flow, usize::from(self.sources)) as u8);
         let header = vxlan::header(local.vni, mac, local.mac, destination.is_ipv6());
@@ -182,19 +176,48 @@ impl VxlanLink {
         Sealed { sent: packets.count(), waiting: 0, refused: None }
     }
 
-    /// The MAC address that a peer has told any of the lanes.
-    fn known(&mut self, peer: &Peer) -> Option<Mac> {
-        let version = self.shared.version.load(Ordering::Acquire);
+    /// The MAC address that a peer has told, as long as it stands by it.
+    fn resolve(
+        &mut self,
+        now: Instant,
+        local: &LocalNode,
+        peer: &Peer,
+        destination: IpAddr,
+        tx: &mut TxBatch,
+    ) -> Option<Mac> {
+        let neighbour = Arc::clone(self.known(peer)?);
+        let mac = neighbour.mac;
+        match self.shared.standing(now, &neighbour) {
+            Standing::Good => Some(mac),
+            Standing::Ask => {
+                ask(local, peer, destination, tx);
+                Some(mac)
+            }
+            Standing::Lost => {
+                if !self.shared.forget(peer.id, &neighbour) {
+                    return Some(mac);
+                }
+                self.learnt.remove(&peer.id);
+                None
+            }
+        }
+    }
+
+    /// What a peer has told any of the lanes.
+    fn known(&mut self, peer: &Peer) -> Option<&Arc<Neighbour>> {
+        let version = self.shared.version();
         if version != self.version {
             self.version = version;
             self.learnt.clear();
         }
-        if let Some(mac) = self.learnt.get(&peer.id) {
-            return Some(*mac);
+        let address = peer.vxlan.as_ref()?.address;
+        match self.learnt.entry(peer.id) {
+            Entry::Occupied(found) => Some(found.into_mut()),
+            Entry::Vacant(place) => {
+                let told = self.shared.find(peer.id).filter(|told| told.address == address)?;
+                Some(place.insert(told))
+            }
         }
-        let remote = peer.vxlan.as_ref()?;
-        let (told_by, mac) = *self.shared.table.try_read().ok()?.get(&peer.id)?;
-        (told_by == remote.address).then(|| *self.learnt.entry(peer.id).or_insert(mac))
     }
 
     #[allow(clippy::too_many_arguments)] // the same as `seal`, split only for length
@@ -202,14 +225,13 @@ impl VxlanLink {
         &mut self,
         now: Instant,
         local: &LocalNode,
-        peer: PeerId,
-        to: SocketAddr,
+        peer: &Peer,
         destination: IpAddr,
         packets: &impl Segments,
         tx: &mut TxBatch,
     ) -> Sealed {
         let mut unasked = false;
-        let waiting = self.waiting.entry(peer).or_insert_with(|| {
+        let waiting = self.waiting.entry(peer.id).or_insert_with(|| {
             unasked = true;
             Waiting { asked: now, looked: now, packets: VecDeque::new() }
         });
@@ -226,7 +248,7 @@ impl VxlanLink {
             sealed.waiting += 1;
         }
         if unasked {
-            ask(local, to, destination, tx);
+            ask(local, peer, destination, tx);
         }
         sealed
     }
@@ -281,18 +303,17 @@ impl VxlanLink {
     /// Remembers the MAC address of a peer that announces none, and sends what waited for it.
     fn learn(&mut self, now: Instant, local: &LocalNode, peer: &Peer, mac: Mac, tx: &mut TxBatch) {
         let Some(remote) = peer.vxlan.as_ref().filter(|remote| remote.mac.is_none()) else { return };
-        if self.known(peer) != Some(mac) {
+        match self.known(peer).filter(|known| known.mac == mac).cloned() {
+            Some(known) => self.shared.confirm(now, &known),
             // If another lane is at it: the next frame tells it again.
-            let Ok(mut table) = self.shared.table.try_write() else { return };
-            table.insert(peer.id, (remote.address, mac));
-            self.shared.version.fetch_add(1, Ordering::Release);
+            None if !self.shared.tell(now, peer.id, remote.address, mac) => return,
+            None => {}
         }
-        self.flush(now, local, peer, mac, tx);
+        self.flush(now, local, peer, tx);
     }
 
-    fn flush(&mut self, now: Instant, local: &LocalNode, peer: &Peer, mac: Mac, tx: &mut TxBatch) {
+    fn flush(&mut self, now: Instant, local: &LocalNode, peer: &Peer, tx: &mut TxBatch) {
         let Some(mut waiting) = self.waiting.remove(&peer.id) else { return };
-        self.learnt.insert(peer.id, mac);
         self.waited.dropped += waiting.expire(now);
         for (_, packet) in waiting.packets {
             let destination = match crate::packet::parse(&packet) {
@@ -302,9 +323,10 @@ impl VxlanLink {
                     continue;
                 }
             };
-            if self.seal(now, local, peer, 0, destination, &&packet[..], tx).sent == 1 {
+            let sealed = self.seal(now, local, peer, 0, destination, &&packet[..], tx);
+            if sealed.sent == 1 {
                 self.waited.sent.push((peer.id, packet.len()));
-            } else {
+            } else if sealed.waiting == 0 {
                 self.waited.dropped += 1;
             }
         }
@@ -326,15 +348,22 @@ impl Waiting {
     }
 }
 
-fn ask(local: &LocalNode, to: SocketAddr, destination: IpAddr, tx: &mut TxBatch) {
-    let Some(room) = tx.reserve(MAX_NEIGHBOUR) else { return };
-    let written = match (destination, local.address_v4, local.address_v6) {
-        (IpAddr::V4(target), Some(ours), _) => vxlan::ask_v4(room, local.vni, local.mac, ours, target),
-        (IpAddr::V6(target), _, Some(ours)) => vxlan::ask_v6(room, local.vni, local.mac, ours, target),
-        (IpAddr::V4(_), None, _) | (IpAddr::V6(_), _, None) => return,
-    };
-    if let Ok(len) = written {
-        tx.commit(to, Via::Vxlan(0), len);
+/// Asks who has the destination, and who the node address of the range that holds it (its network address).
+fn ask(local: &LocalNode, peer: &Peer, destination: IpAddr, tx: &mut TxBatch) {
+    let Some(remote) = &peer.vxlan else { return };
+    let to = SocketAddr::new(remote.address, remote.port);
+    let range = peer.pod_ranges.iter().find(|range| range.contains(&destination));
+    let node = range.map(IpNet::network).filter(|node| *node != destination);
+    for target in [Some(destination), node].into_iter().flatten() {
+        let Some(room) = tx.reserve(MAX_NEIGHBOUR) else { return };
+        let written = match (target, local.address_v4, local.address_v6) {
+            (IpAddr::V4(target), Some(ours), _) => vxlan::ask_v4(room, local.vni, local.mac, ours, target),
+            (IpAddr::V6(target), _, Some(ours)) => vxlan::ask_v6(room, local.vni, local.mac, ours, target),
+            (IpAddr::V4(_), None, _) | (IpAddr::V6(_), _, None) => return,
+        };
+        if let Ok(len) = written {
+            tx.commit(to, Via::Vxlan(0), len);
+        }
     }
 }
 
@@ -342,5 +371,185 @@ fn is_ours(mesh: &Mesh, address: IpAddr) -> bool {
     match mesh.routes.lookup(address) {
         Some(Owner::LocalPod | Owner::LocalNode) => true,
         Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::PeerVxlan;
+
+    const OURS: Mac = [2, 0, 0, 0, 0, 1];
+    const OLD: Mac = [2, 0, 0, 0, 0, 2];
+    const NEW: Mac = [2, 0, 0, 0, 0, 3];
+
+    /// One lane of a node, and a peer that announces no MAC address.
+    struct Pair {
+        now: Instant,
+        link: VxlanLink,
+        snapshot: Snapshot,
+        tx: TxBatch,
+    }
+
+    impl Pair {
+        fn new() -> Pair {
+            let peer = Peer {
+                id: PeerId(0),
+                name: "router".into(),
+                encap: Some(Encap::Vxlan),
+                lanes: Vec::new(),
+                endpoints: Vec::new(),
+                vxlan: Some(PeerVxlan { address: ip("192.0.2.2"), port: 8472, mac: None }),
+                pod_ranges: ["10.244.2.0/24", "fd00:2::/64"].map(|r| r.parse().expect("range")).to_vec(),
+                addresses: ["192.0.2.2", "10.244.2.0", "fd00:2::"].map(ip).to_vec(),
+                mtu: 1450,
+                keepalive: 0,
+            };
+            let mut mesh = Mesh::default();
+            mesh.vxlan_sources.insert(ip("192.0.2.2"), peer.id);
+            mesh.peers.push(Some(Arc::new(peer)));
+            let local = LocalNode {
+                name: "us".into(),
+                address_v4: Some([10, 244, 1, 0].into()),
+                address_v6: Some("fd00:1::".parse().expect("address")),
+                vni: 1,
+                mac: OURS,
+            };
+            let snapshot = Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) };
+            let mut link = VxlanLink::new(1, Arc::default());
+            link.follow(&snapshot.mesh);
+            #[allow(clippy::disallowed_methods)] // a test's starting point, not a clock in the code
+            let now = Instant::now();
+            Pair { now, link, snapshot, tx: TxBatch::new(1 << 16) }
+        }
+
+        fn wait(&mut self, seconds: u64) {
+            self.now += Duration::from_secs(seconds);
+            self.link.handle_timeout(self.now, &self.snapshot.local, &mut self.tx);
+        }
+
+        fn send(&mut self, destination: &str) -> Sealed {
+            let destination = ip(destination);
+            let mut packet = Vec::new();
+            let step = match destination {
+                IpAddr::V4(to) => etherparse::PacketBuilder::ipv4([10, 244, 1, 9], to.octets(), 64),
+                IpAddr::V6(to) => etherparse::PacketBuilder::ipv6([0xfd; 16], to.octets(), 64),
+            };
+            step.udp(1, 2).write(&mut packet, b"hello").expect("built");
+            let peer = Arc::clone(self.snapshot.mesh.peer(PeerId(0)).expect("the peer"));
+            let local = Arc::clone(&self.snapshot.local);
+            self.link.seal(self.now, &local, &peer, 0, destination, &&packet[..], &mut self.tx)
+        }
+
+        /// The peer says that an address of its own has this MAC address.
+        fn tell(&mut self, address: &str, mac: Mac) {
+            let mut room = [0; MAX_NEIGHBOUR];
+            let asker = vxlan::NeighbourRequest {
+                target: ip(address),
+                sender: Some(ip(if ip(address).is_ipv4() { "10.244.1.0" } else { "fd00:1::" })),
+                source_mac: OURS,
+            };
+            let len = vxlan::answer(&mut room, 1, mac, &asker, |_| true).expect("an answer");
+            let from = SocketAddr::new(ip("192.0.2.2"), 8472);
+            let opened = self.link.open(self.now, &self.snapshot, from, &room[..len], &mut self.tx);
+            assert_eq!(opened, Opened::Learnt);
+        }
+
+        /// What was sent: the addresses asked for, and the MAC addresses that packets went to.
+        fn sent(&mut self) -> (Vec<IpAddr>, Vec<Mac>) {
+            let (mut asked, mut went) = (Vec::new(), Vec::new());
+            for run in self.tx.runs() {
+                for datagram in self.tx.bytes(run).chunks(run.segment) {
+                    let to: Mac = datagram[8..14].try_into().expect("six bytes");
+                    match vxlan::open(datagram, 1, &to).expect("our own frame") {
+                        Inner::Request(request) => asked.push(request.target),
+                        Inner::Ip { .. } => went.push(to),
+                        Inner::Reply(reply) => panic!("{reply:?}"),
+                    }
+                }
+            }
+            self.tx.clear();
+            (asked, went)
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("address")
+    }
+
+    #[test]
+    fn a_router_is_found_by_its_own_address() {
+        for (pod, node, foreign) in
+            [("10.244.2.9", "10.244.2.0", "10.244.9.9"), ("fd00:2::9", "fd00:2::", "fd00:9::9")]
+        {
+            let mut pair = Pair::new();
+            assert_eq!(pair.send(pod).waiting, 1);
+            assert_eq!(pair.sent(), (vec![ip(pod), ip(node)], vec![]));
+            // Asked again while the packet waits.
+            pair.wait(1);
+            assert_eq!(pair.sent(), (vec![ip(pod), ip(node)], vec![]));
+            pair.tell(node, OLD);
+            assert_eq!(pair.sent(), (vec![], vec![OLD]));
+            assert_eq!(pair.send(pod).sent, 1);
+            assert_eq!(pair.link.waiting(), 0);
+
+            // An address outside its ranges, and the node address itself, are asked for alone.
+            for alone in [foreign, node] {
+                let mut pair = Pair::new();
+                pair.send(alone);
+                assert_eq!(pair.sent().0, [ip(alone)]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_told_long_ago_is_asked_for_while_it_is_used() {
+        let mut pair = Pair::new();
+        pair.send("10.244.2.9");
+        pair.tell("10.244.2.0", OLD);
+        pair.sent();
+        let asked = vec![ip("10.244.2.9"), ip("10.244.2.0")];
+        for _ in 0..3 {
+            pair.wait(29);
+            pair.send("10.244.2.9");
+            assert_eq!(pair.sent(), (vec![], vec![OLD]), "young enough");
+            pair.wait(1);
+            pair.send("10.244.2.9");
+            pair.send("10.244.2.9");
+            assert_eq!(pair.sent(), (asked.clone(), vec![OLD, OLD]), "asked once");
+            pair.wait(1);
+            pair.send("10.244.2.9");
+            assert_eq!(pair.sent(), (asked.clone(), vec![OLD]), "asked again");
+            pair.tell("10.244.2.0", OLD);
+        }
+    }
+
+    #[test]
+    fn a_device_made_anew_is_found_again() {
+        for answers in [false, true] {
+            let mut pair = Pair::new();
+            pair.send("10.244.2.9");
+            pair.tell("10.244.2.0", OLD);
+            pair.wait(600);
+            pair.sent();
+            assert_eq!(pair.send("10.244.2.9").sent, 1);
+            if answers {
+                pair.tell("10.244.2.0", NEW);
+                assert_eq!(pair.send("10.244.2.9").sent, 1);
+                assert_eq!(pair.sent().1, [OLD, NEW]);
+                continue;
+            }
+            for _ in 0..2 {
+                pair.wait(1);
+                assert_eq!(pair.send("10.244.2.9").sent, 1);
+            }
+            pair.wait(1);
+            pair.sent();
+            // Three questions in vain: from now on packets wait, as for a peer that never told.
+            assert_eq!(pair.send("10.244.2.9").waiting, 1);
+            assert_eq!(pair.sent(), (vec![ip("10.244.2.9"), ip("10.244.2.0")], vec![]));
+            pair.tell("10.244.2.0", NEW);
+            assert_eq!(pair.sent().1, [NEW]);
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! when they have been silent for nine minutes.
 //!
 //! 1. [`WireGuard::seal`]: packets to a peer become datagrams, or wait in a bounded queue for the session.
-//! 2. [`WireGuard::open`]: a datagram becomes a packet, or moves a handshake on.
+//! 2. [`WireGuard::open`]: a datagram becomes a packet, or moves a handshake on (`inbound.rs`).
 //! 3. [`WireGuard::handle_timeout`]: retransmissions, rekeying, keepalives, expiry.
 //!
 //! boringtun reads a clock of its own (the one exception to the rule that time is an argument); the
@@ -14,6 +14,12 @@
 //! A peer may have two sessions at once: the one in use and a candidate. A handshake whose timestamp is
 //! not newer than the last one we saw is a replay, or a peer whose clock was set back; it gets a
 //! candidate of its own, which takes over only when data arrives that proves the peer holds the keys.
+//!
+//! An endpoint never lies inside the mesh: what is sealed for such a peer would come back to be sealed again.
+//! Announced ones were checked where they were compiled; where datagrams come from is checked here, once for
+//! each place: an ordinary packet comes from the confirmed one and costs no look-up.
+
+mod inbound;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -39,19 +45,11 @@ pub const DATA_OVERHEAD: usize = 32;
 const HANDSHAKE_ROOM: usize = 256;
 /// How often timers are looked at; WireGuard's own timers are in seconds.
 const TICK: Duration = Duration::from_millis(250);
-/// A session ends before its counter does (WireGuard paper section 6.5: 2^64 - 2^13 - 1 messages); boringtun
-/// would compute with larger ones.
-const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 /// Packets that wait for one session, and the bytes that wait on one lane.
 const QUEUE_PACKETS: usize = 128;
 const QUEUE_BYTES: usize = 8 << 20;
 /// A packet that has waited this long is of no use to anyone: TCP has sent it again twice.
 const QUEUE_AGE: Duration = Duration::from_secs(5);
-/// A candidate session that proved nothing within this time makes room for another.
-const CANDIDATE_AGE: Duration = Duration::from_secs(5);
-/// Initiations with an old timestamp that are remembered, so that a recorded one can be in an honest one's way
-/// once and not again: eight hours of one peer's rekeys.
-const SPENT: usize = 256;
 /// boringtun's session index has 24 bits of ours.
 const MAX_SESSIONS: usize = 1 << 24;
 
@@ -124,13 +122,22 @@ struct Session {
     lane: LaneId,
     key: PublicKey,
     established: bool,
+    keepalive: Option<Duration>,
     endpoints: Endpoints,
     ring: Ring,
     queue: VecDeque<Queued>,
     created: Instant,
+    last_sent: Instant,
     last_data: Option<Instant>,
     received: u64,
     sent: u64,
+}
+
+/// Where whoever has this key was last.
+#[derive(Clone, Copy, Debug)]
+struct LastSeen {
+    key: PublicKey,
+    at: SocketAddr,
 }
 
 /// Sessions of one peer's lane, as indices.
@@ -155,6 +162,9 @@ pub struct WireGuard {
     free: Vec<usize>,
     live: usize,
     slots: HashMap<(PeerId, LaneId), Slot>,
+    /// Where peers without a session were last, if they had not announced that: one place for each of the
+    /// mesh's keys, so no more of them than keys.
+    last_seen: HashMap<(PeerId, LaneId), LastSeen>,
     queue_bytes: usize,
     waited: Waited,
     next_tick: Option<Instant>,
@@ -186,6 +196,7 @@ impl WireGuard {
             free: Vec::new(),
             live: 0,
             slots: HashMap::new(),
+            last_seen: HashMap::new(),
             queue_bytes: 0,
             waited: Waited::default(),
             next_tick: None,
@@ -217,6 +228,7 @@ impl WireGuard {
         if !session.established {
             return self.enqueue(now, index, packets, tx);
         }
+        session.last_sent = now;
         for i in 0..packets.count() {
             let some = |reason| Sealed { sent: i, waiting: 0, refused: Some(reason) };
             let len = packets.write(i, &mut self.scratch);
@@ -254,7 +266,7 @@ impl WireGuard {
     pub fn initiate(&mut self, now: Instant, peer: &Peer, tx: &mut TxBatch) -> Result<(), DropReason> {
         let index = self.session_towards(now, peer)?;
         if self.sessions.get(index).and_then(Option::as_ref).is_some_and(|session| !session.established) {
-            self.send_initiation(index, false, tx);
+            self.send_initiation(now, index, tx);
         }
         Ok(())
     }
@@ -283,12 +295,16 @@ impl WireGuard {
             }
             None => return Err(DropReason::NoBuffer),
         };
-        let keepalive = (peer.keepalive > 0).then_some(peer.keepalive);
+        let mut endpoints = Endpoints::new(lane_endpoints(peer, lane));
+        if let Some(seen) = self.last_seen.get(&(peer.id, lane)).filter(|seen| seen.key == key) {
+            endpoints.called(seen.at);
+        }
+        // Persistent keepalives are sent by the tick: boringtun could not follow a changed interval.
         let tunn = Tunn::new(
             self.private.clone(),
             DalekPublic::from(key),
             None,
-            keepalive,
+            None,
             index as u32,
             Some(Arc::clone(&self.open_gate)),
         );
@@ -298,10 +314,12 @@ impl WireGuard {
             lane,
             key,
             established: false,
-            endpoints: Endpoints::new(lane_endpoints(peer, lane)),
+            keepalive: keepalive(peer),
+            endpoints,
             ring: Ring::default(),
             queue: VecDeque::new(),
             created: now,
+            last_sent: now,
             last_data: None,
             received: 0,
             sent: 0,
@@ -330,313 +348,22 @@ impl WireGuard {
                 sealed.waiting += 1;
             }
         }
-        self.send_initiation(index, false, tx);
+        self.send_initiation(now, index, tx);
         sealed
     }
 
-    fn send_initiation(&mut self, index: usize, force: bool, tx: &mut TxBatch) {
+    /// Begins a handshake, unless one is under way.
+    fn send_initiation(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
         let Some(to) = session.endpoints.target() else { return };
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
-        if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, force) {
+        if let TunnResult::WriteToNetwork(message) = session.tunn.format_handshake_initiation(room, false) {
             let len = message.len();
+            session.last_sent = now;
             session.ring.sent(message);
             tx.commit(to, Via::WireGuard, len);
             session.endpoints.attempted();
             self.stats.initiations_sent += 1;
-        }
-    }
-
-    // --- 2. in -----------------------------------------------------------------------------------
-
-    /// Opens a datagram. A packet in it is written to the start of `plain`, which must be at least as
-    /// long as the datagram; answers (handshakes, cookies, packets that waited) go to `tx`.
-    pub fn open(
-        &mut self,
-        now: Instant,
-        mesh: &Mesh,
-        from: SocketAddr,
-        datagram: &[u8],
-        plain: &mut [u8],
-        tx: &mut TxBatch,
-    ) -> Opened {
-        if plain.len() < datagram.len().max(HANDSHAKE_ROOM) {
-            return Opened::Drop(DropReason::NoBuffer);
-        }
-        let index = match Tunn::parse_incoming_packet(datagram) {
-            Ok(Packet::PacketData(_)) if counter(datagram) >= REJECT_AFTER_MESSAGES => {
-                return Opened::Drop(DropReason::ExpiredSession);
-            }
-            Ok(Packet::PacketData(p)) => p.receiver_idx,
-            Ok(Packet::HandshakeResponse(p)) => p.receiver_idx,
-            Ok(Packet::PacketCookieReply(p)) => p.receiver_idx,
-            Ok(Packet::HandshakeInit(_)) => return self.open_initiation(now, mesh, from, datagram, tx),
-            Err(_) => return Opened::Drop(DropReason::NotTunnel),
-        };
-        self.open_in_session(now, (index >> 8) as usize, from, datagram, plain, tx)
-    }
-
-    fn open_in_session(
-        &mut self,
-        now: Instant,
-        index: usize,
-        from: SocketAddr,
-        datagram: &[u8],
-        plain: &mut [u8],
-        tx: &mut TxBatch,
-    ) -> Opened {
-        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else {
-            return Opened::Drop(DropReason::UnknownPeer);
-        };
-        let data = datagram[0] == 4;
-        let result = match session.tunn.decapsulate(None, datagram, plain) {
-            TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                let len = packet.len();
-                session.received += len as u64;
-                session.last_data = Some(now);
-                Opened::Packet { peer: session.peer, len }
-            }
-            // A response was accepted: the keepalive behind it confirms the session to the peer.
-            TunnResult::WriteToNetwork(message) => {
-                if let Some(room) = tx.reserve(message.len()) {
-                    room.copy_from_slice(message);
-                    tx.commit(from, Via::WireGuard, message.len());
-                }
-                session.established = false; // a rekey counts as a new handshake below
-                Opened::Control
-            }
-            TunnResult::Done => Opened::Control,
-            TunnResult::Err(error) => return Opened::Drop(reason(&error)),
-        };
-        // A cookie reply proves nothing about who sent it.
-        if data || datagram[0] == 2 {
-            session.ring.proved(datagram[if data { 4 } else { 8 }]);
-            self.authenticated(now, index, from, tx);
-        }
-        result
-    }
-
-    /// The peer has just proved that it holds the session's keys.
-    fn authenticated(&mut self, now: Instant, index: usize, from: SocketAddr, tx: &mut TxBatch) {
-        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        self.stats.roamed += u64::from(session.endpoints.proved(from));
-        if session.established || session.tunn.time_since_last_handshake().is_none() {
-            return;
-        }
-        session.established = true;
-        self.stats.handshakes_completed += 1;
-        let (peer, lane) = (session.peer, session.lane);
-        self.promote(index, peer, lane);
-        self.flush_queue(now, index, tx);
-    }
-
-    /// A candidate that proved itself replaces the session that was in use.
-    fn promote(&mut self, index: usize, peer: PeerId, lane: LaneId) {
-        let Some(slot) = self.slots.get_mut(&(peer, lane)) else { return };
-        if slot.candidate != Some(index) {
-            return;
-        }
-        let old = std::mem::replace(slot, Slot { active: index, candidate: None }).active;
-        let waiting = self.sessions.get_mut(old).and_then(Option::take);
-        if let Some(mut waiting) = waiting {
-            self.live -= 1;
-            self.free.push(old);
-            if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
-                session.queue.append(&mut waiting.queue);
-                session.received += waiting.received;
-                session.sent += waiting.sent;
-            }
-        }
-    }
-
-    fn flush_queue(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
-        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
-        let Some(to) = session.endpoints.target() else { return };
-        while let Some(waiting) = session.queue.pop_front() {
-            self.queue_bytes -= waiting.packet.len();
-            let room = (waiting.packet.len() + DATA_OVERHEAD).max(HANDSHAKE_ROOM);
-            let fresh = now.saturating_duration_since(waiting.since) < QUEUE_AGE;
-            let sealed = match tx.reserve(room).filter(|_| fresh) {
-                Some(slot) => session.tunn.encapsulate(&waiting.packet, slot),
-                None => TunnResult::Done,
-            };
-            let TunnResult::WriteToNetwork(message) = sealed else {
-                self.stats.queue_dropped += 1;
-                self.waited.dropped += 1;
-                continue;
-            };
-            let len = message.len();
-            tx.commit(to, Via::WireGuard, len);
-            session.sent += waiting.packet.len() as u64;
-            self.waited.sent.push((session.peer, waiting.packet.len()));
-        }
-    }
-
-    /// A handshake that a peer begins: gate, per-source limit, then whose key it is, then the session.
-    fn open_initiation(
-        &mut self,
-        now: Instant,
-        mesh: &Mesh,
-        from: SocketAddr,
-        datagram: &[u8],
-        tx: &mut TxBatch,
-    ) -> Opened {
-        let message = match self.open_gate.verify_packet(None, datagram, &mut []) {
-            Ok(Packet::HandshakeInit(message)) => message,
-            Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
-                return Opened::Drop(DropReason::NotTunnel);
-            }
-            Err(TunnResult::Err(error)) => return Opened::Drop(reason(&error)),
-            Err(_) => return Opened::Drop(DropReason::NotTunnel),
-        };
-        if let Err(reason) = self.admit(now, from, datagram, tx) {
-            return Opened::Drop(reason);
-        }
-        let Ok(half) = parse_handshake_anon(&self.private, &self.public, &message) else {
-            return Opened::Drop(DropReason::BadAuthentication);
-        };
-        let Some(&(id, lane)) = mesh.keys.get(&half.peer_static_public) else {
-            return Opened::Drop(DropReason::UnknownPeer);
-        };
-        let Some(peer) = mesh.peer(id) else {
-            return Opened::Drop(DropReason::UnknownPeer);
-        };
-        self.answer_initiation(now, peer, lane, from, datagram, tx)
-    }
-
-    /// Whether there is time for the expensive part of a handshake. When there are too many, or too many
-    /// from this source, its sender first proves with a cookie that he is there.
-    fn admit(
-        &mut self,
-        now: Instant,
-        from: SocketAddr,
-        datagram: &[u8],
-        tx: &mut TxBatch,
-    ) -> Result<(), DropReason> {
-        if self.limits.allow_unproven(from.ip(), now) {
-            return Ok(());
-        }
-        let mut cookie = [0; 64];
-        match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
-            Ok(_) if self.limits.allow_proven(from.ip(), now) => Ok(()),
-            Ok(_) => Err(DropReason::HandshakeRate),
-            Err(TunnResult::WriteToNetwork(reply)) => {
-                if let Some(room) = tx.reserve(reply.len()) {
-                    room.copy_from_slice(reply);
-                    tx.commit(from, Via::WireGuard, reply.len());
-                }
-                Err(DropReason::CookieDemanded)
-            }
-            Err(TunnResult::Err(error)) => Err(reason(&error)),
-            Err(TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..)) => {
-                Err(DropReason::NotTunnel)
-            }
-        }
-    }
-
-    fn answer_initiation(
-        &mut self,
-        now: Instant,
-        peer: &Peer,
-        lane: LaneId,
-        from: SocketAddr,
-        datagram: &[u8],
-        tx: &mut TxBatch,
-    ) -> Opened {
-        let print = fingerprint(datagram);
-        if self.spent.contains(&print) {
-            return Opened::Drop(DropReason::Replay);
-        }
-        let known = self.slots.get(&(peer.id, lane)).copied();
-        let active = match known {
-            Some(slot) => slot.active,
-            None => match self.make_session(now, peer, lane) {
-                Ok(index) => {
-                    self.slots.insert((peer.id, lane), Slot { active: index, candidate: None });
-                    index
-                }
-                Err(reason) => return Opened::Drop(reason),
-            },
-        };
-        let in_the_way = |s: &Session| s.established && !s.ring.has_room();
-        if !self.sessions.get(active).and_then(Option::as_ref).is_some_and(|s| in_the_way(s)) {
-            match self.respond(active, from, datagram, tx) {
-                Err(WireGuardError::WrongTai64nTimestamp) => {}
-                Err(error) => {
-                    // Whoever knows two public keys can write what makes a session here: not for long.
-                    if known.is_none() {
-                        self.remove(active);
-                    }
-                    return Opened::Drop(reason(&error));
-                }
-                Ok(()) => return Opened::Control,
-            }
-        }
-        // The candidate may have answered an earlier one of the same peer: let it judge first.
-        if let Some(candidate) = known.and_then(|slot| slot.candidate) {
-            if self.respond(candidate, from, datagram, tx).is_ok() {
-                self.spend(print);
-                return Opened::Control;
-            }
-            let age = self.sessions.get(candidate).and_then(Option::as_ref).map(|s| now - s.created);
-            if age.is_some_and(|age| age < CANDIDATE_AGE) {
-                // An honest peer tries again with another one.
-                self.spend(print);
-                return Opened::Drop(DropReason::Replay);
-            }
-            self.remove(candidate);
-        }
-        self.stats.old_timestamps += 1;
-        let Ok(candidate) = self.make_session(now, peer, lane) else {
-            return Opened::Drop(DropReason::NoBuffer);
-        };
-        if let Some(slot) = self.slots.get_mut(&(peer.id, lane)) {
-            slot.candidate = Some(candidate);
-        }
-        match self.respond(candidate, from, datagram, tx) {
-            Ok(()) => {
-                self.spend(print);
-                Opened::Control
-            }
-            Err(error) => {
-                self.remove(candidate);
-                Opened::Drop(reason(&error))
-            }
-        }
-    }
-
-    fn spend(&mut self, print: [u8; 8]) {
-        if self.spent.len() >= SPENT {
-            self.spent.pop_front();
-        }
-        self.spent.push_back(print);
-    }
-
-    /// Lets a session answer an initiation; the answer goes to where the initiation came from, but the
-    /// endpoint moves only when data has been authenticated.
-    fn respond(
-        &mut self,
-        index: usize,
-        from: SocketAddr,
-        datagram: &[u8],
-        tx: &mut TxBatch,
-    ) -> Result<(), WireGuardError> {
-        let session =
-            self.sessions.get_mut(index).and_then(Option::as_mut).ok_or(WireGuardError::NoCurrentSession)?;
-        let room = tx.reserve(HANDSHAKE_ROOM).ok_or(WireGuardError::DestinationBufferTooSmall)?;
-        match session.tunn.decapsulate(None, datagram, room) {
-            TunnResult::WriteToNetwork(message) => {
-                let len = message.len();
-                session.ring.sent(message);
-                tx.commit(from, Via::WireGuard, len);
-                self.stats.initiations_answered += 1;
-                session.endpoints.called(from);
-                Ok(())
-            }
-            TunnResult::Err(error) => Err(error),
-            TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                Err(WireGuardError::UnexpectedPacket)
-            }
         }
     }
 
@@ -671,18 +398,44 @@ impl WireGuard {
                 }
                 if let Some(to) = session.endpoints.target() {
                     tx.commit(to, Via::WireGuard, len);
+                    session.last_sent = now;
                 }
             }
             TunnResult::Err(_) => return self.remove(index),
             TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {}
         }
         session.established &= session.tunn.time_since_last_handshake().is_some();
+        self.keep_alive(now, index, tx);
+        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
         while session.queue.front().is_some_and(|q| now.saturating_duration_since(q.since) >= QUEUE_AGE) {
             if let Some(old) = session.queue.pop_front() {
                 self.queue_bytes -= old.packet.len();
                 self.stats.queue_dropped += 1;
                 self.waited.dropped += 1;
             }
+        }
+    }
+
+    /// Sends a persistent keepalive if one is due. Where the keys have expired it takes a handshake to send one,
+    /// and so a peer with keepalives keeps its session for as long as it answers.
+    fn keep_alive(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
+        let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
+        let silent = now.saturating_duration_since(session.last_sent);
+        if session.keepalive.is_none_or(|interval| silent < interval) {
+            return;
+        }
+        // A candidate has yet to prove that there is anybody to keep alive.
+        if self.slots.get(&(session.peer, session.lane)).is_none_or(|slot| slot.active != index) {
+            return;
+        }
+        if !session.established {
+            return self.send_initiation(now, index, tx);
+        }
+        let (Some(to), Some(room)) = (session.endpoints.target(), tx.reserve(HANDSHAKE_ROOM)) else { return };
+        if let TunnResult::WriteToNetwork(message) = session.tunn.encapsulate(&[], room) {
+            let len = message.len();
+            tx.commit(to, Via::WireGuard, len);
+            session.last_sent = now;
         }
     }
 
@@ -698,10 +451,18 @@ impl WireGuard {
             let kept = peer
                 .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
             match kept {
-                Some(peer) => session.endpoints.follow(lane_endpoints(peer, session.lane)),
+                Some(peer) => {
+                    session.keepalive = keepalive(peer);
+                    session.endpoints.follow(lane_endpoints(peer, session.lane));
+                    session.endpoints.forget(|at| mesh.routes.among_pods(at.ip()));
+                }
                 None => self.remove(index),
             }
         }
+        self.last_seen.retain(|(peer, lane), seen| {
+            let lane = mesh.peer(*peer).and_then(|p| p.lanes.get(usize::from(lane.0)));
+            lane.is_some_and(|l| l.key == seen.key) && !mesh.routes.among_pods(seen.at.ip())
+        });
     }
 
     fn remove(&mut self, index: usize) {
@@ -712,6 +473,9 @@ impl WireGuard {
         self.stats.queue_dropped += session.queue.len() as u64;
         self.waited.dropped += session.queue.len();
         let key = (session.peer, session.lane);
+        if let Some(at) = session.endpoints.unannounced() {
+            self.last_seen.insert(key, LastSeen { key: session.key, at });
+        }
         let Some(slot) = self.slots.get_mut(&key) else { return };
         if slot.candidate == Some(index) {
             slot.candidate = None;
@@ -758,31 +522,7 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
         .collect()
 }
 
-/// Tells initiations apart: part of the ephemeral key, which nobody can choose but its sender.
-fn fingerprint(initiation: &[u8]) -> [u8; 8] {
-    initiation.get(8..16).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default()
-}
-
-/// The counter of a data message.
-fn counter(datagram: &[u8]) -> u64 {
-    datagram.get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_le_bytes)
-}
-
-/// boringtun's errors in our words.
-fn reason(error: &WireGuardError) -> DropReason {
-    match error {
-        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => DropReason::Replay,
-        WireGuardError::WrongTai64nTimestamp => DropReason::Replay,
-        WireGuardError::InvalidMac | WireGuardError::InvalidAeadTag | WireGuardError::WrongKey => {
-            DropReason::BadAuthentication
-        }
-        WireGuardError::InvalidTai64nTimestamp => DropReason::BadAuthentication,
-        WireGuardError::WrongIndex | WireGuardError::NoCurrentSession => DropReason::ExpiredSession,
-        WireGuardError::ConnectionExpired | WireGuardError::UnexpectedPacket => DropReason::ExpiredSession,
-        WireGuardError::UnderLoad => DropReason::CookieDemanded,
-        WireGuardError::DestinationBufferTooSmall | WireGuardError::LockFailed => DropReason::NoBuffer,
-        WireGuardError::IncorrectPacketLength
-        | WireGuardError::WrongPacketType
-        | WireGuardError::InvalidPacket => DropReason::NotTunnel,
-    }
+/// How often a peer wants to hear from us, if it does.
+fn keepalive(peer: &Peer) -> Option<Duration> {
+    (peer.keepalive > 0).then(|| Duration::from_secs(peer.keepalive.into()))
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::lab::agent::Agent;
 use crate::lab::peer::{KernelVxlan, Neighbours, PORT, Program, WireGuard};
 use crate::lab::traffic::{exchange, reach};
-use crate::lab::{Lab, Underlay, wait_for};
+use crate::lab::{Lab, Station, Underlay, wait_for};
 
 /// Which end sends the first packet, and so the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,26 @@ fn kernel_vxlan_over_ipv6() {
 #[test]
 fn kernel_vxlan_that_owes_its_sums() {
     vxlan(true, Begins::Warren, Underlay::V4, Sums::Owed);
+}
+
+/// The other node answers ARP and neighbour discovery for its own addresses, not for the pods that it routes to.
+#[test]
+fn kernel_vxlan_with_a_pod_behind_it() {
+    let mut lab = Lab::new(2, Underlay::V4, 1500);
+    lab.nodes[0].add_pod(1500);
+    // Its device has the first pod's addresses.
+    (0..2).for_each(|_| lab.nodes[1].add_pod(1500));
+    let [warren, other] = [&lab.nodes[0], &lab.nodes[1]];
+    let kernel = KernelVxlan::new(&lab, other, 1, 8472);
+    kernel.sum_by_itself();
+    lab.write_node(warren, &[]);
+    lab.write_node(other, &[("warren.dev/encaps", "vxlan")]);
+    let agent = Agent::start(&lab, warren, &["--encap", "vxlan"]);
+    [warren, other].iter().for_each(|node| node.set_pod_mtu(agent.pod_mtu()));
+    kernel.connect(&lab, warren, Neighbours::Learnt);
+    let behind = Station { ns: &other.pods[1], addresses: other.inner(11) };
+    reach(warren.pod(), behind);
+    exchange(warren.pod(), behind);
 }
 
 fn wireguard(program: Program, begins: Begins, underlay: Underlay) {

@@ -205,6 +205,57 @@ fn whoever_forges_a_nodes_address_does_not_shut_it_out() {
     world.audit();
 }
 
+/// An answer to the first handshake of the first node of a world of [`HUB_SEED`], well formed, by a stranger. To be
+/// called before that world's time begins.
+fn strangers_answer() -> Vec<u8> {
+    let hub = World::mesh(HUB_SEED, 1, Spec::default());
+    let mut world = World::mesh(9, 2, Spec::default());
+    world.nodes[0].keys = hub.nodes[0].keys.clone();
+    world.restart(0);
+    world.publish();
+    world.net.tap = Some(Vec::new());
+    world.initiate(0, 1);
+    world.run_ms(100);
+    world.net.tap.take().expect("tap").into_iter().find(|d| d.bytes[0] == 2).expect("an answer").bytes
+}
+
+/// Each forged answer costs as much as an honest one, for as long as a handshake is under way. Few are paid for, and
+/// the peer in whose name they come gets through.
+#[test]
+fn forged_answers_are_not_worth_their_price() {
+    let forged = strangers_answer();
+    let mut world = World::mesh(HUB_SEED, 2, Spec::default());
+    let (peer, hub) = (world.nodes[1].endpoints[0], world.nodes[0].endpoints[0]);
+    world.net.cut(0, 1);
+    world.send(0, 1);
+    let mut sent = 0;
+    let flood = |world: &mut World, sent: &mut u64| {
+        for _ in 0..20 {
+            world.inject(peer, hub, &forged);
+            *sent += 1;
+        }
+        world.run_ms(10);
+    };
+    for _ in 0..400 {
+        flood(&mut world, &mut sent);
+    }
+    let paid = world.dropped(0, DropReason::BadAuthentication);
+    assert!((100..=100 + 50 * 4).contains(&paid), "{paid} of {sent}");
+    assert!(world.dropped(0, DropReason::CookieDemanded) > 7_000);
+
+    // The peer's next answer comes without a cookie, the one after that with it.
+    world.net.heal();
+    let since = world.at();
+    while !world.established(0, 1) {
+        assert!(world.at() - since < Duration::from_secs(12), "shut out");
+        flood(&mut world, &mut sent);
+    }
+    let ids = [world.send(0, 1), world.send(1, 0)];
+    world.run_ms(100);
+    world.ledger.assert_all(&ids);
+    world.audit();
+}
+
 /// Two nodes and a third that is a member of the mesh but evil: it believes what `claim` writes into its routes.
 fn evil(seed: u64, policy: Policy, claim: impl Fn(&mut RouteTable)) -> World {
     let mut world = World::mesh(seed, 3, Spec { policy, ..Spec::default() });
@@ -415,4 +466,39 @@ fn frames_from_the_tun_do_no_harm() {
         world.run_secs(1);
         world.ledger.assert_all(&[id]);
     });
+}
+
+/// A member puts a WireGuard message into a packet of its own pod: opened, it comes to our socket from an address
+/// inside the mesh. Were that taken for where the member is, what we seal for it would come back for ever.
+#[test]
+fn a_member_cannot_lead_the_tunnel_into_itself() {
+    for inside in [pod(1, 7, false), pod(1, 7, true), pod(0, 7, false), pod(1, 0, false)] {
+        let mut world = World::mesh(14, 2, Spec::default());
+        assert_both_ways(&mut world);
+        let to = world.nodes[0].endpoints[0];
+        let via = SocketAddr::new(inside, WIREGUARD_PORT);
+        // Data that is new to us, and a handshake; both never came here the honest way.
+        let mut inner = Vec::new();
+        world.net.cut(0, 1);
+        for _ in 0..2 {
+            world.net.tap = Some(Vec::new());
+            let probe = world.probe(1, 0);
+            world.send_forbidden(1, &probe);
+            inner.extend(world.net.tap.take().expect("tap").into_iter().filter(|d| d.from.ip() != to.ip()));
+            world.restart(1);
+        }
+        world.net.heal();
+        assert_eq!(inner.iter().map(|d| d.bytes[0]).collect::<Vec<_>>(), [4, 1]);
+        for datagram in &inner {
+            world.inject(via, to, &datagram.bytes);
+            world.run_ms(10);
+        }
+        assert_eq!(world.dropped(0, DropReason::TunnelInTunnel), 2, "{inside}");
+        assert_eq!(world.endpoint(0, 1), Some(SocketAddr::new(underlay(1, false), WIREGUARD_PORT)));
+        world.initiate(1, 0);
+        world.run_ms(100);
+        assert_both_ways(&mut world);
+        assert_endpoints_stay(&world);
+        world.audit();
+    }
 }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use warren::datapath::Total;
 use warren::packet::DropReason;
 
 use crate::rng::for_seeds;
@@ -234,6 +235,93 @@ fn the_outer_family_does_not_matter_to_the_inner() {
         let ids: Vec<_> = (0..100).map(|_| world.send(0, 1)).collect();
         world.run_secs(1);
         world.ledger.assert_all(&ids);
+        world.audit();
+    }
+}
+
+/// How many seconds lie between what node 0 sends to node 1, which has nothing to say.
+fn heartbeat(world: &mut World) -> Vec<u64> {
+    let mut heard = Vec::new();
+    let mut before = world.total(1, Total::DatagramsReceived);
+    for _ in 0..120 {
+        world.run_secs(1);
+        let now = world.total(1, Total::DatagramsReceived);
+        heard.extend((now != before).then(|| world.at().as_secs()));
+        before = now;
+    }
+    heard.windows(2).map(|pair| pair[1] - pair[0]).collect()
+}
+
+#[test]
+fn a_changed_keepalive_reaches_sessions_that_live() {
+    let mut world = talking(11, Spec::default());
+    world.run_secs(30);
+    assert_eq!(heartbeat(&mut world), [0; 0], "nobody asked for keepalives");
+    for seconds in [20, 7, 0, 30] {
+        world.nodes[1].spec.keepalive = seconds;
+        world.publish();
+        // What the old interval had under way.
+        world.run_secs(40);
+        let gaps = heartbeat(&mut world);
+        match u64::from(seconds) {
+            0 => assert_eq!(gaps, [0; 0]),
+            // A tick late at most, and a handshake is as good as a keepalive.
+            interval => assert!(
+                gaps.len() as u64 >= 120 / (interval + 1) - 2 && gaps.iter().all(|gap| *gap <= interval + 1),
+                "{interval}: {gaps:?}"
+            ),
+        }
+    }
+    assert!(world.established(0, 1));
+    assert_both_ways(&mut world);
+    world.audit();
+}
+
+/// Keepalives alone, no packet for an hour: the keys are renewed and the session lives.
+#[test]
+fn keepalives_keep_a_session_for_as_long_as_they_are_answered() {
+    let mut world = behind_nat(12, 25, 60, false);
+    let first = world.send(0, 1);
+    world.run_ms(100);
+    world.ledger.assert_all(&[first]);
+    world.run_secs(3600);
+    let back = world.send(1, 0);
+    world.run_ms(100);
+    world.ledger.assert_all(&[back]);
+    world.audit();
+}
+
+/// Nine silent minutes end a session, but not what it found out: a node that is not where it announces to be can be
+/// called again, if its box has kept the mapping or it has moved to a public address.
+#[test]
+fn where_a_node_was_last_outlives_the_session() {
+    for moved in [false, true] {
+        let mut world = behind_nat(13, 0, 100_000, false);
+        if moved {
+            world = talking(13, Spec::default());
+            world.move_to(0, IpAddr::from([203, 0, 113, 9]));
+        }
+        let first = world.send(0, 1);
+        world.run_secs(1);
+        world.ledger.assert_all(&[first]);
+        world.run_secs(700);
+        assert!(world.nodes[1].lanes[0].wireguard().report(world.now()).is_empty());
+        // Other people's changes in between.
+        world.publish();
+        // The first attempt goes to where it announces to be, the second is due after 5 s.
+        world.talk_until_heard(1, 0, Duration::from_secs(6));
+        assert_both_ways(&mut world);
+
+        // Another key is another machine.
+        world.run_secs(700);
+        world.rekey(0);
+        world.publish();
+        world.net.tap = Some(Vec::new());
+        world.send(1, 0);
+        world.run_secs(100);
+        let announced = world.nodes[0].endpoints[0];
+        let calls = world.net.tap.take().expect("tap");
+        assert!(calls.len() > 10 && calls.iter().all(|call| call.to == announced));
         world.audit();
     }
 }

@@ -203,6 +203,83 @@ fn a_node_whose_clock_was_set_back_is_not_locked_out() {
     });
 }
 
+/// A clock that jumps forward while sessions live: by little, timers are early; by much, all of the node's keys have
+/// expired and it begins again, with timestamps that its peers have seen.
+#[test]
+fn a_clock_that_jumps_forward_costs_one_handshake() {
+    for by in [3, 30, 100, 170, 200, 600, 86_400] {
+        for stepped in [0, 1] {
+            let mut world = World::mesh(11, 2, Spec::default());
+            for _ in 0..150 {
+                world.send(0, 1);
+                world.send(1, 0);
+                world.run_secs(1);
+            }
+            world.step_clock(stepped, Duration::from_secs(by));
+            // It does not wait for the other's timers: it sees at once that its keys are too old.
+            world.run_ms(400);
+            world.talk_until_heard(stepped, 1 - stepped, Duration::from_secs(6));
+            let ids: Vec<_> = (0..300)
+                .flat_map(|_| {
+                    let ids = [world.send(0, 1), world.send(1, 0)];
+                    world.run_secs(1);
+                    ids
+                })
+                .collect();
+            world.ledger.assert_all(&ids);
+            world.audit();
+        }
+    }
+}
+
+/// And the other way: the node whose clock jumped only listens. Its peer learns of it as of any node that has lost its
+/// keys.
+#[test]
+fn a_silent_node_whose_clock_jumps_forward_is_noticed_as_a_dead_peer() {
+    for by in [30, 200, 86_400] {
+        let mut world = World::mesh(12, 2, Spec::default());
+        let first = world.send(0, 1);
+        world.run_secs(1);
+        world.ledger.assert_all(&[first]);
+        world.step_clock(1, Duration::from_secs(by));
+        world.run_ms(400);
+        world.talk_until_heard(0, 1, DEAD_PEER);
+        world.audit();
+    }
+}
+
+/// A clock that ran ahead while handshakes were made, and is right again after a restart: everything the node now says
+/// is older than what its peer has seen.
+#[test]
+fn a_clock_that_was_ahead_and_is_set_right_does_not_lock_the_node_out() {
+    for ahead in [60, 100] {
+        let mut world = World::mesh(13, 2, Spec::default());
+        let first = world.send(0, 1);
+        world.run_secs(1);
+        world.step_clock(0, Duration::from_secs(ahead));
+        // A handshake with the wrong time.
+        let before = world.nodes[0].lanes[0].wireguard().stats.initiations_sent;
+        for _ in 0..130 {
+            world.send(0, 1);
+            world.run_secs(1);
+        }
+        assert!(world.nodes[0].lanes[0].wireguard().stats.initiations_sent > before);
+        world.restart(0);
+        world.talk_until_heard(0, 1, Duration::from_secs(6));
+        assert!(world.nodes[1].lanes[0].wireguard().stats.old_timestamps > 0);
+        let ids: Vec<_> = (0..300)
+            .flat_map(|_| {
+                let ids = [world.send(0, 1), world.send(1, 0)];
+                world.run_secs(1);
+                ids
+            })
+            .collect();
+        world.ledger.assert_all(&[first]);
+        world.ledger.assert_all(&ids);
+        world.audit();
+    }
+}
+
 #[test]
 fn a_session_that_is_silent_is_forgotten_and_made_again() {
     let mut world = World::mesh(8, 2, Spec::default());

@@ -8,7 +8,8 @@
 //!
 //! boringtun's clock is the thread's mock clock; it moves together with `now`. Its wall clock is the real one,
 //! which stands still while virtual time passes. So a session made anew later sends timestamps that are older
-//! than those its predecessor sent after its first second: a clock that was set back.
+//! than those its predecessor sent after its first second: a clock that was set back. [`World::step_clock`] sets
+//! a node's clock forward while it runs, as when a machine was suspended: boringtun's goes on in sleep, ours does not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -27,6 +28,7 @@ use warren::snapshot::{
 };
 use warren::tunnel::Via;
 use warren::tunnel::vxlan_link::Neighbours;
+use warren::tunnel::wireguard::SessionReport;
 use x25519_dalek::StaticSecret;
 
 use crate::ledger::Ledger;
@@ -87,6 +89,8 @@ pub(crate) struct Node {
     pub other: Vec<Vec<u8>>,
     timers: Vec<Option<Duration>>,
     books: Books,
+    /// How far boringtun's clock is ahead here.
+    skew: Duration,
 }
 
 /// What went into a node, to be found again in its counters.
@@ -179,6 +183,7 @@ impl World {
             other: Vec::new(),
             timers: Vec::new(),
             books: Books::default(),
+            skew: Duration::ZERO,
         });
         self.net.attach(id, address);
         self.boot(id);
@@ -217,9 +222,15 @@ impl World {
     /// The node's agent dies and comes back: same keys, no sessions. Its wall clock: see the module.
     pub(crate) fn restart(&mut self, id: usize) {
         let node = &mut self.nodes[id];
+        node.skew = Duration::ZERO;
         node.books.retired +=
             node.lanes.iter().map(|lane| accounted(&lane.counters()) + lane.waiting() as u64).sum::<u64>();
         self.boot(id);
+    }
+
+    /// The clock of a running node jumps forward, until it is restarted.
+    pub(crate) fn step_clock(&mut self, id: usize, by: Duration) {
+        self.nodes[id].skew += by;
     }
 
     /// New keys; nobody is told before [`Self::publish`].
@@ -488,12 +499,14 @@ impl World {
         let now = self.now();
         let node = &mut self.nodes[id];
         let snapshot = Arc::clone(&node.snapshot);
+        MockClock::set_time(self.at + node.skew);
         let packets = {
             let lane = &mut node.lanes[lane];
             act(lane, now, &snapshot, &mut self.receive, &mut self.out);
             lane.finish_tun(now, &snapshot, &mut self.receive, &mut self.out);
             frames(&mut self.receive, &mut self.out)
         };
+        MockClock::set_time(self.at);
         let timer = node.lanes[lane].poll_timeout().map(|at| at.saturating_duration_since(self.base));
         let old = std::mem::replace(&mut node.timers[lane], timer);
         if old != timer {
@@ -545,15 +558,20 @@ impl World {
 
     /// Whether a node's first lane has a live session with another.
     pub(crate) fn established(&self, id: usize, other: usize) -> bool {
-        let peer = PeerId(other as u32);
-        self.nodes[id].lanes[0].wireguard().report(self.now()).iter().any(|s| s.peer == peer && s.established)
+        self.report(id).iter().any(|s| s.peer == PeerId(other as u32) && s.established)
     }
 
     /// Where a node's first lane sends to another.
     pub(crate) fn endpoint(&self, id: usize, other: usize) -> Option<SocketAddr> {
-        let peer = PeerId(other as u32);
+        self.report(id).iter().find(|s| s.peer == PeerId(other as u32) && s.established)?.endpoint
+    }
+
+    /// The sessions of a node's first lane.
+    pub(crate) fn report(&self, id: usize) -> Vec<SessionReport> {
+        MockClock::set_time(self.at + self.nodes[id].skew);
         let report = self.nodes[id].lanes[0].wireguard().report(self.now());
-        report.iter().find(|s| s.peer == peer && s.established)?.endpoint
+        MockClock::set_time(self.at);
+        report
     }
 
     /// Every packet that went into a node came out of it, waits in it, or was dropped for a counted reason.

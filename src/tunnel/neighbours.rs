@@ -1,0 +1,128 @@
+//! The MAC addresses that VXLAN peers have told, shared by the lanes of a node.
+//!
+//! No packet waits for the table's lock: who finds it taken goes on without, and looks again. What a peer told is
+//! used for as long as frames of its own confirm it; after silence it is asked again, and forgotten if it does not
+//! answer: a device that was made anew has another address.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, RwLock};
+use std::time::{Duration, Instant};
+
+use super::vxlan::Mac;
+use crate::snapshot::PeerId;
+
+/// Between two questions to the same peer; the kernel's `retrans_time_ms` is a second too.
+pub(super) const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long what was told is believed without a sign of life; the kernel's `base_reachable_time_ms`.
+const BELIEVE: Duration = Duration::from_secs(30);
+/// Questions in vain before it is forgotten; the kernel's `ucast_solicit` (net/ipv4/arp.c, `arp_tbl`).
+const QUESTIONS: u8 = 3;
+
+/// MAC addresses that peers have told.
+#[derive(Debug, Default)]
+pub struct Neighbours {
+    /// Counts up when an address comes or goes.
+    version: AtomicU64,
+    /// Times below are milliseconds since the first that anybody said.
+    start: OnceLock<Instant>,
+    table: RwLock<HashMap<PeerId, Arc<Neighbour>>>,
+}
+
+/// What one peer told.
+#[derive(Debug)]
+pub(super) struct Neighbour {
+    /// From which outer address: another machine may have another MAC address.
+    pub(super) address: IpAddr,
+    pub(super) mac: Mac,
+    told: AtomicU64,
+    asked: AtomicU64,
+    /// Since it was told.
+    questions: AtomicU8,
+}
+
+/// How good what was told still is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Good, or asked for a moment ago.
+    Good,
+    /// To be used, and to be asked for now.
+    Ask,
+    /// Asked for in vain.
+    Lost,
+}
+
+impl Neighbours {
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// What a peer told, unless another lane is writing.
+    pub(super) fn find(&self, peer: PeerId) -> Option<Arc<Neighbour>> {
+        self.table.try_read().ok()?.get(&peer).cloned()
+    }
+
+    /// Enters what a peer told; whether another lane was not at the table.
+    pub(super) fn tell(&self, now: Instant, peer: PeerId, address: IpAddr, mac: Mac) -> bool {
+        let told = AtomicU64::new(self.millis(now));
+        let neighbour =
+            Arc::new(Neighbour { address, mac, told, asked: AtomicU64::new(0), questions: AtomicU8::new(0) });
+        let Ok(mut table) = self.table.try_write() else { return false };
+        table.insert(peer, neighbour);
+        self.version.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    /// A frame of the peer's has confirmed it. Written once a second at most: other lanes read it all the time.
+    pub(super) fn confirm(&self, now: Instant, neighbour: &Neighbour) {
+        let now = self.millis(now);
+        if now.saturating_sub(neighbour.told.load(Ordering::Relaxed)) >= millis(ASK_EVERY) {
+            neighbour.told.store(now, Ordering::Relaxed);
+        }
+        if neighbour.questions.load(Ordering::Relaxed) != 0 {
+            neighbour.questions.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// How good it is, for one that is about to use it; one lane at a time is told to ask.
+    pub(super) fn standing(&self, now: Instant, neighbour: &Neighbour) -> Standing {
+        let now = self.millis(now);
+        if now.saturating_sub(neighbour.told.load(Ordering::Relaxed)) < millis(BELIEVE) {
+            return Standing::Good;
+        }
+        let (asked, questions) =
+            (neighbour.asked.load(Ordering::Relaxed), neighbour.questions.load(Ordering::Relaxed));
+        if questions > 0 && now.saturating_sub(asked) < millis(ASK_EVERY) {
+            return Standing::Good;
+        }
+        if questions >= QUESTIONS {
+            return Standing::Lost;
+        }
+        match neighbour.asked.compare_exchange(asked, now, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => {
+                neighbour.questions.fetch_add(1, Ordering::Relaxed);
+                Standing::Ask
+            }
+            Err(_) => Standing::Good,
+        }
+    }
+
+    /// Forgets what a peer told, if that is still it; whether it is forgotten, and not another lane at the table.
+    pub(super) fn forget(&self, peer: PeerId, neighbour: &Arc<Neighbour>) -> bool {
+        let Ok(mut table) = self.table.try_write() else { return false };
+        if table.get(&peer).is_some_and(|found| Arc::ptr_eq(found, neighbour)) {
+            table.remove(&peer);
+            self.version.fetch_add(1, Ordering::Release);
+        }
+        true
+    }
+
+    fn millis(&self, now: Instant) -> u64 {
+        millis(now.saturating_duration_since(*self.start.get_or_init(|| now)))
+    }
+}
+
+const fn millis(time: Duration) -> u64 {
+    time.as_millis() as u64
+}
