@@ -335,8 +335,12 @@ impl StateLine {
         good
     }
 
-    /// Makes the published file say what it should; hands the publisher back.
+    /// Makes the published file say what it should; hands the publisher back. An agent that was started
+    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about.
     async fn publish(&mut self, publisher: Option<Publisher>, clock: Clock) -> Option<Publisher> {
+        if self.plan.borrow().as_ref().is_none_or(|plan| plan.pod_ranges.is_empty()) {
+            return publisher;
+        }
         let mut publisher = publisher?;
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();

@@ -87,6 +87,7 @@ fn when_the_node_does_not_exist() {
     let [run, state] = ["run", "state"].map(|f| lab.path().join(f).display().to_string());
     command.args(["agent", "--node", "node9", "--source", &source, "--run-dir", &run, "--state-dir", &state]);
     refuses(command, &["node9", "--node"]);
+    assert!(!lab.cluster().join("node9.warren.yaml").exists(), "nobody is announced who is not there");
 }
 
 #[test]
