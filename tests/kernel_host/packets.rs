@@ -75,6 +75,54 @@ fn cluster_packets_do_not_leave_in_clear() {
 }
 
 #[test]
+fn cluster_packets_do_not_arrive_in_clear() {
+    // Outside owns an address of another node's pod: with a filter of 2 the default route to it is enough.
+    for (encrypted, masquerade, rp_filter) in
+        [(false, true, 0), (true, true, 0), (true, true, 2), (true, false, 0), (true, false, 2)]
+    {
+        let stage = Stage::new(true);
+        stage.node.0.enter(|| {
+            sh(&format!("sysctl -w net.ipv4.conf.all.rp_filter={rp_filter}"));
+            sh(&format!("sysctl -w net.ipv4.conf.eth0.rp_filter={rp_filter}"));
+        });
+        stage.apply(&HostConfig { encrypted, masquerade, ..config() });
+        stage.world.enter(|| {
+            sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1")
+        });
+        for family in FAMILIES {
+            let forger = stage.world.udp(family.remote_pod, 0);
+            let honest = stage.world.udp(family.world, 0);
+            let pod = stage.pods[0].udp(family.pods[0], 7000);
+            let host = stage.node.0.udp(family.node, 7000);
+            honest.send_to(b"world", (ip(family.pods[0]), 7000)).unwrap();
+            assert_eq!(receive(&pod).expect("the world may talk to pods").0, b"world");
+            forger.send_to(b"forged", (ip(family.pods[0]), 7000)).unwrap();
+            let case = format!("{}, {encrypted} {masquerade} {rp_filter}", family.remote_pod);
+            assert_eq!(receive_within(&pod, NEVER).is_some(), !encrypted, "to a pod: {case}");
+            // Unmasqueraded pods of other nodes come to this one's own address as themselves.
+            forger.send_to(b"forged", (ip(family.node), 7000)).unwrap();
+            assert_eq!(
+                receive_within(&host, NEVER).is_some(),
+                !encrypted || !masquerade,
+                "to the node: {case}"
+            );
+            // What comes out of the tunnel and from the pod next door is as welcome as ever.
+            stage.inject(
+                SocketAddr::new(ip(family.remote_pod), 5000),
+                SocketAddr::new(ip(family.pods[0]), 7000),
+            );
+            receive(&pod).expect("out of the tunnel");
+            let neighbour = stage.pods[1].udp(family.pods[1], 0);
+            neighbour.send_to(b"near", (ip(family.pods[0]), 7000)).unwrap();
+            assert_eq!(receive(&pod).expect("from this node").0, b"near");
+        }
+        let chain = stage.node.0.enter(|| sh("nft list chain inet warren spoofed"));
+        assert_eq!(chain.matches("counter packets").count(), if encrypted { 2 } else { 0 }, "{chain}");
+        assert!(!chain.contains("counter packets 0 "), "{chain}");
+    }
+}
+
+#[test]
 fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
     let stage = Stage::new(true);
     stage.apply(&config());
