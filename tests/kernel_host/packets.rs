@@ -184,8 +184,16 @@ fn same_node_replies_come_up_from_the_bridge_when_services_need_them() {
 #[test]
 fn a_dropping_forward_policy_does_not_stop_pods() {
     let stage = Stage::new(true);
-    stage.node.0.enter(|| sh("iptables -P FORWARD DROP; ip6tables -P FORWARD DROP"));
+    // Both shapes of our rules have to let it through, one after the other.
+    stage.node.0.enter(|| {
+        sh("iptables -P FORWARD DROP; ip6tables -P FORWARD DROP");
+        sh("nft add table inet firewall");
+        sh("nft 'add chain inet firewall fw { type filter hook forward priority 10; policy drop; }'");
+    });
     stage.apply(&config());
+    stage
+        .world
+        .enter(|| sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1"));
     for family in FAMILIES {
         let pod = stage.pods[0].udp(family.pods[0], 7000);
         let world = stage.world.udp(family.world, 7000);
@@ -197,6 +205,10 @@ fn a_dropping_forward_policy_does_not_stop_pods() {
         stage.next_in_tunnel(SOON).expect("into the tunnel");
         stage.inject(SocketAddr::new(ip(family.remote_pod), 5000), SocketAddr::new(ip(family.pods[0]), 7000));
         receive(&pod).expect("out of the tunnel");
+        // What the firewall closes stays closed: the neighbourhood does not get at pods.
+        let closed = stage.pods[0].udp(family.pods[0], 7001);
+        world.send_to(b"uninvited", (ip(family.pods[0]), 7001)).unwrap();
+        assert!(receive_within(&closed, NEVER).is_none(), "a pod was opened to the neighbourhood");
     }
     stage.node.run(async {
         host::cleanup("nothing0", None).await.unwrap();
