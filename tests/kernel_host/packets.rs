@@ -144,6 +144,39 @@ fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
 }
 
 #[test]
+fn replies_go_into_the_tunnel_past_a_strict_filter_that_looks_at_marks() {
+    let stage = Stage::new(true);
+    // wg-quick's, for all devices; strict is many distributions' default.
+    stage.node.0.enter(|| {
+        sh("sysctl -w net.ipv4.conf.all.src_valid_mark=1 net.ipv4.conf.cbr0.rp_filter=1");
+        sh("sysctl -w net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.eth0.rp_filter=1");
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sysctl");
+    stage.node.run(async {
+        let mut network = HostNetwork::open(Some(file.clone())).unwrap();
+        network.apply(&config()).await.unwrap();
+        assert!(network.apply(&config()).await.unwrap().is_empty());
+    });
+    let family = &FAMILIES[0];
+    // Somewhere in the world, and (what Services do) the pod next door.
+    for client in [family.client, family.pods[1]] {
+        let client = SocketAddr::new(ip(client), 5000);
+        let server = stage.pods[0].udp(family.pods[0], 7000);
+        stage.inject(client, server.local_addr().unwrap());
+        assert_eq!(receive(&server).expect("a packet out of the tunnel").1, client);
+        server.send_to(b"reply", client).unwrap();
+        let reply = stage.next_in_tunnel(SOON).expect("the pod's reply passes the filter");
+        assert_eq!((reply.from, reply.to), (server.local_addr().unwrap(), client));
+    }
+    stage.node.run(async {
+        assert!(sh("sysctl net.ipv4.conf.eth0.rp_filter").contains("= 1"), "no pods there");
+        host::cleanup("nothing0", Some(&file)).await.unwrap();
+        assert!(sh("sysctl net.ipv4.conf.cbr0.rp_filter").contains("= 1"));
+    });
+}
+
+#[test]
 fn same_node_replies_come_up_from_the_bridge_when_services_need_them() {
     for (services, br_netfilter) in [(true, 1), (true, 0), (false, 1)] {
         let stage = Stage::new(false);
