@@ -434,7 +434,7 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         cluster_ranges: plan.cluster_ranges.clone(),
         masquerade: match config.masquerade {
             // Whoever masquerades first wins, and ours leaves the cluster's ranges out: it does no harm beside others.
-            Masquerade::Auto | Masquerade::On => true,
+            Masquerade::On => true,
             Masquerade::Off => false,
         },
         encrypted: plan.encrypted,

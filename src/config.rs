@@ -173,7 +173,7 @@ impl AgentConfig {
             keepalive: args.keepalive.unwrap_or(0),
             underlay_mtu: args.underlay_mtu.unwrap_or(UnderlayMtu::Auto),
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
-            masquerade: args.masquerade.unwrap_or(Masquerade::Auto),
+            masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             log: args.log.unwrap_or_else(|| "info".to_owned()),

@@ -19,8 +19,12 @@ use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, geteuid};
 
 const WARREN: &str = env!("CARGO_BIN_EXE_warren");
-/// The uid of nobody, on every distribution.
-const NOBODY: u32 = 65534;
+/// The uid of nobody, on every distribution, and how a shell becomes it.
+const NOBODY_ID: u32 = 65534;
+const NOBODY: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups";
+/// In a mount namespace: a /dev/net/tun that everybody may open, as on an ordinary machine.
+const TUN_FOR_ALL: &str =
+    "set -e; mount -t tmpfs none /dev/net; mknod /dev/net/tun c 10 200; chmod 666 /dev/net/tun; set +e";
 /// What the issue promises.
 const FIRST_REPLY_WITHIN_SECONDS: f64 = 15.0;
 
@@ -59,25 +63,96 @@ fn an_ordinary_user_may_do_it_too() {
     // The build's folder may be closed to others.
     let folder = tempfile::tempdir().expect("a scratch folder");
     let program = readable_copy(folder.path());
-    let mut command = Command::new(program);
-    command.args(["demo", "--encap", "vxlan", "--nodes", "2"]).current_dir("/");
-    if geteuid().is_root() {
-        command.uid(NOBODY).gid(NOBODY);
-    }
-    let done = command.output().expect("the demo starts");
+    let demo = format!("{} demo --encap vxlan --nodes 2", program.display());
+    let _settings = UserNamespaces::allow();
+    let mut command = if geteuid().is_root() {
+        in_own_mounts(&format!("{TUN_FOR_ALL}; exec {NOBODY} {demo}"))
+    } else {
+        let mut command = Command::new("sh");
+        command.args(["-c", &demo]);
+        command
+    };
+    let done = command.current_dir("/").output().expect("the demo starts");
     let words = String::from_utf8_lossy(&done.stdout);
     let errors = String::from_utf8_lossy(&done.stderr);
-    if errors.contains("/dev/net/tun") {
-        assert!(!done.status.success());
-        assert!(errors.contains("chmod 666 /dev/net/tun") || errors.contains("modprobe tun"), "{errors}");
-        return;
-    }
-    if errors.contains("this machine does not let you") {
-        assert!(errors.contains("Change it: sudo sysctl") || errors.contains("privileged"), "{errors}");
-        return;
-    }
-    assert!(done.status.success(), "{}: {words}{errors}", done.status);
+    // What the machine forbids, the demo's own words say how to allow; it is no pass.
+    assert!(done.status.success(), "an ordinary user could not run it: {}: {words}{errors}", done.status);
     assert_nothing_left(&before);
+}
+
+#[test]
+fn a_machine_that_forbids_it_is_told_what_to_change() {
+    let _turn = alone();
+    assert!(geteuid().is_root(), "this test takes devices and namespaces away: run it as root");
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    let demo = format!("{} demo", readable_copy(folder.path()).display());
+    let no_power = "setpriv --bounding-set=-all --inh-caps=-all";
+    for (what, line, advice) in [
+        (
+            "a device for root alone",
+            format!("{TUN_FOR_ALL}; chmod 600 /dev/net/tun; {NOBODY} {demo}"),
+            "sudo chmod 666 /dev/net/tun",
+        ),
+        ("no device", format!("mount -t tmpfs none /dev/net; {demo}"), "sudo modprobe tun"),
+        // Limits belong to a user namespace: those of the machine stay as they are.
+        (
+            "no PID namespaces",
+            format!(
+                "unshare --user --map-root-user sh -c 'echo 0 > /proc/sys/user/max_pid_namespaces; {demo}'"
+            ),
+            "sudo sysctl -w user.max_pid_namespaces=",
+        ),
+        (
+            "no user namespaces",
+            format!(
+                "{TUN_FOR_ALL}; unshare --user --map-root-user sh -c \
+                 'echo 0 > /proc/sys/user/max_user_namespaces; {no_power} {demo}'"
+            ),
+            "sudo sysctl -w user.max_user_namespaces=",
+        ),
+    ] {
+        let done = in_own_mounts(&line).output().expect("it starts");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(!done.status.success() && said.contains(advice), "{what}: {} {said}", done.status);
+    }
+}
+
+#[test]
+fn nobody_makes_root_stop_a_process_by_its_name() {
+    let _turn = alone();
+    assert!(geteuid().is_root(), "it takes root to act for somebody else: run this test as root");
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("opened to all");
+    // `cat` under our name, waiting at a pipe that is called like an argument of a stage. Its parent is a shell
+    // whose command line is that of a kept demo, or is not.
+    let script = "PATH=.:$PATH; warren demo internal stage -- --keep; true\n";
+    for name in ["demo", "other"] {
+        fs::write(folder.path().join(name), script).expect("written");
+    }
+    std::os::unix::fs::symlink("/bin/cat", folder.path().join("warren")).expect("linked");
+    nix::unistd::mkfifo(&folder.path().join("internal"), nix::sys::stat::Mode::from_bits_truncate(0o644))
+        .expect("a pipe");
+    for (name, user) in [("demo", NOBODY_ID), ("other", 0)] {
+        let mut command = Command::new("sh");
+        command.args([name, "--keep"]).current_dir(folder.path()).uid(user).stdout(Stdio::null());
+        let mut imitation = Imitation(command.process_group(0).spawn().expect("it starts"));
+        let shell = pid_of(&imitation.0);
+        wait_until("the imitation is up", || {
+            let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children"));
+            let child = children.unwrap_or_default().trim().to_owned();
+            fs::read(format!("/proc/{child}/cmdline"))
+                .is_ok_and(|line| line.starts_with(b"warren\0demo\0internal"))
+        });
+        let pid = shell.to_string();
+        for words in [["stop", &pid].as_slice(), &["enter", "--demo", &pid, "pod-1a", "true"]] {
+            let done = Command::new(WARREN).arg("demo").args(words).output().expect("it starts");
+            assert!(
+                String::from_utf8_lossy(&done.stderr).contains("is no demo of yours"),
+                "{name}: {done:?}"
+            );
+        }
+        assert!(imitation.0.try_wait().expect("its state").is_none(), "{name}: it was stopped");
+    }
 }
 
 #[test]
@@ -123,7 +198,7 @@ fn a_kept_demo_can_be_entered_and_stopped() {
         .status()
         .expect("it starts");
     assert_eq!(code.code(), Some(7), "the command's own exit code");
-    let space = pid_namespace(stage_of(pid_of(&demo)));
+    let space = pid_namespace(stage_of(pid_of(&demo.0)));
     let stopped = Command::new(WARREN).args(["demo", "stop", &pid]).output().expect("stop starts");
     assert!(stopped.status.success(), "{stopped:?}");
     assert_eq!(demo.0.wait().expect("it ended").code(), Some(0));
@@ -145,7 +220,7 @@ fn ends_without_a_trace(end: impl Fn(Pid) -> nix::Result<()>, code: Option<i32>)
     let mut demo = start(&["--encap", "wireguard"]);
     // Now everything is up: tunnels, rules, agents.
     read_until(&mut demo, "different nodes talk");
-    let pid = pid_of(&demo);
+    let pid = pid_of(&demo.0);
     let space = pid_namespace(stage_of(pid));
     assert!(inhabitants(&space).len() > 10, "the stage, holders, servers and agents");
     end(pid).expect("it can be signalled");
@@ -163,6 +238,50 @@ impl Drop for Demo {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Killed with its test, and what it has started too.
+struct Imitation(Child);
+
+impl Drop for Imitation {
+    fn drop(&mut self) {
+        let _ = killpg(pid_of(&self.0), Signal::SIGKILL);
+        let _ = self.0.wait();
+    }
+}
+
+/// What keeps ordinary users from user namespaces, switched off and back on again; only root can.
+struct UserNamespaces(Vec<(&'static str, String)>);
+
+impl UserNamespaces {
+    fn allow() -> Self {
+        let wanted = [
+            ("/proc/sys/kernel/unprivileged_userns_clone", "0", "1"),
+            ("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+            ("/proc/sys/user/max_user_namespaces", "0", "10000"),
+        ];
+        let change = |(path, bad, good): (&'static str, &str, &str)| {
+            let before = fs::read_to_string(path).ok().filter(|value| value.trim() == bad)?;
+            fs::write(path, good).ok()?;
+            Some((path, before))
+        };
+        Self(wanted.into_iter().filter_map(change).collect())
+    }
+}
+
+impl Drop for UserNamespaces {
+    fn drop(&mut self) {
+        for (path, before) in &self.0 {
+            let _ = fs::write(path, before);
+        }
+    }
+}
+
+/// A shell line in a mount namespace of its own.
+fn in_own_mounts(line: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", line]);
+    command
 }
 
 fn start(words: &[&str]) -> Demo {
@@ -183,8 +302,8 @@ fn read_until(demo: &mut Demo, text: &str) -> String {
     said
 }
 
-fn pid_of(demo: &Demo) -> Pid {
-    Pid::from_raw(i32::try_from(demo.0.id()).expect("a pid"))
+fn pid_of(process: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(process.id()).expect("a pid"))
 }
 
 fn stage_of(demo: Pid) -> Pid {

@@ -127,8 +127,8 @@ pub struct AgentArgs {
     #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
           help_heading = "Host")]
     pub tun_name: Option<String>,
-    /// Whether pods talk to the world from the node's address; auto: unless somebody else does it
-    /// [default: auto]
+    /// Whether pods talk to the world from the node's address, also where nobody else sees to it
+    /// [default: on]
     #[arg(long, env = "WARREN_MASQUERADE", help_heading = "Host")]
     pub masquerade: Option<Masquerade>,
     /// Folder of what must survive a restart: keys, last state [default: /var/lib/warren]
@@ -197,11 +197,9 @@ impl From<EncapArg> for EncapPolicy {
 /// `--masquerade`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Masquerade {
-    /// Unless somebody else on this machine does it
-    Auto,
-    /// Always
+    /// From the node's address; between pods of the cluster they keep their own
     On,
-    /// Never
+    /// Not by Warren: another program does it, or the network outside routes pods
     Off,
 }
 

@@ -43,7 +43,7 @@ fn defaults() {
     );
     assert_eq!(
         (config.lanes, config.underlay_mtu, config.masquerade),
-        (1, UnderlayMtu::Auto, Masquerade::Auto)
+        (1, UnderlayMtu::Auto, Masquerade::On)
     );
     assert_eq!(config.tun_name.as_str(), "warren0");
     let on = Offloads { tun_gso: true, udp_gso: true, udp_gro: true, coalescing: true, ack_coalescing: true };

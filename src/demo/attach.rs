@@ -1,6 +1,8 @@
 //! `warren demo enter` and `warren demo stop`: for a demo that another terminal keeps up.
 //!
 //! There is no file that says where a demo is (it would stay behind after a SIGKILL): the process table says it.
+//! Everybody can write into that (a command line is the process's own word), and `enter` and `stop` act with our
+//! power: only processes of our own user count, and only a stage whose parent is a kept demo beside us.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -12,7 +14,7 @@ use std::time::Duration;
 use clap::Args;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigSet, Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
 
 use super::DemoError;
 use super::sandbox::FOLDER;
@@ -121,7 +123,7 @@ impl Demo {
 
     /// The supervisor ends after everything else has; a zombie that its parent has not fetched has no words.
     fn is_up(&self) -> bool {
-        processes().any(|(pid, words)| pid == self.supervisor && words.iter().any(|word| word == "--keep"))
+        processes().any(|(pid, words)| pid == self.supervisor && is_kept_demo(&words))
     }
 }
 
@@ -130,7 +132,7 @@ fn the_one(demos: Vec<Demo>, wanted: Option<i32>) -> Result<Option<Demo>, DemoEr
         demos.into_iter().filter(|d| wanted.is_none_or(|pid| pid == d.supervisor)).collect();
     match (fitting.as_slice(), wanted) {
         ([], Some(pid)) => {
-            Err(DemoError::Usage(format!("process {pid} is no demo that was started with --keep")))
+            Err(DemoError::Usage(format!("process {pid} is no demo of yours that was started with --keep")))
         }
         ([], None) => Ok(None),
         ([one], _) => Ok(Some(one.clone())),
@@ -150,18 +152,42 @@ fn running() -> Vec<Demo> {
         // Only those whose namespaces we may look at are ours to touch.
         .filter(|(pid, _)| namespace(*pid, "pid").is_some())
         .filter_map(|(stage, _)| Some(Demo { supervisor: parent(stage)?, stage }))
+        .filter(Demo::is_up)
+        // A container's root is root as well, and may call its processes what it likes.
+        .filter(|demo| ["pid", "mnt"].iter().all(|kind| is_beside_us(demo.supervisor, kind)))
         .collect()
 }
 
-/// Process ids and command lines; a process that ends while we look is left out.
+/// Ids and command lines of our own user's processes; one that ends while we look is left out.
 fn processes() -> impl Iterator<Item = (i32, Vec<String>)> {
     fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| {
         let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        is_of_user(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, geteuid().as_raw())
+            .then_some(())?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let words =
             line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
         Some((pid, words))
     })
+}
+
+/// Real, effective, saved and filesystem id (proc_pid_status(5)): a set-user-id program that somebody else
+/// started under a name of ours is not ours. The owner of /proc/PID would not do, root has those of the undumpable.
+fn is_of_user(status: &str, user: u32) -> bool {
+    let Some(ids) = status.lines().find_map(|line| line.strip_prefix("Uid:")) else { return false };
+    ids.split_whitespace().count() == 4 && ids.split_whitespace().all(|id| id.parse() == Ok(user))
+}
+
+fn is_beside_us(pid: i32, kind: &str) -> bool {
+    let ours = fs::read_link(format!("/proc/self/ns/{kind}")).ok();
+    ours.is_some() && namespace(pid, kind) == ours
+}
+
+/// The supervisor: as the user has typed it.
+fn is_kept_demo(words: &[String]) -> bool {
+    matches!(words, [_, demo, options @ ..] if demo == "demo"
+        && options.first().is_none_or(|word| word != "internal")
+        && options.iter().any(|word| word == "--keep"))
 }
 
 fn is_kept_stage(words: &[String]) -> bool {
@@ -233,8 +259,20 @@ mod tests {
         assert!(is_kept_stage(&words("warren demo internal stage --nodes 3 --keep")));
         assert!(!is_kept_stage(&words("warren demo internal stage --nodes 3")));
         assert!(!is_kept_stage(&words("vi demo internal stage --keep")));
+        assert!(is_kept_demo(&words("/usr/bin/warren demo --nodes 2 --keep")));
+        assert!(!is_kept_demo(&words("warren demo --nodes 2")));
+        assert!(!is_kept_demo(&words("sh -c sleep demo --keep")));
+        assert!(!is_kept_demo(&words("warren demo internal stage --keep")));
         assert_eq!(held(&words("warren demo internal hold pod-1a")), Some("pod-1a".into()));
         assert_eq!(held(&words("warren demo internal serve")), None);
+    }
+
+    #[test]
+    fn a_process_is_ours_only_with_all_its_ids() {
+        assert!(is_of_user("Name:\tx\nUid:\t0\t0\t0\t0\nGid:\t1\t1\t1\t1\n", 0));
+        assert!(!is_of_user("Name:\tx\nUid:\t1000\t0\t0\t0\n", 0), "a set-user-id program");
+        assert!(!is_of_user("Uid:\t1000\t1000\t1000\t1000\n", 0));
+        assert!(!is_of_user("Uid:\n", 0) && !is_of_user("", 0));
     }
 
     #[test]

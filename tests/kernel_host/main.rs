@@ -255,7 +255,7 @@ fn a_foreign_chain_that_drops_lets_pod_traffic_through() {
         let mut network = HostNetwork::open(None).unwrap();
         network.apply(&config()).await.unwrap();
         let count = |listing: &str| listing.matches("warren: pod traffic").count();
-        // The tunnel and the bridge, in and out.
+        // The tunnel, in and out; the bridge, out of it and answers into it.
         assert_eq!(count(&sh("nft list chain ip filter FORWARD")), 4);
         assert_eq!(count(&sh("nft list chain inet firewall forwarding")), 4);
         assert_eq!(count(&sh("nft list chain inet fine forwarding")), 0);
@@ -264,6 +264,10 @@ fn a_foreign_chain_that_drops_lets_pod_traffic_through() {
         // iptables must still understand its own table, and its save and restore keep ours known.
         let rules = sh("iptables -S FORWARD");
         assert!(rules.contains("-A FORWARD -i warren0"), "{rules}");
+        let answers = rules.lines().find(|rule| rule.contains("-o cbr0")).unwrap();
+        assert!(answers.contains("-m conntrack --ctstate RELATED,ESTABLISHED"), "{answers}");
+        let native = listing.lines().find(|rule| rule.contains("oifname \"cbr0\"")).unwrap();
+        assert!(native.contains("ct state established,related"), "{native}");
         sh("iptables-save > /tmp/wh-$$ && iptables-restore < /tmp/wh-$$; rm -f /tmp/wh-$$");
         let again = network.apply(&config()).await.unwrap();
         assert!(again.is_empty(), "{again:?}");
@@ -277,6 +281,30 @@ fn a_foreign_chain_that_drops_lets_pod_traffic_through() {
         until("our rules gone", || ours() == 0, || sh("iptables -S FORWARD")).await;
         host::cleanup("warren0", None).await.unwrap();
         assert!(!sh("nft list ruleset").contains("warren"));
+    });
+}
+
+#[test]
+fn a_new_mtu_for_thousands_of_peers_is_no_matter_of_minutes() {
+    const PEERS: u16 = 3_000;
+    let node = Node::new();
+    node.run(async {
+        let mut wanted = config_v4();
+        let peer = |number: u16| {
+            let mut route = wanted.tunnel_routes[0].clone();
+            let [high, low] = number.to_be_bytes();
+            route.range = format!("10.{}.{low}.0/24", 100 + high).parse().unwrap();
+            route
+        };
+        wanted.tunnel_routes = (0..PEERS).map(peer).collect();
+        let mut network = HostNetwork::open(None).unwrap();
+        network.apply(&wanted).await.unwrap();
+        wanted.tunnel_routes.iter_mut().for_each(|route| route.mtu = 1280);
+        // A listing of all routes for each of them took minutes.
+        let applied = tokio::time::timeout(Duration::from_secs(10), network.apply(&wanted)).await;
+        let report = applied.expect("routes are listed once").unwrap();
+        assert_eq!(report.changes.len(), usize::from(PEERS), "{:?}", report.changes.first());
+        assert_eq!(sh("ip route show").matches("mtu 1280").count(), usize::from(PEERS));
     });
 }
 
@@ -314,6 +342,39 @@ fn with_proc_sys_read_only_device_settings_go_by_netlink() {
             assert!(shown.contains(value), "{shown}");
         }
         assert!(network.apply(&config()).await.unwrap().is_empty());
+    });
+}
+
+#[test]
+fn what_went_by_netlink_goes_back_by_netlink() {
+    let node = Node::new();
+    node.run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        sh("sysctl -w net.ipv6.conf.all.forwarding=1 net.ipv6.conf.warren0.accept_ra=0");
+        sh("sysctl -w net.ipv4.conf.lo.forwarding=1");
+        read_only_proc_sys();
+        HostNetwork::open(Some(file.clone())).unwrap().apply(&config()).await.unwrap();
+        assert!(sh("sysctl net.ipv4.conf.cbr0.forwarding").contains("= 1"));
+        let restored = host::cleanup("warren0", Some(&file)).await.unwrap();
+        assert!(sh("sysctl net.ipv4.conf.cbr0.forwarding").contains("= 0"), "{restored:?}");
+        assert!(sh("sysctl net.ipv4.conf.lo.forwarding").contains("= 1"), "never ours: {restored:?}");
+    });
+}
+
+#[test]
+fn settings_of_an_earlier_boot_are_not_put_back() {
+    let node = Node::new();
+    node.run(async {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        HostNetwork::open(Some(file.clone())).unwrap().apply(&config()).await.unwrap();
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::write(&file, text.replace(boot.trim(), "another-boot")).unwrap();
+        // Since then it is somebody else who wants it on.
+        host::cleanup("warren0", Some(&file)).await.unwrap();
+        assert!(sh("sysctl net.ipv4.ip_forward").contains("= 1"));
     });
 }
 

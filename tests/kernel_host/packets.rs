@@ -75,6 +75,54 @@ fn cluster_packets_do_not_leave_in_clear() {
 }
 
 #[test]
+fn cluster_packets_do_not_arrive_in_clear() {
+    // Outside owns an address of another node's pod: with a filter of 2 the default route to it is enough.
+    for (encrypted, masquerade, rp_filter) in
+        [(false, true, 0), (true, true, 0), (true, true, 2), (true, false, 0), (true, false, 2)]
+    {
+        let stage = Stage::new(true);
+        stage.node.0.enter(|| {
+            sh(&format!("sysctl -w net.ipv4.conf.all.rp_filter={rp_filter}"));
+            sh(&format!("sysctl -w net.ipv4.conf.eth0.rp_filter={rp_filter}"));
+        });
+        stage.apply(&HostConfig { encrypted, masquerade, ..config() });
+        stage.world.enter(|| {
+            sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1")
+        });
+        for family in FAMILIES {
+            let forger = stage.world.udp(family.remote_pod, 0);
+            let honest = stage.world.udp(family.world, 0);
+            let pod = stage.pods[0].udp(family.pods[0], 7000);
+            let host = stage.node.0.udp(family.node, 7000);
+            honest.send_to(b"world", (ip(family.pods[0]), 7000)).unwrap();
+            assert_eq!(receive(&pod).expect("the world may talk to pods").0, b"world");
+            forger.send_to(b"forged", (ip(family.pods[0]), 7000)).unwrap();
+            let case = format!("{}, {encrypted} {masquerade} {rp_filter}", family.remote_pod);
+            assert_eq!(receive_within(&pod, NEVER).is_some(), !encrypted, "to a pod: {case}");
+            // Unmasqueraded pods of other nodes come to this one's own address as themselves.
+            forger.send_to(b"forged", (ip(family.node), 7000)).unwrap();
+            assert_eq!(
+                receive_within(&host, NEVER).is_some(),
+                !encrypted || !masquerade,
+                "to the node: {case}"
+            );
+            // What comes out of the tunnel and from the pod next door is as welcome as ever.
+            stage.inject(
+                SocketAddr::new(ip(family.remote_pod), 5000),
+                SocketAddr::new(ip(family.pods[0]), 7000),
+            );
+            receive(&pod).expect("out of the tunnel");
+            let neighbour = stage.pods[1].udp(family.pods[1], 0);
+            neighbour.send_to(b"near", (ip(family.pods[0]), 7000)).unwrap();
+            assert_eq!(receive(&pod).expect("from this node").0, b"near");
+        }
+        let chain = stage.node.0.enter(|| sh("nft list chain inet warren spoofed"));
+        assert_eq!(chain.matches("counter packets").count(), if encrypted { 2 } else { 0 }, "{chain}");
+        assert!(!chain.contains("counter packets 0 "), "{chain}");
+    }
+}
+
+#[test]
 fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
     let stage = Stage::new(true);
     stage.apply(&config());
@@ -93,6 +141,39 @@ fn replies_to_what_came_out_of_the_tunnel_go_back_into_it() {
             assert_eq!((reply.from, reply.to), (SocketAddr::new(ip(address), 7000), client));
         }
     }
+}
+
+#[test]
+fn replies_go_into_the_tunnel_past_a_strict_filter_that_looks_at_marks() {
+    let stage = Stage::new(true);
+    // wg-quick's, for all devices; strict is many distributions' default.
+    stage.node.0.enter(|| {
+        sh("sysctl -w net.ipv4.conf.all.src_valid_mark=1 net.ipv4.conf.cbr0.rp_filter=1");
+        sh("sysctl -w net.ipv4.conf.all.rp_filter=1 net.ipv4.conf.eth0.rp_filter=1");
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sysctl");
+    stage.node.run(async {
+        let mut network = HostNetwork::open(Some(file.clone())).unwrap();
+        network.apply(&config()).await.unwrap();
+        assert!(network.apply(&config()).await.unwrap().is_empty());
+    });
+    let family = &FAMILIES[0];
+    // Somewhere in the world, and (what Services do) the pod next door.
+    for client in [family.client, family.pods[1]] {
+        let client = SocketAddr::new(ip(client), 5000);
+        let server = stage.pods[0].udp(family.pods[0], 7000);
+        stage.inject(client, server.local_addr().unwrap());
+        assert_eq!(receive(&server).expect("a packet out of the tunnel").1, client);
+        server.send_to(b"reply", client).unwrap();
+        let reply = stage.next_in_tunnel(SOON).expect("the pod's reply passes the filter");
+        assert_eq!((reply.from, reply.to), (server.local_addr().unwrap(), client));
+    }
+    stage.node.run(async {
+        assert!(sh("sysctl net.ipv4.conf.eth0.rp_filter").contains("= 1"), "no pods there");
+        host::cleanup("nothing0", Some(&file)).await.unwrap();
+        assert!(sh("sysctl net.ipv4.conf.cbr0.rp_filter").contains("= 1"));
+    });
 }
 
 #[test]
@@ -136,8 +217,16 @@ fn same_node_replies_come_up_from_the_bridge_when_services_need_them() {
 #[test]
 fn a_dropping_forward_policy_does_not_stop_pods() {
     let stage = Stage::new(true);
-    stage.node.0.enter(|| sh("iptables -P FORWARD DROP; ip6tables -P FORWARD DROP"));
+    // Both shapes of our rules have to let it through, one after the other.
+    stage.node.0.enter(|| {
+        sh("iptables -P FORWARD DROP; ip6tables -P FORWARD DROP");
+        sh("nft add table inet firewall");
+        sh("nft 'add chain inet firewall fw { type filter hook forward priority 10; policy drop; }'");
+    });
     stage.apply(&config());
+    stage
+        .world
+        .enter(|| sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1"));
     for family in FAMILIES {
         let pod = stage.pods[0].udp(family.pods[0], 7000);
         let world = stage.world.udp(family.world, 7000);
@@ -149,6 +238,10 @@ fn a_dropping_forward_policy_does_not_stop_pods() {
         stage.next_in_tunnel(SOON).expect("into the tunnel");
         stage.inject(SocketAddr::new(ip(family.remote_pod), 5000), SocketAddr::new(ip(family.pods[0]), 7000));
         receive(&pod).expect("out of the tunnel");
+        // What the firewall closes stays closed: the neighbourhood does not get at pods.
+        let closed = stage.pods[0].udp(family.pods[0], 7001);
+        world.send_to(b"uninvited", (ip(family.pods[0]), 7001)).unwrap();
+        assert!(receive_within(&closed, NEVER).is_none(), "a pod was opened to the neighbourhood");
     }
     stage.node.run(async {
         host::cleanup("nothing0", None).await.unwrap();

@@ -137,7 +137,7 @@ pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool, shown: im
 /// All that the watcher answers for. Chains and sets one by one: what came back stands last in its
 /// table, which means nothing.
 pub(crate) fn state() -> String {
-    const RULES: &str = "for chain in prerouting output redirects leak pods; do
+    const RULES: &str = "for chain in prerouting output redirects spoofed leak pods; do
         nft list chain inet warren $chain | sed 's/packets [0-9]* bytes [0-9]*//'; done
         for set in pods4 pods6 cluster4 cluster6; do nft list set inet warren $set; done
         nft list chain bridge warren prerouting";

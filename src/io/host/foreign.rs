@@ -1,19 +1,23 @@
 //! Accept rules in other programs' FORWARD chains.
 //!
 //! An accept in a chain of ours ends only that chain: a later base chain of the same hook whose
-//! policy is drop (Docker's, ufw's `ip filter FORWARD`) still drops. So one accept per interface and
-//! direction goes to the head of every such chain. The rules have the shape that `iptables-nft`
-//! writes itself (meta, cmp, counter, accept), or its `iptables -S` would refuse the whole table.
-//! They are known again by their comment.
+//! policy is drop (Docker's, ufw's `ip filter FORWARD`) still drops. So a few accepts go to the head of
+//! every such chain: whatever enters or leaves by the tunnel, whatever pods send, and the answers to
+//! them. Not what others send to pods: the firewall's owner has closed that, and it stays closed.
+//!
+//! In iptables' own chains the rules have the shape that `iptables-nft` writes itself (meta, cmp, the
+//! conntrack match, counter, accept), or its `iptables -S` would refuse the whole table. They are
+//! known again by their comment.
 
 use std::collections::BTreeSet;
 
 use nlink::netlink::nftables::{
-    CmpOp, Family, Hook, MetaKey, NFT_MSG_NEWRULE, NFTA_CMP_DATA, NFTA_CMP_OP, NFTA_CMP_SREG,
-    NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS, NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_EXPR_DATA,
-    NFTA_EXPR_NAME, NFTA_IMMEDIATE_DATA, NFTA_IMMEDIATE_DREG, NFTA_LIST_ELEM, NFTA_META_DREG, NFTA_META_KEY,
-    NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_TABLE, NFTA_RULE_USERDATA, NFTA_VERDICT_CODE, Policy,
-    RawMessage, Register, RuleExpr, RuleInfo, Verdict, parse_expressions,
+    CmpOp, CtKey, Family, Hook, MetaKey, NFT_MSG_NEWRULE, NFTA_BITWISE_DREG, NFTA_BITWISE_LEN,
+    NFTA_BITWISE_MASK, NFTA_BITWISE_SREG, NFTA_BITWISE_XOR, NFTA_CMP_DATA, NFTA_CMP_OP, NFTA_CMP_SREG,
+    NFTA_COUNTER_BYTES, NFTA_COUNTER_PACKETS, NFTA_CT_DREG, NFTA_CT_KEY, NFTA_DATA_VALUE, NFTA_DATA_VERDICT,
+    NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_IMMEDIATE_DATA, NFTA_IMMEDIATE_DREG, NFTA_LIST_ELEM, NFTA_META_DREG,
+    NFTA_META_KEY, NFTA_RULE_CHAIN, NFTA_RULE_EXPRESSIONS, NFTA_RULE_TABLE, NFTA_RULE_USERDATA,
+    NFTA_VERDICT_CODE, Policy, RawMessage, Register, RuleExpr, RuleInfo, Verdict, parse_expressions,
 };
 use nlink::netlink::{Connection, Nftables};
 
@@ -31,14 +35,33 @@ const AT_HEAD: u16 = libc::NLM_F_CREATE as u16;
 /// NFTNL_UDATA_RULE_COMMENT of libnftnl's udata.h: the type byte of a comment.
 const COMMENT: u8 = 0;
 
+/// ESTABLISHED and RELATED as `ct state` shows them (NF_CT_STATE_BIT,
+/// include/uapi/linux/netfilter/nf_conntrack_common.h); XT_CONNTRACK_STATE_BIT gives the same numbers.
+const ESTABLISHED_RELATED: u16 = 2 | 4;
+
+/// NFTA_MATCH_* of linux/netfilter/nf_tables_compat.h.
+const NFTA_MATCH_NAME: u16 = 1;
+const NFTA_MATCH_REV: u16 = 2;
+const NFTA_MATCH_INFO: u16 = 3;
+
 /// Tables that never drop by default and may be huge; listing them at every change would cost.
 const KNOWN_TO_ACCEPT: [&str; 2] = [NAME, "kube-proxy"];
 
 /// One accept rule, identified by its comment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Accept {
-    inbound: bool,
+    way: Way,
     interface: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    /// All that comes in by the interface.
+    From,
+    /// All that goes out by it.
+    To,
+    /// What goes out by it and belongs to a flow that was let through before.
+    AnswersTo,
 }
 
 /// A base chain of somebody else on the forward hook.
@@ -63,26 +86,37 @@ pub(super) async fn apply(
         let rules = rules_of(connection, &chain).await?;
         let drops = chain.drops_by_policy || rules.iter().rfind(|r| !is_ours(r)).is_some_and(drops_all);
         let mut missing = if drops { wanted.clone() } else { BTreeSet::new() };
-        let mut transaction = connection.transaction();
-        let mut changed = false;
+        let mut wrong = Vec::new();
         for rule in rules.iter().filter(|rule| is_ours(rule)) {
             if missing.iter().any(|accept| says(rule, &accept.comment())) {
                 missing.retain(|accept| !says(rule, &accept.comment()));
-                continue;
+            } else {
+                wrong.push(rule.handle);
+                report.removed(format!("a rule in {place}"));
             }
-            transaction = transaction.del_rule(&chain.table, &chain.chain, chain.family, rule.handle);
-            report.removed(format!("a rule in {place}"));
-            changed = true;
         }
         for accept in &missing {
-            transaction = transaction.raw(accept.message(&chain));
             report.added(format!("a rule in {place}, which drops: accept {}", accept.describe()));
-            changed = true;
         }
-        if changed {
-            let doing = format!("let pod traffic through {place}");
-            transaction.commit(connection).await.map_err(|e| HostError::nft(doing, e))?;
+        if wrong.is_empty() && missing.is_empty() {
+            continue;
         }
+        let change = |style: Style| {
+            let mut transaction = connection.transaction();
+            for handle in &wrong {
+                transaction = transaction.del_rule(&chain.table, &chain.chain, chain.family, *handle);
+            }
+            missing
+                .iter()
+                .fold(transaction, |transaction, accept| transaction.raw(accept.message(&chain, style)))
+        };
+        let style = chain.style();
+        let mut outcome = change(style).commit(connection).await;
+        if outcome.is_err() && style == Style::Iptables {
+            // A kernel without CONFIG_NFT_COMPAT: then no `iptables` looks at this chain either.
+            outcome = change(Style::Nft).commit(connection).await;
+        }
+        outcome.map_err(|e| HostError::nft(format!("let pod traffic through {place}"), e))?;
     }
     Ok(())
 }
@@ -128,10 +162,10 @@ fn has_filter(names: &str) -> bool {
 }
 
 fn wanted(config: &HostConfig, bridges: &[PodBridge]) -> BTreeSet<Accept> {
-    let interfaces = std::iter::once(config.tun.as_str()).chain(bridges.iter().map(|b| b.name.as_str()));
-    interfaces
-        .flat_map(|name| [true, false].map(|inbound| Accept { inbound, interface: name.to_owned() }))
-        .collect()
+    let accept = |way: Way, interface: &str| Accept { way, interface: interface.to_owned() };
+    let tunnel = [Way::From, Way::To].map(|way| accept(way, &config.tun));
+    let pods = bridges.iter().flat_map(|b| [Way::From, Way::AnswersTo].map(|way| accept(way, &b.name)));
+    tunnel.into_iter().chain(pods).collect()
 }
 
 async fn forward_chains(connection: &Connection<Nftables>) -> Result<Vec<ForwardChain>, HostError> {
@@ -189,9 +223,22 @@ fn says(rule: &RuleInfo, text: &str) -> bool {
     rule.expression_bytes.windows(text.len()).any(|bytes| bytes == text.as_bytes())
 }
 
+/// Whose listing must be able to show a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Iptables,
+    Nft,
+}
+
 impl ForwardChain {
     fn place(&self) -> String {
         format!("nft chain {} {} {}", self.family, self.table, self.chain)
+    }
+
+    /// `iptables-nft` knows the chains of capital names in the families of one IP version.
+    fn style(&self) -> Style {
+        let single = matches!(self.family, Family::Ip | Family::Ip6);
+        if single && self.chain == "FORWARD" { Style::Iptables } else { Style::Nft }
     }
 }
 
@@ -202,41 +249,34 @@ impl Accept {
     }
 
     fn describe(&self) -> String {
-        format!("{} {}", if self.inbound { "from" } else { "to" }, self.interface)
+        match self.way {
+            Way::From => format!("from {}", self.interface),
+            Way::To => format!("to {}", self.interface),
+            Way::AnswersTo => format!("to {} in established flows", self.interface),
+        }
     }
 
-    /// `insert rule ... iifname NAME counter accept comment ...`.
-    fn message(&self, chain: &ForwardChain) -> RawMessage {
-        let number = |kind: u16, value: u32| attribute(kind, &value.to_be_bytes());
-        let register = Register::R0.wire();
-        let key = if self.inbound { MetaKey::IifName } else { MetaKey::OifName };
-        let mut name = self.interface.clone().into_bytes();
-        name.resize(libc::IFNAMSIZ, 0);
-        let expressions = [
-            expression("meta", &[number(NFTA_META_KEY, key as u32), number(NFTA_META_DREG, register)]),
-            expression(
-                "cmp",
-                &[
-                    number(NFTA_CMP_SREG, register),
-                    number(NFTA_CMP_OP, CmpOp::Eq as u32),
-                    nested(NFTA_CMP_DATA, &[attribute(NFTA_DATA_VALUE, &name)]),
-                ],
-            ),
-            expression(
-                "counter",
-                &[attribute(NFTA_COUNTER_BYTES, &[0; 8]), attribute(NFTA_COUNTER_PACKETS, &[0; 8])],
-            ),
-            expression(
-                "immediate",
-                &[
-                    number(NFTA_IMMEDIATE_DREG, Register::Verdict.wire()),
-                    nested(
-                        NFTA_IMMEDIATE_DATA,
-                        &[nested(NFTA_DATA_VERDICT, &[number(NFTA_VERDICT_CODE, NF_ACCEPT)])],
-                    ),
-                ],
-            ),
-        ];
+    /// `insert rule ... iifname NAME [ct state established,related] counter accept comment ...`.
+    fn message(&self, chain: &ForwardChain, style: Style) -> RawMessage {
+        let mut expressions = match self.way {
+            Way::From => interface(MetaKey::IifName, &self.interface),
+            Way::To | Way::AnswersTo => interface(MetaKey::OifName, &self.interface),
+        };
+        if self.way == Way::AnswersTo {
+            expressions.extend(match style {
+                Style::Iptables => vec![conntrack_match()],
+                Style::Nft => ct_state(),
+            });
+        }
+        expressions.push(expression(
+            "counter",
+            &[attribute(NFTA_COUNTER_BYTES, &[0; 8]), attribute(NFTA_COUNTER_PACKETS, &[0; 8])],
+        ));
+        let verdict = nested(NFTA_DATA_VERDICT, &[number(NFTA_VERDICT_CODE, NF_ACCEPT)]);
+        expressions.push(expression(
+            "immediate",
+            &[number(NFTA_IMMEDIATE_DREG, Register::Verdict.wire()), nested(NFTA_IMMEDIATE_DATA, &[verdict])],
+        ));
         let comment = self.comment();
         let mut userdata = vec![COMMENT, u8::try_from(comment.len() + 1).unwrap_or(u8::MAX)];
         userdata.extend(comment.as_bytes());
@@ -249,6 +289,55 @@ impl Accept {
         ];
         RawMessage::new(NFT_MSG_NEWRULE, chain.family).flags(AT_HEAD).attrs(attributes.concat())
     }
+}
+
+/// `iifname NAME` or `oifname NAME`.
+fn interface(key: MetaKey, name: &str) -> Vec<Vec<u8>> {
+    let register = Register::R0.wire();
+    let mut name = name.as_bytes().to_vec();
+    name.resize(libc::IFNAMSIZ, 0);
+    let meta = [number(NFTA_META_KEY, key as u32), number(NFTA_META_DREG, register)];
+    vec![expression("meta", &meta), compare(CmpOp::Eq, &name)]
+}
+
+/// `ct state established,related`.
+fn ct_state() -> Vec<Vec<u8>> {
+    let register = Register::R0.wire();
+    let ct = [number(NFTA_CT_KEY, CtKey::State as u32), number(NFTA_CT_DREG, register)];
+    let value = |value: u32| attribute(NFTA_DATA_VALUE, &value.to_ne_bytes());
+    let bitwise = [
+        number(NFTA_BITWISE_SREG, register),
+        number(NFTA_BITWISE_DREG, register),
+        number(NFTA_BITWISE_LEN, 4),
+        nested(NFTA_BITWISE_MASK, &[value(u32::from(ESTABLISHED_RELATED))]),
+        nested(NFTA_BITWISE_XOR, &[value(0)]),
+    ];
+    vec![expression("ct", &ct), expression("bitwise", &bitwise), compare(CmpOp::Neq, &[0; 4])]
+}
+
+/// `-m conntrack --ctstate RELATED,ESTABLISHED`: `iptables-nft` does not understand nftables' own `ct`.
+fn conntrack_match() -> Vec<u8> {
+    /// struct xt_conntrack_mtinfo3 (linux/netfilter/xt_conntrack.h), aligned to 8 as XT_ALIGN does:
+    /// eight addresses of 16 bytes, expiry, ports; then the flags and the state.
+    const SIZE: usize = 168;
+    const MATCH_FLAGS: usize = 146;
+    const STATE_MASK: usize = 150;
+    const XT_CONNTRACK_STATE: u16 = 1;
+    let mut info = [0; SIZE];
+    info[MATCH_FLAGS..MATCH_FLAGS + 2].copy_from_slice(&XT_CONNTRACK_STATE.to_ne_bytes());
+    info[STATE_MASK..STATE_MASK + 2].copy_from_slice(&ESTABLISHED_RELATED.to_ne_bytes());
+    let name = string(NFTA_MATCH_NAME, "conntrack");
+    expression("match", &[name, number(NFTA_MATCH_REV, 3), attribute(NFTA_MATCH_INFO, &info)])
+}
+
+fn compare(op: CmpOp, with: &[u8]) -> Vec<u8> {
+    let data = nested(NFTA_CMP_DATA, &[attribute(NFTA_DATA_VALUE, with)]);
+    let register = number(NFTA_CMP_SREG, Register::R0.wire());
+    expression("cmp", &[register, number(NFTA_CMP_OP, op as u32), data])
+}
+
+fn number(kind: u16, value: u32) -> Vec<u8> {
+    attribute(kind, &value.to_be_bytes())
 }
 
 fn expression(name: &str, data: &[Vec<u8>]) -> Vec<u8> {
@@ -267,9 +356,12 @@ mod tests {
 
     #[test]
     fn no_comment_is_the_beginning_of_another() {
-        let accept = |interface: &str| Accept { inbound: true, interface: interface.to_owned() }.comment();
+        let accept =
+            |interface: &str| Accept { way: Way::AnswersTo, interface: interface.to_owned() }.comment();
         assert!(!accept("veth10").starts_with(&accept("veth1")));
         // NFTNL_UDATA_COMMENT_MAXLEN, with the longest name there can be.
         assert!(accept("fifteen-letters").len() < 128);
+        let to = Accept { way: Way::To, interface: "veth1".to_owned() }.comment();
+        assert!(!accept("veth1").starts_with(&to));
     }
 }

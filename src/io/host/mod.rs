@@ -4,7 +4,7 @@
 //! 1. `links`: the tunnel device's MTU, addresses, and that it is up; where the pod bridges are.
 //! 2. `sysctl`: forwarding, reverse-path filter, router advertisements.
 //! 3. `routes`: what is routed into the tunnel, and the rule that sends marked replies there.
-//! 4. `nft`: marks, masquerade, the leak filter; `foreign`: accepts in chains that drop.
+//! 4. `nft`: marks, masquerade, the filters against clear text; `foreign`: accepts in chains that drop.
 //! 5. [`watch`](HostNetwork::watch): somebody removed something, it comes back.
 //!
 //! [`HostNetwork::apply`] walks 1 to 4, compares before it writes, and says what it changed. The
@@ -224,6 +224,7 @@ impl HostNetwork {
         }
         routes::apply_rules(&self.route, config, &mut report).await?;
         let bridges = interfaces.pod_bridges(&config.tun, &config.pod_ranges);
+        sysctl::apply_bridges(&self.route, &interfaces, &bridges, &mut self.saved, &mut report).await?;
         self.reconcile_nft(config, bridges, &mut report).await?;
         report.warnings.extend(foreign::legacy_warning(config));
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
@@ -298,7 +299,7 @@ pub async fn cleanup(tun: &str, state: Option<&Path>) -> Result<Vec<String>, Hos
         Err(e) => return Err(e),
     }
     if let Some(state) = state {
-        sysctl::restore(state, &mut removed)?;
+        sysctl::restore(&host.route, &interfaces, state, &mut removed).await?;
     }
     Ok(removed)
 }

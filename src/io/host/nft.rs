@@ -5,7 +5,8 @@
 //! | `prerouting` | filter, mangle | remember flows that came out of the tunnel; mark their replies |
 //! | `output` | route, mangle | mark replies of the node's own processes, and route them again |
 //! | `redirects` | filter output | no ICMP redirect to a pod of this node |
-//! | `leak` | filter postrouting | cluster packets leave by the tunnel or not at all (encrypted mode) |
+//! | `spoofed` | filter, raw | cluster packets arrive by the tunnel or not at all (encrypted mode) |
+//! | `leak` | filter postrouting | and leave by the tunnel or not at all (encrypted mode) |
 //! | `pods` | nat postrouting, srcnat - 5 | pods keep their address in the cluster, are masqueraded to the world |
 //!
 //! | chain (bridge) | hook, priority | what for |
@@ -117,6 +118,7 @@ pub(super) fn inet_table(config: &HostConfig) -> NftablesConfig {
         let table = sets(table, config);
         let table = marks(table, config);
         let table = redirects(table, config);
+        let table = spoofed(table, config);
         let table = leak(table, config);
         pods(table, config)
     })
@@ -244,6 +246,36 @@ fn redirects(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableB
     table.rule("redirects", |rule| {
         rule.match_in_set(PacketField::Ip6Daddr, "pods6").match_icmpv6_type(ND_REDIRECT).drop()
     })
+}
+
+/// A packet in clear that claims to come from another node's pod: no node of ours sends one, so a
+/// neighbour on the underlay has made it up. Before connection tracking, so that it cannot even take
+/// the place of a flow. Sources of this node are left alone, whatever wires its pods; encapsulated
+/// packets carry a node's address. In plain mode whoever can forge this can forge the outer packet too.
+fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
+    let mut table = table.chain("spoofed", |chain| {
+        chain
+            .base(BaseChain::filter(FilterHook::Prerouting, Priority::Raw).policy(Policy::Accept))
+            .exclusive()
+    });
+    if !config.encrypted {
+        return table;
+    }
+    for v6 in families(config) {
+        let (saddr, daddr) = addresses(v6);
+        table = table.rule("spoofed", |rule| {
+            let rule = rule
+                .match_in_set(saddr, set_name("cluster", v6))
+                .match_not_in_set(saddr, set_name("pods", v6))
+                .match_iif_not(&config.tun)
+                .match_iif_not("lo");
+            // Without masquerade the underlay routes pods: they come to node addresses as themselves.
+            let rule =
+                if config.masquerade { rule } else { rule.match_in_set(daddr, set_name("cluster", v6)) };
+            rule.counter().drop().comment("cluster traffic arrives encrypted or not at all")
+        });
+    }
+    table
 }
 
 /// A packet for another node's pods that finds no way into the tunnel (device gone, route gone) would

@@ -37,20 +37,27 @@ pub(super) async fn apply_routes(
 ) -> Result<usize, HostError> {
     let wanted = wanted_routes(oif, config);
     let (all, ours) = read_routes(handle).await?;
+    let places: HashSet<_> = wanted.iter().map(Route::place).collect();
     let mut have = HashSet::new();
+    let mut different = HashSet::new();
     for (route, message) in ours {
         if wanted.contains(&route) && have.insert(route.clone()) {
             continue;
         }
-        // Same destination and table: adding replaces it below, with no moment without a route.
-        if wanted.iter().any(|w| (w.to, w.table) == (route.to, route.table)) {
+        // Replaced below, with no moment without a route.
+        if places.contains(&route.place()) {
+            different.insert(route.place());
             continue;
         }
         delete_route(handle, message).await?;
         report.removed(format!("route {}", route.describe(&config.tun)));
     }
     for route in wanted.iter().filter(|route| !have.contains(*route)) {
-        add_route(handle, route, &config.tun, report).await?;
+        if different.contains(&route.place()) {
+            replace_route(handle, route, &config.tun, report).await?;
+        } else {
+            add_route(handle, route, &config.tun, report).await?;
+        }
     }
     Ok(all)
 }
@@ -133,27 +140,28 @@ fn wanted_routes(oif: u32, config: &HostConfig) -> HashSet<Route> {
 }
 
 async fn add_route(handle: &Handle, route: &Route, tun: &str, report: &mut Report) -> Result<(), HostError> {
-    let doing = format!("add route {}", route.describe(tun));
     match handle.route().add(route.message()).execute().await {
-        Ok(()) => {
-            report.added(format!("route {}", route.describe(tun)));
-            return Ok(());
-        }
-        Err(e) if errno(&e) == Some(libc::EEXIST) => {}
-        Err(e) => return Err(HostError::netlink(doing, e)),
-    }
-    // Something holds that place: ours with other values is replaced, anybody else's is not touched.
-    let (_, ours) = read_routes(handle).await?;
-    if !ours.iter().any(|(r, _)| (r.to, r.table) == (route.to, route.table)) {
-        report.warn(format!(
+        Ok(()) => report.added(format!("route {}", route.describe(tun))),
+        // None of ours was there when we looked: it is somebody else's, and not touched.
+        Err(e) if errno(&e) == Some(libc::EEXIST) => report.warn(format!(
             "another program holds the route to {}: traffic to it does not enter {tun}; \
              remove that route (`ip route show {}`)",
             route.to, route.to
-        ));
-        return Ok(());
+        )),
+        Err(e) => return Err(HostError::netlink(format!("add route {}", route.describe(tun)), e)),
     }
+    Ok(())
+}
+
+async fn replace_route(
+    handle: &Handle,
+    route: &Route,
+    tun: &str,
+    report: &mut Report,
+) -> Result<(), HostError> {
     let request = handle.route().add(route.message()).replace();
-    request.execute().await.map_err(|e| HostError::netlink(doing, e))?;
+    let doing = || format!("replace route {}", route.describe(tun));
+    request.execute().await.map_err(|e| HostError::netlink(doing(), e))?;
     report.changed(format!("route {}", route.describe(tun)));
     Ok(())
 }
@@ -246,6 +254,11 @@ async fn delete_rule(handle: &Handle, message: RuleMessage) -> Result<(), HostEr
 }
 
 impl Route {
+    /// Where only one can stand.
+    fn place(&self) -> (IpNet, u32) {
+        (self.to, self.table)
+    }
+
     fn parse(message: &RouteMessage) -> Option<Self> {
         let v4 = message.header.address_family == AddressFamily::Inet;
         let mut route = Route {

@@ -9,7 +9,7 @@ use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::link::{AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
-use super::links::{Interfaces, Link};
+use super::links::{Interfaces, Link, PodBridge};
 use super::nla::attribute;
 use super::{HostConfig, HostError, Report, routes};
 
@@ -45,7 +45,7 @@ pub(super) async fn apply_device(
     report: &mut Report,
 ) -> Result<(), HostError> {
     for (name, value, number) in TUN_V4 {
-        let key = format!("net/ipv4/conf/{}/{name}", tun.name);
+        let key = device_key(&tun.name, name);
         let Err(source) = set(&key, value, report) else { continue };
         let netlink = device_setting(handle, tun.index, number, value.parse().unwrap_or(0)).await;
         netlink.map_err(|_| refused(&key, value, source))?;
@@ -80,9 +80,9 @@ pub(super) async fn apply_node(
     if let Err(source) = set_and_save("net/ipv4/ip_forward", "1", saved, report) {
         // Forwarding is decided per receiving device; `ip_forward` only writes all of them at once.
         for link in &interfaces.links {
-            forward_on(handle, link, report)
+            set_device(handle, link, ("forwarding", FORWARDING), "1", saved, report)
                 .await
-                .map_err(|()| refused("net/ipv4/ip_forward", "1", io::Error::from(source.kind())))?;
+                .map_err(|_| refused("net/ipv4/ip_forward", "1", io::Error::from(source.kind())))?;
         }
     }
     if !config.has_v6() {
@@ -104,11 +104,44 @@ pub(super) async fn apply_node(
     set_and_save(key, "1", saved, report).map_err(|e| refused(key, "1", e))
 }
 
+/// The reverse-path filter where pods are.
+///
+/// With `src_valid_mark` (wg-quick sets it for all devices) the filter looks a packet's source up with the
+/// packet's mark. For a marked reply that is our own table, which says "by the tunnel", and a strict
+/// filter drops what came from the bridge. A way back to the pods in that table would not do: replies
+/// from pod to pod of this node have to follow it into the tunnel. IPv6 has no such filter.
+pub(super) async fn apply_bridges(
+    handle: &Handle,
+    interfaces: &Interfaces,
+    bridges: &[PodBridge],
+    saved: &mut Saved,
+    report: &mut Report,
+) -> Result<(), HostError> {
+    for link in bridges.iter().filter_map(|bridge| interfaces.by_name(&bridge.name)) {
+        // Of `all` and the device the larger counts (include/linux/inetdevice.h).
+        let value = |name: &str| {
+            let of = |device: &str| read(&device_key(device, name))?.parse::<u32>().ok();
+            of("all").max(of(&link.name))
+        };
+        if value("src_valid_mark") >= Some(1) && value("rp_filter") == Some(1) {
+            set_device(handle, link, ("rp_filter", RP_FILTER), "2", saved, report)
+                .await
+                .map_err(|e| refused(&device_key(&link.name, "rp_filter"), "2", e))?;
+        }
+    }
+    Ok(())
+}
+
 /// Puts back what was changed outside our device, where it still is as we left it; says what.
-pub(super) fn restore(state: &Path, restored: &mut Vec<String>) -> Result<(), HostError> {
+pub(super) async fn restore(
+    handle: &Handle,
+    interfaces: &Interfaces,
+    state: &Path,
+    restored: &mut Vec<String>,
+) -> Result<(), HostError> {
     let saved = Saved::load(Some(state.to_owned()))?;
     for (key, (before, ours)) in saved.values.iter().rev() {
-        if read(key).as_deref() == Some(ours) && std::fs::write(path(key), before).is_ok() {
+        if read(key).as_deref() == Some(ours) && put_back(handle, interfaces, key, before).await {
             restored.push(format!("sysctl {} back to {before}", dotted(key)));
         }
     }
@@ -120,23 +153,48 @@ pub(super) fn restore(state: &Path, restored: &mut Vec<String>) -> Result<(), Ho
     }
 }
 
-/// The settings we changed outside our device, with their earlier values: one line each, `key
+async fn put_back(handle: &Handle, interfaces: &Interfaces, key: &str, value: &str) -> bool {
+    if std::fs::write(path(key), value).is_ok() {
+        return true;
+    }
+    let Some((device, name)) = key.strip_prefix("net/ipv4/conf/").and_then(|rest| rest.split_once('/'))
+    else {
+        return false;
+    };
+    let number = match name {
+        "forwarding" => FORWARDING,
+        "rp_filter" => RP_FILTER,
+        _ => return false,
+    };
+    let (Some(link), Ok(value)) = (interfaces.by_name(device), value.parse()) else { return false };
+    device_setting(handle, link.index, number, value).await.is_ok()
+}
+
+/// The settings we changed outside our device, with their earlier values. In the file: the boot they
+/// belong to (the next one starts from what its own configuration says), then one line each, `key
 /// before ours`, keys as paths under /proc/sys.
 #[derive(Debug, Default)]
 pub(super) struct Saved {
     file: Option<PathBuf>,
+    boot: String,
     values: BTreeMap<String, (String, String)>,
 }
 
 impl Saved {
     pub(super) fn load(file: Option<PathBuf>) -> Result<Self, HostError> {
+        Self::load_in(file, read("kernel/random/boot_id").unwrap_or_else(|| "unknown".to_owned()))
+    }
+
+    fn load_in(file: Option<PathBuf>, boot: String) -> Result<Self, HostError> {
         let Some(path) = &file else { return Ok(Self::default()) };
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
             Err(e) => return Err(HostError::io(format!("read {}", path.display()), e)),
         };
-        let values = text.lines().filter_map(|line| {
+        let mut lines = text.lines();
+        let same_boot = lines.next().and_then(|line| line.strip_prefix("boot ")) == Some(boot.as_str());
+        let values = lines.filter(|_| same_boot).filter_map(|line| {
             let mut words = line.split_whitespace();
             let (key, before, ours) = (words.next()?, words.next()?, words.next()?);
             // The file is ours, but a path out of /proc/sys must not be writable through it.
@@ -144,7 +202,7 @@ impl Saved {
             safe.then(|| (key.to_owned(), (before.to_owned(), ours.to_owned())))
         });
         let values = values.collect();
-        Ok(Self { file, values })
+        Ok(Self { file, boot, values })
     }
 
     /// Remembers the value before our first change.
@@ -154,9 +212,20 @@ impl Saved {
         if self.values.insert(key.to_owned(), entry.clone()) == Some(entry) {
             return Ok(());
         }
+        // Devices come and go with pods.
+        self.values.retain(|known, _| known == key || path(known).exists());
+        self.store()
+    }
+
+    /// It was not changed after all: then it is not ours to put back either.
+    fn forget(&mut self, key: &str) -> io::Result<()> {
+        if self.values.remove(key).is_some() { self.store() } else { Ok(()) }
+    }
+
+    fn store(&self) -> io::Result<()> {
         let Some(path) = &self.file else { return Ok(()) };
-        let lines: String =
-            self.values.iter().map(|(key, (before, ours))| format!("{key} {before} {ours}\n")).collect();
+        let mut lines = format!("boot {}\n", self.boot);
+        lines.extend(self.values.iter().map(|(key, (before, ours))| format!("{key} {before} {ours}\n")));
         let next = path.with_extension("new");
         let mut file = std::fs::File::create(&next)?;
         file.write_all(lines.as_bytes())?;
@@ -165,13 +234,26 @@ impl Saved {
     }
 }
 
-async fn forward_on(handle: &Handle, link: &Link, report: &mut Report) -> Result<(), ()> {
-    let key = format!("net/ipv4/conf/{}/forwarding", link.name);
-    if read(&key).as_deref() == Some("1") {
-        return Ok(());
+/// One IPv4 setting of one device that is not ours, remembered; by netlink if /proc/sys is read-only.
+async fn set_device(
+    handle: &Handle,
+    link: &Link,
+    (name, number): (&str, u16),
+    value: &str,
+    saved: &mut Saved,
+    report: &mut Report,
+) -> io::Result<()> {
+    let key = device_key(&link.name, name);
+    let before = read(&key);
+    let Err(source) = set_and_save(&key, value, saved, report) else { return Ok(()) };
+    if let Some(before) = before {
+        saved.remember(&key, &before, value)?;
     }
-    device_setting(handle, link.index, FORWARDING, 1).await.map_err(|_| ())?;
-    report.changed(format!("sysctl {} = 1 (by netlink)", dotted(&key)));
+    if device_setting(handle, link.index, number, value.parse().unwrap_or(0)).await.is_err() {
+        saved.forget(&key)?;
+        return Err(source);
+    }
+    report.changed(format!("sysctl {} = {value} (by netlink)", dotted(&key)));
     Ok(())
 }
 
@@ -180,6 +262,8 @@ fn set_and_save(key: &str, value: &str, saved: &mut Saved, report: &mut Report) 
     if before.as_deref() == Some(value) {
         return Ok(());
     }
+    // Nothing to remember where /proc/sys is read-only.
+    std::fs::OpenOptions::new().write(true).open(path(key))?;
     if let Some(before) = before {
         saved.remember(key, &before, value)?;
     }
@@ -222,6 +306,10 @@ fn read(key: &str) -> Option<String> {
     std::fs::read_to_string(path(key)).ok().map(|text| text.trim().to_owned())
 }
 
+fn device_key(device: &str, name: &str) -> String {
+    format!("net/ipv4/conf/{device}/{name}")
+}
+
 fn path(key: &str) -> PathBuf {
     Path::new(ROOT).join(key)
 }
@@ -255,11 +343,36 @@ mod tests {
     }
 
     #[test]
+    fn another_boot_remembers_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        let load = |boot: &str| Saved::load_in(Some(file.clone()), boot.to_owned()).unwrap();
+        load("one").remember("net/ipv4/ip_forward", "0", "1").unwrap();
+        assert_eq!(load("one").values.len(), 1);
+        assert!(load("two").values.is_empty());
+        load("two").remember("net/ipv4/ip_forward", "1", "0").unwrap();
+        assert_eq!(load("two").values["net/ipv4/ip_forward"], ("1".to_owned(), "0".to_owned()));
+    }
+
+    #[test]
+    fn what_failed_and_what_is_gone_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sysctl");
+        let mut saved = Saved::load(Some(file.clone())).unwrap();
+        saved.remember("net/ipv4/conf/no-such-device/forwarding", "0", "1").unwrap();
+        saved.remember("net/ipv4/ip_forward", "0", "1").unwrap();
+        assert_eq!(saved.values.keys().collect::<Vec<_>>(), ["net/ipv4/ip_forward"]);
+        saved.forget("net/ipv4/ip_forward").unwrap();
+        assert!(Saved::load(Some(file)).unwrap().values.is_empty());
+    }
+
+    #[test]
     fn a_path_out_of_net_is_not_taken_from_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("sysctl");
-        std::fs::write(&file, "net/../kernel/panic 0 1\nkernel/panic 0 1\nnonsense\nnet/a 1 2\n").unwrap();
-        let saved = Saved::load(Some(file)).unwrap();
+        let lines = "boot x\nnet/../kernel/panic 0 1\nkernel/panic 0 1\nnonsense\nnet/a 1 2\n";
+        std::fs::write(&file, lines).unwrap();
+        let saved = Saved::load_in(Some(file), "x".to_owned()).unwrap();
         assert_eq!(saved.values.keys().collect::<Vec<_>>(), ["net/a"]);
     }
 }
