@@ -7,6 +7,7 @@ use crate::packet::checksum::complete_owed;
 use crate::packet::coalesce::{Memory, Region};
 use crate::packet::icmp::{IcmpError, MAX_ANSWER};
 use crate::packet::rewrite::{self, ChecksumState};
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, parse};
 use crate::snapshot::{Encap, PeerId, Snapshot};
 use crate::tunnel::{vxlan_link, wireguard};
@@ -18,6 +19,16 @@ struct Inner {
     region: Region,
     offset: usize,
     len: usize,
+}
+
+impl Inner {
+    fn bytes<'a>(&self, receive: &'a [u8], plain: &'a [u8]) -> &'a [u8] {
+        let range = self.offset..self.offset + self.len;
+        match self.region {
+            Region::Plain => &plain[range],
+            Region::Receive => &receive[range],
+        }
+    }
 }
 
 impl Lane {
@@ -123,22 +134,16 @@ impl Lane {
             Region::Receive => &mut receive[inner.offset..inner.offset + inner.len],
         };
         // 2 parse
-        let mut headers = parse(packet)?;
+        let headers = parse(packet)?;
 
         // 3 admit
         let exit = self.routes.inbound(inner.peer, headers.source, headers.destination)?;
 
-        // 4 hop: this node is a router for its pods, not for itself.
+        // 4 hop: a node is one hop. The kernel takes it where it forwards from the TUN, and tells the sender
+        // when none is left; what goes out again by a tunnel never passes there.
         match exit {
-            Exit::LocalNode => {}
-            Exit::LocalPod | Exit::Outside | Exit::Peer(_) => {
-                if headers.hop_limit <= 1 {
-                    self.tell_peer(now, snapshot, inner, IcmpError::TimeExceeded, receive, out);
-                    return Err(DropReason::HopLimit);
-                }
-                rewrite::decrement_hop_limit(packet)?;
-                headers.hop_limit -= 1;
-            }
+            Exit::LocalPod | Exit::LocalNode | Exit::Outside => {}
+            Exit::Peer(to) => return self.pass_on(now, snapshot, inner, to, receive, out),
         }
         // What another kernel's VXLAN sends within one host may still owe its checksum.
         if inner.region == Region::Receive {
@@ -151,17 +156,47 @@ impl Lane {
         // 5 join
         let used = if inner.region == Region::Plain { inner.len } else { 0 };
         let memory = &Memory { receive, plain: &mut out.plain };
-        out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
+        let joined = out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
         out.plain_used += used;
+        self.count_received(now, inner.peer, headers.total_len);
+        // The head of a frame is tracked with the frame; what opens or ends a connection may stand behind it.
+        if joined {
+            self.track_control(now, &headers, inner.peer);
+        }
+        Ok(())
+    }
+
+    /// From one peer's tunnel into another's, as a router.
+    fn pass_on(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        inner: Inner,
+        to: PeerId,
+        receive: &[u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        // A copy, because both buffers stay borrowed while a packet is sent; no peer does this by the dozen.
+        let mut packet = inner.bytes(receive, &out.plain).to_vec();
+        let mut headers = parse(&packet)?;
+        if headers.hop_limit <= 1 {
+            self.tell_peer(now, snapshot, inner, IcmpError::TimeExceeded, receive, out);
+            return Err(DropReason::HopLimit);
+        }
+        rewrite::decrement_hop_limit(&mut packet)?;
+        headers.hop_limit -= 1;
+        complete_owed(&mut packet, &headers);
+        self.count_received(now, inner.peer, headers.total_len);
+        self.send_to_peer(now, snapshot, to, &VnetHdr::default(), &mut packet, &headers, out)
+    }
+
+    fn count_received(&mut self, now: Instant, peer: PeerId, bytes: u32) {
         self.counters.add(Total::PacketsReceived, 1);
-        if let Some(traffic) = self.traffic.get_mut(inner.peer.0 as usize) {
+        if let Some(traffic) = self.traffic.get_mut(peer.0 as usize) {
             traffic.packets_received += 1;
-            traffic.bytes_received += u64::from(headers.total_len);
+            traffic.bytes_received += u64::from(bytes);
             traffic.last_received = Some(now);
         }
-        // What opens or ends a connection may hide behind the head of its frame.
-        self.track_control(now, &headers, inner.peer);
-        Ok(())
     }
 
     /// Ends the TUN batch: tracks each frame's flow and completes the joined headers.
@@ -184,10 +219,7 @@ impl Lane {
         out: &mut Output,
     ) {
         let mut room = [0; MAX_ANSWER];
-        let packet = match inner.region {
-            Region::Plain => &out.plain[inner.offset..inner.offset + inner.len],
-            Region::Receive => &receive[inner.offset..inner.offset + inner.len],
-        };
+        let packet = inner.bytes(receive, &out.plain);
         let Ok(headers) = parse(packet) else { return };
         let Some(answer) = self.icmp_error(now, snapshot, packet, &headers, error, &mut room) else { return };
         let Ok(headers) = parse(answer) else { return };

@@ -5,7 +5,7 @@
 //!  1 parse        bytes from the TUN -> Headers         1 open      datagram -> packet and peer
 //!  2 route        whose address is it? (route.rs)       2 parse     bytes -> Headers
 //!  3 fit          MSS clamp, ICMP if it is too big      3 admit     is the source the peer's, the target ours?
-//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       hop limit, ICMP if it runs out; MSS clamp
+//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       the kernel's, unless a tunnel is next; MSS
 //!  5 seal         cut and encapsulate, into the batch   5 join      into the TUN batch
 //!                                                       6 track     flow table, once per joined frame
 //! ```
@@ -18,6 +18,8 @@ pub mod counters;
 mod inbound;
 mod outbound;
 pub mod route;
+#[cfg(test)]
+mod tests;
 mod track;
 
 use std::net::{IpAddr, SocketAddr};
@@ -31,11 +33,11 @@ pub use route::Exit;
 
 use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
 use crate::packet::icmp::{IcmpLimiter, IcmpRates};
-use crate::packet::{DropReason, Headers};
+use crate::packet::{DropReason, Headers, parse};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
-use crate::tunnel::TxBatch;
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
+use crate::tunnel::{Segments, TxBatch};
 use conntrack::FlowTable;
 use route::RouteCache;
 
@@ -82,6 +84,18 @@ impl Output {
     /// Whether another read from the TUN can be taken in.
     pub fn has_room(&self) -> bool {
         self.tx.free() >= TX_ROOM
+    }
+
+    /// Puts one segment of a packet that came from the TUN into the batch that goes there.
+    fn turn_round(&mut self, segments: &impl Segments, index: usize) -> Result<(), DropReason> {
+        let at = self.plain_used;
+        let room = self.plain.get_mut(at..at + segments.len(index)).ok_or(DropReason::NoBuffer)?;
+        let len = segments.write(index, room);
+        let headers = parse(&self.plain[at..at + len])?;
+        let memory = &Memory { receive: &mut [], plain: &mut self.plain };
+        self.tun.push(Region::Plain, at as u32, &headers, memory)?;
+        self.plain_used += len;
+        Ok(())
     }
 
     /// Forgets the frames for the TUN, after they were written.

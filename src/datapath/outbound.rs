@@ -66,13 +66,31 @@ impl Lane {
         };
         match exit {
             Exit::Peer(peer) => self.send_to_peer(now, snapshot, peer, &vnet, packet, &headers, out),
-            // Only a translated packet comes back into the TUN it came from.
-            Exit::LocalPod | Exit::LocalNode | Exit::Outside => Err(DropReason::NotOurs),
+            Exit::LocalPod | Exit::LocalNode | Exit::Outside => self.turn_round(&vnet, packet, &headers, out),
         }
     }
 
+    /// Back into the TUN, for the kernel to forward. It takes a hop each time, so nothing turns for ever.
+    fn turn_round(
+        &mut self,
+        vnet: &VnetHdr,
+        packet: &[u8],
+        headers: &Headers,
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        // Cut, and joined again as what comes from peers: then its checksums are right whoever gets it.
+        let segments = SuperPacket::new(vnet, packet, headers)?;
+        let mut result = Ok(());
+        for i in 0..segments.count() {
+            if let Err(reason) = out.turn_round(&segments, i) {
+                result = self.also(result, reason);
+            }
+        }
+        result
+    }
+
     #[allow(clippy::too_many_arguments)] // one packet and everything that is known about it
-    fn send_to_peer(
+    pub(super) fn send_to_peer(
         &mut self,
         now: Instant,
         snapshot: &Snapshot,

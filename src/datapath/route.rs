@@ -19,18 +19,56 @@ pub enum Exit {
     Outside,
 }
 
+/// The two ways into the packet loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// Our own TUN.
+    Tun,
+    /// A peer's tunnel.
+    Peer,
+}
+
+/// Decides which exit may follow which entrance.
+pub(super) type Admit = fn(Entrance, Exit) -> Result<Exit, DropReason>;
+
+/// What may pass while nothing is translated. Every exit works from either entrance (`tests.rs` walks them
+/// all); that most are refused is decided here and nowhere else.
+fn untranslated(entrance: Entrance, exit: Exit) -> Result<Exit, DropReason> {
+    match (entrance, exit) {
+        (Entrance::Tun, Exit::Peer(_)) | (Entrance::Peer, Exit::LocalPod | Exit::LocalNode) => Ok(exit),
+        // The kernel knows the way to these, and sent them here all the same: it would do so again.
+        (Entrance::Tun, Exit::LocalPod | Exit::LocalNode) => Err(DropReason::NotOurs),
+        (Entrance::Tun, Exit::Outside) => Err(DropReason::NoRoute),
+        // A peer's packets are for us: nothing is reflected, and this node is nobody's way out.
+        (Entrance::Peer, Exit::Peer(_) | Exit::Outside) => Err(DropReason::NotOurs),
+    }
+}
+
 /// Remembers the last answers: the packets of a burst ask the same questions.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RouteCache {
+    admit: Admit,
     mesh: Option<Arc<Mesh>>,
     out: Option<(IpAddr, IpAddr, Result<Exit, DropReason>)>,
     into: Option<(PeerId, IpAddr, IpAddr, Result<Exit, DropReason>)>,
 }
 
+impl Default for RouteCache {
+    fn default() -> RouteCache {
+        RouteCache { admit: untranslated, mesh: None, out: None, into: None }
+    }
+}
+
 impl RouteCache {
     /// Takes another mesh and forgets all answers.
     pub fn follow(&mut self, mesh: &Arc<Mesh>) {
-        *self = RouteCache { mesh: Some(Arc::clone(mesh)), out: None, into: None };
+        *self = RouteCache { admit: self.admit, mesh: Some(Arc::clone(mesh)), out: None, into: None };
+    }
+
+    /// Decides otherwise from now on.
+    #[cfg(test)]
+    pub(super) fn set_admit(&mut self, admit: Admit) {
+        *self = RouteCache { admit, mesh: self.mesh.take(), out: None, into: None };
     }
 
     /// The way out of a packet that came from our TUN.
@@ -41,7 +79,9 @@ impl RouteCache {
         {
             return exit;
         }
-        let exit = self.mesh.as_ref().map_or(Err(DropReason::NoRoute), |m| outbound(m, source, destination));
+        let exit = self.mesh.as_ref().ok_or(DropReason::NoRoute);
+        let exit =
+            exit.and_then(|m| outbound(m, source, destination)).and_then(|e| (self.admit)(Entrance::Tun, e));
         self.out = Some((source, destination, exit));
         exit
     }
@@ -55,14 +95,16 @@ impl RouteCache {
         {
             return exit;
         }
-        let exit =
-            self.mesh.as_ref().map_or(Err(DropReason::NotOurs), |m| inbound(m, peer, source, destination));
+        let exit = self.mesh.as_ref().ok_or(DropReason::NotOurs);
+        let exit = exit
+            .and_then(|m| inbound(m, peer, source, destination))
+            .and_then(|e| (self.admit)(Entrance::Peer, e));
         self.into = Some((peer, source, destination, exit));
         exit
     }
 }
 
-/// From our TUN: the source must be this node's or one of its pods', the destination a peer's.
+/// From our TUN: the source must be this node's or one of its pods'.
 fn outbound(mesh: &Mesh, source: IpAddr, destination: IpAddr) -> Result<Exit, DropReason> {
     if is_multicast(destination) {
         return Err(DropReason::Multicast);
@@ -71,24 +113,24 @@ fn outbound(mesh: &Mesh, source: IpAddr, destination: IpAddr) -> Result<Exit, Dr
         Some(Owner::LocalPod | Owner::LocalNode) => {}
         Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None => return Err(DropReason::ForeignSource),
     }
-    match mesh.routes.lookup(destination) {
-        Some(Owner::PeerPod(peer) | Owner::PeerNode(peer)) => Ok(Exit::Peer(peer)),
-        // The kernel routes these to the bridge or to itself; back into the TUN they would loop.
-        Some(Owner::LocalPod | Owner::LocalNode) => Err(DropReason::NotOurs),
-        None => Err(DropReason::NoRoute),
-    }
+    Ok(exit(mesh, destination))
 }
 
-/// From a peer's tunnel: the source must be the peer's, the destination ours; nothing is reflected.
+/// From a peer's tunnel: the source must be the peer's.
 fn inbound(mesh: &Mesh, peer: PeerId, source: IpAddr, destination: IpAddr) -> Result<Exit, DropReason> {
     match mesh.source_owner(peer, source) {
         SourceOwner::Pod | SourceOwner::Node => {}
         SourceOwner::Foreign => return Err(DropReason::SpoofedSource),
     }
+    Ok(exit(mesh, destination))
+}
+
+fn exit(mesh: &Mesh, destination: IpAddr) -> Exit {
     match mesh.routes.lookup(destination) {
-        Some(Owner::LocalPod) => Ok(Exit::LocalPod),
-        Some(Owner::LocalNode) => Ok(Exit::LocalNode),
-        Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None => Err(DropReason::NotOurs),
+        Some(Owner::LocalPod) => Exit::LocalPod,
+        Some(Owner::LocalNode) => Exit::LocalNode,
+        Some(Owner::PeerPod(peer) | Owner::PeerNode(peer)) => Exit::Peer(peer),
+        None => Exit::Outside,
     }
 }
 

@@ -41,7 +41,8 @@ impl Lane {
         self.next_sweep.get_or_insert(now + SWEEP_EVERY);
     }
 
-    /// Notes a packet from a peer that opens or ends a connection; its bytes count with its frame.
+    /// Notes a packet that stands behind the head of its frame and opens or ends a connection; its bytes
+    /// count with the frame.
     pub(super) fn track_control(&mut self, now: Instant, headers: &Headers, peer: PeerId) {
         if tcp_flags(headers) & CONTROL != 0 {
             let counted = Headers { total_len: 0, ..*headers };

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use nix::sys::eventfd::EventFd;
@@ -27,9 +26,6 @@ use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
 const VXLAN_SOURCES: u8 = 4;
 /// Commands that may wait for a lane.
 const COMMANDS: usize = 64;
-/// How long a lane tries to open the TUN again after somebody removed it, and how often.
-const TUN_RETRIES: u32 = 50;
-const TUN_RETRY_EVERY: Duration = Duration::from_millis(100);
 
 /// Why the lanes cannot be started.
 #[derive(Debug, Error)]
@@ -131,10 +127,10 @@ impl Fleet {
             ready.push((kernel, lane, orders, offloads));
         }
         for (running, (kernel, lane, orders, offloads)) in fleet.lanes.iter_mut().zip(ready) {
-            let (id, ended, shared, tun) = (running.id, ended.clone(), shared.clone(), config.tun.clone());
+            let (id, ended, shared) = (running.id, ended.clone(), shared.clone());
             let thread = std::thread::Builder::new().name(format!("lane-{}", id.0)).spawn(move || {
                 let lane = LaneLoop::new(kernel, lane, shared, orders, offloads);
-                if let Err(reason) = run_lane(lane, &tun) {
+                if let Err(reason) = run_lane(lane) {
                     ended(id, reason);
                 }
             })?;
@@ -154,7 +150,10 @@ impl Fleet {
     /// Tells every lane to start sessions with these peers.
     pub fn initiate(&self, peers: &[PeerId]) {
         for lane in &self.lanes {
-            let _ = lane.commands.try_send(Command::Initiate(peers.to_vec()));
+            // A lane with that many open questions has others than when to start sessions.
+            if lane.commands.try_send(Command::Initiate(peers.to_vec())).is_err() {
+                warn!(lane = lane.id.0, "the lane is too busy to start sessions: they start with traffic");
+            }
         }
         self.ring();
     }
@@ -178,12 +177,14 @@ fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads)
     let receive_offload = config.offloads.udp_receive;
     let port = config.port.checked_add(u16::from(id.0)).unwrap_or(config.port);
     // Ports first: a port that is taken must not leave an interface behind.
-    let wireguard = UdpSocket::bind(UdpOptions { port, share_port: false, receive_offload })?;
+    let wireguard = UdpSocket::bind(UdpOptions { port, receive_offload, ..UdpOptions::default() })?;
     let vxlan = config
         .vxlan_port
-        .map(|port| UdpSocket::bind(UdpOptions { port, share_port: true, receive_offload }))
+        .map(|port| {
+            UdpSocket::bind(UdpOptions { port, share_port: true, receive_offload, ..UdpOptions::default() })
+        })
         .transpose()?;
-    let source = UdpOptions { port: 0, share_port: false, receive_offload: false };
+    let source = UdpOptions { send_only: true, ..UdpOptions::default() };
     let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 })
         .map(|_| UdpSocket::bind(source))
         .collect::<Result<_, _>>()?;
@@ -200,6 +201,7 @@ fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads)
         info!(lane = id.0, ?offloads, "this kernel offers fewer offloads than Warren can use");
     }
     let kernel = Linux {
+        name: config.tun.clone(),
         tun,
         wireguard,
         vxlan,
@@ -211,36 +213,11 @@ fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads)
     Ok((kernel, offloads))
 }
 
-/// Runs a lane to its end; a TUN that was removed is opened again, its sessions go on.
-fn run_lane(mut lane: LaneLoop<Linux>, tun: &str) -> Result<(), String> {
-    loop {
-        let ended = catch_unwind(AssertUnwindSafe(|| lane.run()));
-        let error = match ended {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) => error,
-            Err(panic) => return Err(format!("panicked: {}", panic_text(&*panic))),
-        };
-        if error.raw_os_error() != Some(libc::EBADFD) {
-            return Err(error.to_string());
-        }
-        warn!("somebody removed the interface {tun}: making it again");
-        let offloads = lane.offloads();
-        let wanted = TunOffloads { tcp: offloads.tun_tcp, udp: offloads.tun_udp };
-        let queue = reopen(tun, wanted).map_err(|e| e.to_string())?;
-        lane.kernel_mut().tun = queue;
-    }
-}
-
-fn reopen(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
-    let mut tries = 0;
-    loop {
-        match TunQueue::open(name, wanted) {
-            Err(_) if tries < TUN_RETRIES => {
-                tries += 1;
-                std::thread::sleep(TUN_RETRY_EVERY);
-            }
-            result => return result,
-        }
+/// Runs a lane to its end; a panic is a reason like any other.
+fn run_lane(mut lane: LaneLoop<Linux>) -> Result<(), String> {
+    match catch_unwind(AssertUnwindSafe(|| lane.run())) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => Err(format!("panicked: {}", panic_text(&*panic))),
     }
 }
 

@@ -8,7 +8,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 
-use tracing::{debug, info};
+use nix::fcntl::posix_fallocate;
+use tracing::{debug, info, warn};
 
 use super::clock;
 use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Timeouts};
@@ -16,13 +17,38 @@ use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Timeo
 /// Opens the table in `path`: the flows of the last agent if they are of this boot and this version, else
 /// a new one. The caller holds the agent's lock: nobody else has the file.
 pub fn open(path: &Path, seed: (u64, u64)) -> io::Result<FlowTable> {
+    open_with(path, seed, |file, bytes| Ok(posix_fallocate(file, 0, bytes)?))
+}
+
+fn open_with(
+    path: &Path,
+    seed: (u64, u64),
+    reserve: impl Fn(&File, i64) -> io::Result<()>,
+) -> io::Result<FlowTable> {
     let seed = Seed(seed.0, seed.1);
     let capacity = FlowTable::default_capacity(physical_memory());
     let words = FlowTable::words_for(capacity);
     let epoch = boot_id()?;
+    let new =
+        |memory| FlowTable::create(memory, capacity, epoch, seed, Timeouts::KERNEL).map_err(io::Error::other);
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    if file.metadata()?.len() == words as u64 * 8 {
+    let known = file.metadata()?.len() == words as u64 * 8;
+    if !known {
+        clear(&file, words)?;
+    }
+    // A hole in the file would be filled when a flow is written there; without room, that is a SIGBUS.
+    if let Err(error) = reserve(&file, words as i64 * 8) {
+        file.set_len(0)?;
+        warn!(
+            "no room for the flow table ({} MiB in {}): {error}. Flows are kept in memory and forgotten when \
+             the agent ends; make room there, or choose another folder with --run-dir, and start it again",
+            (words * 8).div_ceil(1 << 20),
+            path.display()
+        );
+        return new(FlowMemory::owned(words));
+    }
+    if known {
         let now = clock::since_boot_ms();
         match FlowTable::attach(FlowMemory::Shared(map(&file, words)?), now, epoch, seed, Timeouts::KERNEL) {
             Ok(table) => {
@@ -32,12 +58,16 @@ pub fn open(path: &Path, seed: (u64, u64)) -> io::Result<FlowTable> {
             Err(AttachError::NoTable) => {}
             Err(why) => debug!("the flow table starts empty: {why}"),
         }
+        clear(&file, words)?;
+        reserve(&file, words as i64 * 8)?;
     }
-    // To nothing and back: all zeroes.
+    new(FlowMemory::Shared(map(&file, words)?))
+}
+
+/// To nothing and back: all zeroes.
+fn clear(file: &File, words: usize) -> io::Result<()> {
     file.set_len(0)?;
-    file.set_len(words as u64 * 8)?;
-    FlowTable::create(FlowMemory::Shared(map(&file, words)?), capacity, epoch, seed, Timeouts::KERNEL)
-        .map_err(io::Error::other)
+    file.set_len(words as u64 * 8)
 }
 
 /// Maps the whole file for the rest of the process's life.
@@ -74,4 +104,44 @@ fn physical_memory() -> u64 {
     // SAFETY: sysconf has no preconditions.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     u64::try_from(pages).unwrap_or(0) * u64::try_from(size).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn the_file_has_no_holes_that_a_full_disk_could_not_fill() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("flows");
+        let bytes = FlowTable::words_for(FlowTable::default_capacity(physical_memory())) as u64 * 8;
+        let solid = |what: &str| {
+            let file = std::fs::metadata(&path).expect("the file");
+            assert_eq!(file.len(), bytes);
+            assert!(file.blocks() * 512 >= bytes, "{what}: {} of {bytes} bytes", file.blocks() * 512);
+        };
+        drop(open(&path, (1, 2)).expect("a table"));
+        solid("new");
+        drop(open(&path, (1, 2)).expect("a table"));
+        solid("taken over");
+        // As an older agent left it.
+        let file = File::create(&path).expect("the file");
+        file.set_len(bytes).expect("a hole");
+        drop(open(&path, (1, 2)).expect("a table"));
+        solid("sparse before");
+    }
+
+    #[test]
+    fn without_room_the_table_is_in_memory() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("flows");
+        let full = |_: &File, _| Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        for _ in 0..2 {
+            let table = open_with(&path, (1, 2), full).expect("a table");
+            assert!(table.counters().capacity > 0);
+            assert_eq!(std::fs::metadata(&path).expect("the file").len(), 0);
+        }
+    }
 }

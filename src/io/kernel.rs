@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::EventFd;
+use tracing::warn;
 
 use super::tun::{TunOffloads, TunQueue};
 use super::udp::{Received, Receiver, Sender, UdpSocket};
@@ -18,29 +19,40 @@ use crate::tunnel::{TxBatch, Via};
 pub trait Kernel {
     /// The monotonic clock.
     fn now(&self) -> Instant;
-    /// Milliseconds since boot.
-    fn since_boot_ms(&self) -> u64;
     /// Reads one frame from the TUN without waiting.
     fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
     /// Writes one frame to the TUN from pieces.
     fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Opens the TUN again after somebody removed it; which of the wanted offloads it has.
+    fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads>;
     /// Uses only these TUN offloads from now on.
     fn limit_tun_offloads(&mut self, offloads: TunOffloads);
     /// Receives datagrams of one encapsulation without waiting.
     fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize>;
-    /// Sends runs that share a socket; returns how many, an error is about the first.
+    /// Sends runs that share a socket without waiting; returns how many, an error is about the first.
     fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize>;
-    /// Waits until the socket of `via` takes more, or the time is over.
-    fn wait_writable(&mut self, via: Via, timeout: Duration);
-    /// Sleeps until something can be read, somebody rings the bell, or the time is over.
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+    /// Sleeps until something happens that is watched, or the time is over.
+    fn wait(&mut self, timeout: Option<Duration>, watch: Watch) -> io::Result<()>;
     /// Lets other threads run.
     fn yield_now(&mut self);
+}
+
+/// What wakes a lane that sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Something to read, or the bell.
+    Everything,
+    /// Datagrams to read, the bell, or room in this socket, which was full: the TUN has to wait for that.
+    AllButTun(Via),
+    /// The bell.
+    Bell,
 }
 
 /// The real kernel.
 #[derive(Debug)]
 pub struct Linux {
+    /// The interface.
+    pub name: String,
     /// The lane's TUN queue.
     pub tun: TunQueue,
     /// The lane's WireGuard socket.
@@ -62,16 +74,18 @@ impl Kernel for Linux {
         super::clock::now()
     }
 
-    fn since_boot_ms(&self) -> u64 {
-        super::clock::since_boot_ms()
-    }
-
     fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.tun.read(buffer)
     }
 
     fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         self.tun.write(pieces)
+    }
+
+    fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads> {
+        self.tun = TunQueue::open(&self.name, wanted).map_err(|e| io::Error::other(e.to_string()))?;
+        warn!("somebody removed the interface {}: it was made again", self.name);
+        Ok(self.tun.offloads())
     }
 
     fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
@@ -92,35 +106,33 @@ impl Kernel for Linux {
     fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
         let Some(first) = runs.first() else { return Ok(0) };
         let socket = match first.via {
-            Via::WireGuard => Some(&self.wireguard),
-            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
+            Via::WireGuard => &self.wireguard,
+            Via::Vxlan(index) => {
+                self.vxlan_sources.get(usize::from(index)).ok_or(io::ErrorKind::NotConnected)?
+            }
         };
-        self.sender.send(socket.ok_or(io::ErrorKind::NotConnected)?, batch, runs)
+        self.sender.send(socket, batch, runs)
     }
 
-    fn wait_writable(&mut self, via: Via, timeout: Duration) {
-        let socket = match via {
-            Via::WireGuard => Some(&self.wireguard),
-            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
+    fn wait(&mut self, timeout: Option<Duration>, watch: Watch) -> io::Result<()> {
+        let reading = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let bell = self.bell.as_fd();
+        let wireguard = borrow(&self.wireguard);
+        let vxlan = self.vxlan.as_ref().map_or(bell, |s| borrow(s));
+        let mut fds = match watch {
+            Watch::Everything => [bell, wireguard, vxlan, borrow(&self.tun)].map(reading),
+            Watch::AllButTun(via) => {
+                let full =
+                    self.socket(via).map_or(reading(bell), |s| PollFd::new(borrow(s), PollFlags::POLLOUT));
+                [reading(bell), reading(wireguard), reading(vxlan), full]
+            }
+            Watch::Bell => [bell; 4].map(reading),
         };
-        let Some(socket) = socket else { return };
-        let mut fds = [PollFd::new(borrow(socket), PollFlags::POLLOUT)];
-        // An interrupted or failed wait shows at the next send.
-        let _ = nix::poll::poll(&mut fds, poll_timeout(Some(timeout)));
-    }
-
-    fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-        let mut fds = [
-            PollFd::new(borrow(&self.tun), PollFlags::POLLIN),
-            PollFd::new(borrow(&self.wireguard), PollFlags::POLLIN),
-            PollFd::new(self.bell.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.vxlan.as_ref().map_or(self.bell.as_fd(), |s| borrow(s)), PollFlags::POLLIN),
-        ];
         match nix::poll::poll(&mut fds, poll_timeout(timeout)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
-        if fds[2].revents().is_some_and(|e| e.contains(PollFlags::POLLIN)) {
+        if fds[0].revents().is_some_and(|e| e.contains(PollFlags::POLLIN)) {
             let _ = self.bell.read();
         }
         Ok(())
@@ -128,6 +140,15 @@ impl Kernel for Linux {
 
     fn yield_now(&mut self) {
         std::thread::yield_now();
+    }
+}
+
+impl Linux {
+    fn socket(&self, via: Via) -> Option<&UdpSocket> {
+        match via {
+            Via::WireGuard => Some(&self.wireguard),
+            Via::Vxlan(index) => self.vxlan_sources.get(usize::from(index)),
+        }
     }
 }
 

@@ -5,8 +5,10 @@
 //! 3. commands and timers
 //! 4. nothing to do: yield for a while, then sleep
 //!
-//! Each turn is bounded; the snapshot is loaded once per turn.
+//! Each turn is bounded and waits for nothing; the snapshot is loaded once per turn. While a socket is full,
+//! 1 stands still: the TUN's own queue fills and drops, and what peers send is received all the same.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,9 +16,10 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use tracing::{info, warn};
+use tracing::warn;
 
-use super::kernel::Kernel;
+use super::kernel::{Kernel, Watch};
+use super::outbox::Outbox;
 use super::tun::{READ_BYTES, TunOffloads};
 use super::udp::{Received, SLOT, SLOTS};
 use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
@@ -26,7 +29,6 @@ use crate::packet::parse;
 use crate::packet::segment::SuperPacket;
 use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
 use crate::snapshot::{Encap, PeerId, Snapshot};
-use crate::tunnel::batch::Run;
 use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
 
 /// Frames read from the TUN before the network gets its turn.
@@ -34,8 +36,11 @@ const TUN_FRAMES: usize = 16;
 /// How long an idle lane keeps looking before it sleeps: waking up is most of the latency, and 100 us of
 /// looking with a yield in between brings it below that of kernel VXLAN.
 const SPIN: Duration = Duration::from_micros(100);
-/// How long a full socket may take to accept more before its packets are dropped.
-const SEND_PATIENCE: Duration = Duration::from_millis(2);
+/// Sessions begun in one turn: each costs three scalar multiplications, about 0.1 ms.
+const INITIATIONS: usize = 16;
+/// How long a lane tries to open the TUN again after somebody removed it, and how often.
+const TUN_RETRIES: u32 = 50;
+const TUN_RETRY_EVERY: Duration = Duration::from_millis(100);
 /// Most pieces of one write: the virtio header, and 64 packets (coalesce.rs joins no more).
 const MAX_PIECES: usize = 1 + MAX_SEGMENTS as usize;
 
@@ -111,6 +116,9 @@ pub struct LaneLoop<K> {
     frame: Box<[u8]>,
     receive: Box<[u8]>,
     received: Vec<Received>,
+    outbox: Outbox,
+    /// Peers that wait for [`Command::Initiate`] to come to them.
+    initiate: VecDeque<PeerId>,
 }
 
 impl<K> std::fmt::Debug for LaneLoop<K> {
@@ -138,35 +146,59 @@ impl<K: Kernel> LaneLoop<K> {
             frame: vec![0; READ_BYTES].into_boxed_slice(),
             receive: vec![0; SLOTS * SLOT].into_boxed_slice(),
             received: Vec::with_capacity(SLOTS),
+            outbox: Outbox::default(),
+            initiate: VecDeque::new(),
         }
-    }
-
-    /// The offloads in use.
-    pub fn offloads(&self) -> LaneOffloads {
-        self.offloads
-    }
-
-    /// The kernel, to give it another TUN queue.
-    pub fn kernel_mut(&mut self) -> &mut K {
-        &mut self.kernel
     }
 
     /// Runs until asked to stop; an error is the end of the data path.
     pub fn run(&mut self) -> io::Result<()> {
         let mut last_work = self.kernel.now();
-        while !self.shared.stop.load(Ordering::Relaxed) {
+        while !self.stopping() {
             let now = self.kernel.now();
-            if self.turn(now)? {
-                last_work = now;
-                continue;
+            match self.turn(now) {
+                Ok(true) => {
+                    last_work = now;
+                    continue;
+                }
+                Ok(false) => {}
+                // Somebody removed the TUN: the sessions go on with another one.
+                Err(e) if e.raw_os_error() == Some(libc::EBADFD) => {
+                    self.reopen_tun()?;
+                    continue;
+                }
+                Err(e) => return Err(e),
             }
             if now.saturating_duration_since(last_work) < SPIN {
                 self.kernel.yield_now();
                 continue;
             }
-            let timeout = self.lane.poll_timeout().map(|at| at.saturating_duration_since(now));
-            self.kernel.wait(timeout)?;
+            let timers = [self.lane.poll_timeout(), self.outbox.poll_timeout()];
+            let next = timers.into_iter().flatten().min();
+            let watch = self.outbox.full().map_or(Watch::Everything, Watch::AllButTun);
+            self.kernel.wait(next.map(|at| at.saturating_duration_since(now)), watch)?;
             last_work = self.kernel.now();
+        }
+        Ok(())
+    }
+
+    fn stopping(&self) -> bool {
+        self.shared.stop.load(Ordering::Relaxed)
+    }
+
+    fn reopen_tun(&mut self) -> io::Result<()> {
+        let wanted = TunOffloads { tcp: self.offloads.tun_tcp, udp: self.offloads.tun_udp };
+        for tries in 0.. {
+            match self.kernel.reopen_tun(wanted) {
+                Ok(TunOffloads { tcp, udp }) => {
+                    (self.offloads.tun_tcp, self.offloads.tun_udp) = (tcp, udp);
+                    self.out.tun.set_offloads(batch_offloads(&self.offloads));
+                    return Ok(());
+                }
+                Err(e) if tries >= TUN_RETRIES => return Err(e),
+                Err(_) if self.stopping() => return Ok(()),
+                Err(_) => self.kernel.wait(Some(TUN_RETRY_EVERY), Watch::Bell)?,
+            }
         }
         Ok(())
     }
@@ -174,15 +206,19 @@ impl<K: Kernel> LaneLoop<K> {
     /// One bounded turn; whether there was anything to do.
     pub fn turn(&mut self, now: Instant) -> io::Result<bool> {
         let snapshot = self.shared.snapshot.load_full();
-        let mut worked = self.take_frames(now, &snapshot)?;
+        let mut worked = self.flush_datagrams(now);
+        if self.outbox.full().is_none() {
+            worked |= self.take_frames(now, &snapshot)?;
+        }
         for encap in [Encap::WireGuard, Encap::Vxlan] {
             worked |= self.take_datagrams(now, &snapshot, encap)?;
         }
         worked |= self.commands(now, &snapshot);
+        worked |= self.initiate(now, &snapshot);
         if self.lane.poll_timeout().is_some_and(|at| at <= now) {
             self.lane.handle_timeout(now, &snapshot, &mut self.out);
         }
-        self.flush_datagrams();
+        self.flush_datagrams(now);
         Ok(worked)
     }
 
@@ -203,7 +239,7 @@ impl<K: Kernel> LaneLoop<K> {
             }
             frames += 1;
         }
-        self.flush_datagrams();
+        self.flush_datagrams(now);
         self.flush_tun(now, snapshot);
         Ok(frames > 0)
     }
@@ -225,7 +261,7 @@ impl<K: Kernel> LaneLoop<K> {
             self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
         }
         self.flush_tun(now, snapshot);
-        self.flush_datagrams();
+        self.flush_datagrams(now);
         Ok(true)
     }
 
@@ -237,12 +273,9 @@ impl<K: Kernel> LaneLoop<K> {
             any = true;
             match command {
                 Command::Initiate(peers) => {
-                    for peer in peers {
-                        self.lane.initiate(now, snapshot, peer, &mut self.out);
-                        if !self.out.has_room() {
-                            self.flush_datagrams();
-                        }
-                    }
+                    self.initiate.extend(peers);
+                    // No more than there are, however often we are told.
+                    self.initiate.truncate(snapshot.mesh.peers.len());
                 }
                 Command::Report(answer) => {
                     // Whoever asked may have gone.
@@ -251,6 +284,14 @@ impl<K: Kernel> LaneLoop<K> {
             }
         }
         any
+    }
+
+    fn initiate(&mut self, now: Instant, snapshot: &Snapshot) -> bool {
+        let count = self.initiate.len().min(INITIATIONS);
+        for peer in self.initiate.drain(..count) {
+            self.lane.initiate(now, snapshot, peer, &mut self.out);
+        }
+        count > 0
     }
 
     fn report(&self, now: Instant) -> LaneReport {
@@ -308,54 +349,10 @@ impl<K: Kernel> LaneLoop<K> {
         warn!("the kernel refuses joined {what} packets on the TUN: writing them one by one from now on");
     }
 
-    fn flush_datagrams(&mut self) {
-        if self.out.tx.is_empty() {
-            return;
-        }
-        let counters = self.lane.counters();
-        let mut given_up = false;
-        let runs = self.out.tx.runs();
-        let mut at = 0;
-        while at < runs.len() {
-            let via = runs[at].via;
-            let same = runs[at..].iter().take_while(|r| r.via == via).count();
-            let sent = if self.offloads.udp_segmentation && !given_up {
-                send_all(&mut self.kernel, &self.out.tx, &runs[at..at + same])
-            } else {
-                let single: Vec<Run> = runs[at..at + same].iter().flat_map(datagrams).collect();
-                let (_, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                counters.count_drops(DropReason::SendFailed, failed);
-                Sent::All
-            };
-            match sent {
-                Sent::All => at += same,
-                Sent::Refused { sent, error } => {
-                    let run = &runs[at + sent];
-                    at += sent + 1;
-                    // EIO: the device cannot checksum; EINVAL, EMSGSIZE: it cannot cut, or not so large.
-                    let about_offload = run.count > 1
-                        && matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE));
-                    if !about_offload {
-                        counters.count_drops(DropReason::SendFailed, run.count);
-                        continue;
-                    }
-                    let single: Vec<Run> = datagrams(run).collect();
-                    let (delivered, failed) = send_singly(&mut self.kernel, &self.out.tx, &single);
-                    counters.count_drops(DropReason::SendFailed, failed);
-                    // A datagram too large for the device is not the offload's fault.
-                    given_up |= delivered > 0 && error.raw_os_error() != Some(libc::EMSGSIZE);
-                }
-            }
-        }
-        counters.add(Total::SendRuns, runs.len());
-        self.out.tx.clear();
-        if given_up {
-            self.offloads.udp_segmentation = false;
-            counters.add(Total::OffloadFallbacks, 1);
-            info!(
-                "the kernel or network card refuses UDP segmentation: sending datagrams one by one from now on"
-            );
-        }
+    fn flush_datagrams(&mut self, now: Instant) -> bool {
+        let segmentation = &mut self.offloads.udp_segmentation;
+        let counters = &self.lane.counters();
+        self.outbox.flush(now, &mut self.kernel, &mut self.out.tx, segmentation, counters)
     }
 }
 
@@ -397,57 +394,6 @@ fn write_apart<K: Kernel>(kernel: &mut K, frame: &Frame<'_>, memory: &Memory<'_>
         lost += usize::from(kernel.write_tun(&slices).is_err());
     }
     lost
-}
-
-enum Sent {
-    All,
-    Refused { sent: usize, error: io::Error },
-}
-
-/// Sends runs in order; waits a little when the socket is full, and goes on behind a run that is refused.
-fn send_all<K: Kernel>(kernel: &mut K, batch: &crate::tunnel::TxBatch, runs: &[Run]) -> Sent {
-    let mut sent = 0;
-    let mut waited = false;
-    while sent < runs.len() {
-        match kernel.send(batch, &runs[sent..]) {
-            Ok(count) => {
-                sent += count.max(1);
-                waited = false;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock && !waited => {
-                kernel.wait_writable(runs[sent].via, SEND_PATIENCE);
-                waited = true;
-            }
-            Err(error) => return Sent::Refused { sent, error },
-        }
-    }
-    Sent::All
-}
-
-/// Sends datagrams without offload; each failure costs that datagram. Returns how many went and failed.
-fn send_singly<K: Kernel>(kernel: &mut K, batch: &crate::tunnel::TxBatch, single: &[Run]) -> (usize, usize) {
-    let (mut at, mut failed) = (0, 0);
-    while at < single.len() {
-        match send_all(kernel, batch, &single[at..]) {
-            Sent::All => break,
-            Sent::Refused { sent, .. } => {
-                at += sent + 1;
-                failed += 1;
-            }
-        }
-    }
-    (single.len() - failed, failed)
-}
-
-/// A run's datagrams, one by one.
-fn datagrams(run: &Run) -> impl Iterator<Item = Run> {
-    let run = *run;
-    (0..run.count).map(move |i| {
-        let start = i * run.segment;
-        let len = run.segment.min(run.len - start);
-        Run { offset: run.offset + start, len, segment: len, count: 1, ..run }
-    })
 }
 
 /// Errors that an earlier datagram left on the socket.

@@ -8,6 +8,7 @@ use super::*;
 use crate::datapath::conntrack::{FlowTable, Seed};
 use crate::datapath::{Counters, LaneConfig};
 use crate::snapshot::{LaneId, LocalNode, Mesh, Owner, Peer, PeerVxlan};
+use crate::tunnel::batch::Run;
 use crate::tunnel::vxlan;
 use crate::tunnel::{TxBatch, Via};
 
@@ -22,9 +23,17 @@ struct Fake {
     written: Vec<Vec<u8>>,
     sent: Vec<Vec<u8>>,
     tun_limits: Vec<TunOffloads>,
-    waits: usize,
+    /// Whether the sockets take nothing.
+    full: bool,
+    waits: Vec<Watch>,
+    /// How often the TUN cannot be opened again.
+    no_tun: usize,
+    /// Set once it was waited for that often.
+    stop_after: Option<(usize, Arc<AtomicBool>)>,
     /// What a send of more than one datagram gets.
     refuse_runs: Option<i32>,
+    /// How many sends were refused for that.
+    refused: usize,
     /// What a write of a joined frame gets.
     refuse_joined: Option<i32>,
     /// Errors for the next sends, whatever they are.
@@ -36,11 +45,10 @@ impl Kernel for Fake {
         crate::io::clock::now()
     }
 
-    fn since_boot_ms(&self) -> u64 {
-        0
-    }
-
     fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.no_tun > 0 {
+            return Err(io::Error::from_raw_os_error(libc::EBADFD));
+        }
         let frame = self.frames.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
         buffer[..frame.len()].copy_from_slice(&frame);
         Ok(frame.len())
@@ -53,6 +61,14 @@ impl Kernel for Fake {
         }
         self.written.push(frame.clone());
         Ok(frame.len())
+    }
+
+    fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads> {
+        self.no_tun -= 1;
+        if self.no_tun > 0 {
+            return Err(io::Error::other("no TUN"));
+        }
+        Ok(TunOffloads { udp: false, ..wanted })
     }
 
     fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
@@ -75,10 +91,14 @@ impl Kernel for Fake {
         if let Some(error) = self.next_sends.pop_front() {
             return Err(io::Error::from_raw_os_error(error));
         }
+        if self.full {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let mut sent = 0;
         for run in runs {
             match self.refuse_runs {
                 Some(error) if run.count > 1 => {
+                    self.refused += 1;
                     return if sent > 0 { Ok(sent) } else { Err(io::Error::from_raw_os_error(error)) };
                 }
                 Some(_) | None => {
@@ -90,11 +110,13 @@ impl Kernel for Fake {
         Ok(sent)
     }
 
-    fn wait_writable(&mut self, _via: Via, _timeout: Duration) {
-        self.waits += 1;
-    }
-
-    fn wait(&mut self, _timeout: Option<Duration>) -> io::Result<()> {
+    fn wait(&mut self, _timeout: Option<Duration>, watch: Watch) -> io::Result<()> {
+        self.waits.push(watch);
+        if let Some((after, stop)) = &self.stop_after
+            && self.waits.len() >= *after
+        {
+            stop.store(true, Ordering::Relaxed);
+        }
         Ok(())
     }
 
@@ -186,38 +208,49 @@ fn now() -> Instant {
 
 #[test]
 fn a_card_that_cannot_cut_costs_one_batch_nothing() {
-    for error in [libc::EIO, libc::EINVAL] {
+    let packets = segments("10.244.0.2", "10.244.1.2", 6);
+    let fake = Fake { frames: frames(&packets), refuse_runs: Some(libc::EIO), ..Fake::default() };
+    let (mut lane, counters) = lane_on(fake);
+    assert!(lane.turn(now()).expect("a turn"));
+    let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
+    assert_eq!(payloads, packets);
+    assert!(!lane.offloads.udp_segmentation);
+    assert_eq!(counters.total(Total::OffloadFallbacks), 1);
+    assert_eq!(counters.dropped(DropReason::SendFailed), 0);
+}
+
+#[test]
+fn a_small_path_costs_its_own_destination_the_offload_and_only_for_a_while() {
+    for error in [libc::EINVAL, libc::EMSGSIZE] {
         let packets = segments("10.244.0.2", "10.244.1.2", 6);
         let fake = Fake { frames: frames(&packets), refuse_runs: Some(error), ..Fake::default() };
         let (mut lane, counters) = lane_on(fake);
-        assert!(lane.turn(now()).expect("a turn"));
+        let start = now();
+        lane.turn(start).expect("a turn");
         let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
         assert_eq!(payloads, packets);
-        assert!(!lane.offloads.udp_segmentation);
+        assert!(lane.offloads.udp_segmentation, "other peers go on with it");
         assert_eq!(counters.total(Total::OffloadFallbacks), 1);
         assert_eq!(counters.dropped(DropReason::SendFailed), 0);
+
+        // The kernel is not asked again, then it is.
+        for (later, asked) in [(30, 0), (61, 1), (90, 0)] {
+            lane.kernel.frames = frames(&packets);
+            lane.kernel.refused = 0;
+            lane.turn(start + Duration::from_secs(later)).expect("a turn");
+            assert_eq!(lane.kernel.refused, asked, "after {later} s");
+        }
+        assert_eq!(lane.kernel.sent.len(), 4 * packets.len());
     }
 }
 
 #[test]
-fn a_datagram_too_large_is_not_the_offloads_fault() {
+fn an_unreachable_peer_costs_its_run() {
     let packets = segments("10.244.0.2", "10.244.1.2", 6);
-    let fake = Fake { frames: frames(&packets), refuse_runs: Some(libc::EMSGSIZE), ..Fake::default() };
+    let fake = Fake { frames: frames(&packets), next_sends: [libc::EINTR].into(), ..Fake::default() };
     let (mut lane, counters) = lane_on(fake);
     lane.turn(now()).expect("a turn");
-    assert_eq!(lane.kernel.sent.len(), packets.len());
-    assert!(lane.offloads.udp_segmentation);
-    assert_eq!(counters.total(Total::OffloadFallbacks), 0);
-}
-
-#[test]
-fn an_unreachable_peer_costs_its_run_and_a_full_socket_is_waited_for() {
-    let packets = segments("10.244.0.2", "10.244.1.2", 6);
-    let fake =
-        Fake { frames: frames(&packets), next_sends: [libc::EAGAIN, libc::EINTR].into(), ..Fake::default() };
-    let (mut lane, counters) = lane_on(fake);
-    lane.turn(now()).expect("a turn");
-    assert_eq!((lane.kernel.sent.len(), lane.kernel.waits), (6, 1));
+    assert_eq!(lane.kernel.sent.len(), 6);
 
     lane.kernel.frames = frames(&packets);
     lane.kernel.next_sends = [libc::ENETUNREACH].into();
@@ -225,6 +258,73 @@ fn an_unreachable_peer_costs_its_run_and_a_full_socket_is_waited_for() {
     assert_eq!(lane.kernel.sent.len(), 6);
     assert_eq!(counters.dropped(DropReason::SendFailed), 6);
     assert!(lane.offloads.udp_segmentation);
+}
+
+#[test]
+fn a_full_socket_stops_what_goes_out_and_nothing_that_comes_in() {
+    let outbound = segments("10.244.0.2", "10.244.1.2", 6);
+    let inbound = segments("10.244.1.2", "10.244.0.2", 6);
+    let fake = Fake { frames: frames(&outbound), full: true, ..Fake::default() };
+    let (mut lane, counters) = lane_on(fake);
+    let start = now();
+    lane.turn(start).expect("a turn");
+    lane.kernel.frames = frames(&outbound);
+    for turn in 1..=10 {
+        lane.kernel.datagrams = [datagrams(&inbound)].into();
+        assert!(lane.turn(start + Duration::from_millis(turn)).expect("a turn"));
+        assert_eq!(counters.total(Total::PacketsReceived), 6 * turn);
+        assert_eq!(lane.kernel.frames.len(), 6, "frames stay in the TUN's own queue");
+    }
+    assert!(!lane.turn(start + Duration::from_millis(11)).expect("a turn"), "nothing to do: it may sleep");
+    assert_eq!(lane.outbox.full(), Some(Via::Vxlan(0)));
+    assert!(lane.outbox.poll_timeout().is_some_and(|at| at <= start + Duration::from_millis(20)));
+
+    // Room again: in order, and nothing was lost.
+    lane.kernel.full = false;
+    lane.turn(start + Duration::from_millis(12)).expect("a turn");
+    let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
+    assert_eq!(payloads, [&outbound[..], &outbound].concat());
+    assert_eq!(counters.dropped(DropReason::UplinkFull), 0);
+
+    // No room for too long: what waits is dropped, and there is a next try.
+    lane.kernel.full = true;
+    lane.kernel.frames = frames(&outbound);
+    lane.turn(start + Duration::from_millis(13)).expect("a turn");
+    lane.turn(start + Duration::from_millis(33)).expect("a turn");
+    assert_eq!(counters.dropped(DropReason::UplinkFull), 6);
+    lane.kernel.full = false;
+    lane.kernel.frames = frames(&outbound);
+    lane.turn(start + Duration::from_millis(34)).expect("a turn");
+    assert_eq!(lane.kernel.sent.len(), 18);
+}
+
+#[test]
+fn a_full_socket_is_slept_for_without_looking_at_the_tun() {
+    let packets = segments("10.244.0.2", "10.244.1.2", 2);
+    let (mut lane, _) = lane_on(Fake { frames: frames(&packets), full: true, ..Fake::default() });
+    lane.kernel.stop_after = Some((1, Arc::clone(&lane.shared.stop)));
+    lane.run().expect("told to stop");
+    assert_eq!(lane.kernel.waits, [Watch::AllButTun(Via::Vxlan(0))]);
+}
+
+#[test]
+fn sessions_are_begun_a_few_at_a_time() {
+    let (mut lane, _) = lane_on(Fake::default());
+    let mut many = snapshot();
+    Arc::get_mut(&mut many.mesh).expect("ours alone").peers.resize(100, None);
+    lane.shared.snapshot.store(Arc::new(many));
+    let (commands, orders) = sync_channel(4);
+    lane.commands = orders;
+    for _ in 0..3 {
+        commands.try_send(Command::Initiate((0..5_000).map(PeerId).collect())).expect("room");
+    }
+    assert!(lane.turn(now()).expect("a turn"));
+    assert_eq!(lane.initiate.len(), 100 - INITIATIONS, "no more than there are peers");
+    for _ in 0..100 / INITIATIONS {
+        assert!(lane.turn(now()).expect("a turn"));
+    }
+    assert!(lane.initiate.is_empty());
+    assert!(!lane.turn(now()).expect("a turn"));
 }
 
 #[test]
@@ -240,7 +340,7 @@ fn joined_packets_that_the_tun_refuses_are_written_apart() {
     assert_eq!(lane.kernel.written.len(), packets.len());
     for (written, packet) in lane.kernel.written.iter().zip(&packets) {
         let inner = &written[VNET_HDR_LEN..];
-        assert_eq!(inner[8], packet[8] - 1, "one hop");
+        assert_eq!(inner[8], packet[8], "the kernel takes the hop");
         assert_eq!(inner[20..], packet[20..], "transport and payload untouched");
         let headers = parse(inner).expect("a packet");
         assert!(crate::packet::checksum::verify_transport(inner, &headers));
@@ -262,40 +362,26 @@ fn what_can_be_joined_is_one_write() {
 }
 
 #[test]
-fn a_tun_that_is_gone_ends_the_loop_with_its_reason() {
-    struct Gone(Fake);
-    impl Kernel for Gone {
-        fn now(&self) -> Instant {
-            self.0.now()
-        }
-        fn since_boot_ms(&self) -> u64 {
-            0
-        }
-        fn read_tun(&mut self, _: &mut [u8]) -> io::Result<usize> {
-            Err(io::Error::from_raw_os_error(libc::EBADFD))
-        }
-        fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-            self.0.write_tun(pieces)
-        }
-        fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
-            self.0.limit_tun_offloads(offloads);
-        }
-        fn receive(&mut self, encap: Encap, b: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {
-            self.0.receive(encap, b, out)
-        }
-        fn send(&mut self, batch: &TxBatch, runs: &[Run]) -> io::Result<usize> {
-            self.0.send(batch, runs)
-        }
-        fn wait_writable(&mut self, via: Via, timeout: Duration) {
-            self.0.wait_writable(via, timeout);
-        }
-        fn wait(&mut self, timeout: Option<Duration>) -> io::Result<()> {
-            self.0.wait(timeout)
-        }
-        fn yield_now(&mut self) {}
-    }
-    let (lane, _) = lane_on(Fake::default());
-    let LaneLoop { kernel, lane, shared, commands, offloads, .. } = lane;
-    let mut lane = LaneLoop::new(Gone(kernel), lane, shared, commands, offloads);
-    assert_eq!(lane.run().expect_err("gone").raw_os_error(), Some(libc::EBADFD));
+fn a_tun_that_was_removed_is_opened_again() {
+    let (mut lane, _) = lane_on(Fake { no_tun: 3, ..Fake::default() });
+    // Two tries fail; the third wait is that of a lane with nothing to do.
+    lane.kernel.stop_after = Some((3, Arc::clone(&lane.shared.stop)));
+    lane.run().expect("told to stop");
+    assert_eq!(lane.kernel.waits, [Watch::Bell, Watch::Bell, Watch::Everything]);
+    assert!(lane.offloads.tun_tcp && !lane.offloads.tun_udp, "the new queue has less");
+}
+
+#[test]
+fn a_tun_that_stays_away_ends_the_loop_with_its_reason() {
+    let (mut lane, _) = lane_on(Fake { no_tun: usize::MAX, ..Fake::default() });
+    assert_eq!(lane.run().expect_err("gone").to_string(), "no TUN");
+    assert_eq!(lane.kernel.waits.len(), TUN_RETRIES as usize);
+}
+
+#[test]
+fn a_lane_without_tun_stops_when_told() {
+    let (mut lane, _) = lane_on(Fake { no_tun: usize::MAX, ..Fake::default() });
+    lane.kernel.stop_after = Some((1, Arc::clone(&lane.shared.stop)));
+    lane.run().expect("told to stop");
+    assert_eq!(lane.kernel.waits, [Watch::Bell]);
 }

@@ -7,6 +7,7 @@ pub mod flows;
 pub mod host;
 pub mod kernel;
 pub mod lane;
+mod outbox;
 pub mod tun;
 pub mod udp;
 pub mod underlay;

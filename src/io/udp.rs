@@ -16,11 +16,16 @@ pub const SLOT: usize = 65_536;
 pub const SLOTS: usize = 8;
 /// Messages sent in one call.
 const SEND_MESSAGES: usize = 64;
-/// Socket buffers: 208 KiB, the usual default, costs 30 to 40 % of throughput.
-const BUFFER_BYTES: usize = 8 << 20;
+/// Receive buffer: 208 KiB, the usual default, costs 30 to 40 % of throughput.
+const RECEIVE_BYTES: usize = 8 << 20;
+/// Send buffer, which the kernel doubles for its own overhead: room for one batch (1 MiB) while the last one
+/// leaves. What does not fit stays in front of the lane, where it can be dropped.
+const SEND_BYTES: usize = 1 << 20;
 /// include/uapi/linux/udp.h
 const UDP_SEGMENT: libc::c_int = 103;
 const UDP_GRO: libc::c_int = 104;
+/// include/uapi/linux/in.h; Linux 3.15 and later.
+const IP_PMTUDISC_OMIT: libc::c_int = 5;
 
 /// Why a socket could not be had.
 #[derive(Debug, Error)]
@@ -45,7 +50,7 @@ pub enum UdpError {
 }
 
 /// How to open a socket.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct UdpOptions {
     /// The port; 0 for any.
     pub port: u16,
@@ -53,6 +58,8 @@ pub struct UdpOptions {
     pub share_port: bool,
     /// Ask the kernel to join datagrams on receive.
     pub receive_offload: bool,
+    /// Nobody reads: whatever arrives is dropped on arrival.
+    pub send_only: bool,
 }
 
 /// A socket for both address families where the kernel has IPv6.
@@ -82,7 +89,7 @@ impl UdpSocket {
         if options.share_port {
             socket.set_reuse_port(true).map_err(fail)?;
         }
-        size_buffers(&socket);
+        size_buffers(&socket, options);
         let any = match v6 {
             true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, options.port)),
             false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, options.port)),
@@ -103,7 +110,7 @@ impl UdpSocket {
         if options.share_port {
             socket.set_reuse_port(true)?;
         }
-        size_buffers(&socket);
+        size_buffers(&socket, options);
         socket.bind(&SockAddr::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, options.port))))?;
         Ok(UdpSocket::finish(socket, false, options))
     }
@@ -111,8 +118,13 @@ impl UdpSocket {
     fn finish(socket: Socket, v6: bool, options: UdpOptions) -> UdpSocket {
         let fd = socket.as_raw_fd();
         // Outer packets larger than the path are fragmented rather than lost: inner MTUs follow the path.
-        set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT);
+        // IPv4 routers do that on the way, so ICMP about it, which anyone can forge, is not needed: it would
+        // make small fragments and keep runs from being cut for ten minutes (ip(7), udp(7)).
+        if !set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, IP_PMTUDISC_OMIT) {
+            set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT);
+        }
         if v6 {
+            // IPv6 routers do not fragment: only the sender can, and ICMPv6 alone tells it to.
             set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT);
         }
         let receive_offload = options.receive_offload && set_option(fd, libc::SOL_UDP, UDP_GRO, 1);
@@ -341,14 +353,33 @@ fn set_segment(header: &mut libc::msghdr, control: &mut Control, segment: u16) {
 }
 
 /// Asks for large buffers beyond the system's limit, which needs CAP_NET_ADMIN; else up to the limit.
-fn size_buffers(socket: &Socket) {
+fn size_buffers(socket: &Socket, options: UdpOptions) {
     let fd = socket.as_raw_fd();
-    let bytes = BUFFER_BYTES as libc::c_int;
-    if !set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes) {
-        let _ = socket.set_recv_buffer_size(BUFFER_BYTES);
+    if options.send_only {
+        // The kernel makes of it the least that it allows.
+        let _ = socket.set_recv_buffer_size(1);
+        drop_all(fd);
+    } else if !set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BYTES as libc::c_int) {
+        let _ = socket.set_recv_buffer_size(RECEIVE_BYTES);
     }
-    if !set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, bytes) {
-        let _ = socket.set_send_buffer_size(BUFFER_BYTES);
+    if !set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, SEND_BYTES as libc::c_int) {
+        let _ = socket.set_send_buffer_size(SEND_BYTES);
+    }
+}
+
+/// A socket filter of one instruction: keep nothing of any datagram. Where it is refused, the buffer fills.
+fn drop_all(fd: RawFd) {
+    let mut code = [libc::sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k: 0 }];
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    // SAFETY: the kernel reads one sock_fprog and the one instruction it points at; both outlive the call.
+    unsafe {
+        libc::setsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as u32,
+        );
     }
 }
 
@@ -379,5 +410,44 @@ fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
             })
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket as Plain;
+
+    use super::*;
+
+    fn queued(socket: &UdpSocket) -> bool {
+        let mut byte = [std::mem::MaybeUninit::uninit(); 1];
+        socket.socket.peek(&mut byte).is_ok()
+    }
+
+    #[test]
+    fn a_socket_that_only_sends_keeps_nothing_that_arrives() {
+        let sender = Plain::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+        for send_only in [true, false] {
+            let socket =
+                UdpSocket::bind(UdpOptions { send_only, ..UdpOptions::default() }).expect("a socket");
+            // Over the loopback a datagram has arrived, or been dropped, when the call returns.
+            let sent = sender.send_to(&[7; 100], (Ipv4Addr::LOCALHOST, socket.port()));
+            assert!(sent.is_ok());
+            assert_eq!(queued(&socket), !send_only);
+            let room = socket.socket.recv_buffer_size().expect("a size");
+            assert_eq!(room < 8192, send_only, "{room} bytes of receive buffer");
+        }
+    }
+
+    #[test]
+    fn icmp_does_not_lower_what_an_ipv4_path_carries() {
+        let socket = UdpSocket::bind(UdpOptions::default()).expect("a socket");
+        let (mut value, mut len) = (0 as libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: the kernel writes one int and its length, both on our stack.
+        let got = unsafe {
+            let value = (&raw mut value).cast();
+            libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, value, &raw mut len)
+        };
+        assert_eq!((got, value), (0, IP_PMTUDISC_OMIT));
     }
 }

@@ -192,14 +192,15 @@ impl TunBatch {
         self.items.len() >= self.capacity
     }
 
-    /// Adds the packet at `offset`, of which [`super::parse()`] said `headers`.
+    /// Adds the packet at `offset`, of which [`super::parse()`] said `headers`; whether it joined a frame that
+    /// was there already.
     pub fn push(
         &mut self,
         region: Region,
         offset: u32,
         headers: &Headers,
         memory: &Memory<'_>,
-    ) -> Result<(), DropReason> {
+    ) -> Result<bool, DropReason> {
         if self.is_full() {
             return Err(DropReason::NoBuffer);
         }
@@ -208,7 +209,7 @@ impl TunBatch {
         let kind = kind(packet, headers, self.offloads);
         let Some(hash) = self.hash(headers) else {
             self.begin(piece, packet, headers, 0, Kind::Alone);
-            return Ok(());
+            return Ok(false);
         };
         let open = self.table.find(hash, headers, &self.frames);
         let joined = match open {
@@ -228,7 +229,7 @@ impl TunBatch {
                 }
             }
         }
-        Ok(())
+        Ok(matches!(joined, Joined::Open | Joined::Closed))
     }
 
     /// The first packet of each frame, in order.
@@ -725,7 +726,7 @@ mod tests {
         let mut batch = TunBatch::new(1);
         assert_eq!(batch.push(Region::Plain, 0, &headers, &memory), Err(DropReason::Truncated));
         assert_eq!(batch.push(Region::Receive, 1, &headers, &memory), Err(DropReason::Truncated));
-        assert_eq!(batch.push(Region::Receive, 0, &headers, &memory), Ok(()));
+        assert_eq!(batch.push(Region::Receive, 0, &headers, &memory), Ok(false));
         assert_eq!(batch.push(Region::Receive, 0, &headers, &memory), Err(DropReason::NoBuffer));
     }
 

@@ -62,6 +62,8 @@ drop_reasons! {
     AwaitingMac => "awaiting-mac",
     /// The batch buffers are full.
     NoBuffer => "no-buffer",
+    /// The way out of this node is full: the sockets took nothing more for a while.
+    UplinkFull => "uplink-full",
     /// The kernel refused the datagram.
     SendFailed => "send-failed",
 

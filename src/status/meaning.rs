@@ -32,6 +32,7 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         DropReason::NoEncapsulation => "the two nodes allow no common encapsulation: compare their --encap",
         DropReason::AwaitingMac => "the VXLAN peer's MAC address is not known yet",
         DropReason::NoBuffer => "the lane's buffers were full: more traffic than it can carry",
+        DropReason::UplinkFull => "the node's network is slower than what its pods send",
         DropReason::SendFailed => "the kernel refused the datagram: is there a route to the peer's endpoint?",
         DropReason::NotTunnel => "a datagram that is neither WireGuard nor VXLAN: a scanner?",
         DropReason::TunnelInTunnel => {

@@ -112,6 +112,11 @@ impl TxBatch {
         self.runs.is_empty()
     }
 
+    /// Lets no run grow any more: what is committed next starts another one.
+    pub fn close(&mut self) {
+        self.open = false;
+    }
+
     /// Forgets all datagrams.
     pub fn clear(&mut self) {
         self.used = 0;
@@ -153,6 +158,16 @@ mod tests {
         batch.clear();
         (0..3).for_each(|_| put(&mut batch, "10.0.0.1:1", 30_000));
         assert_eq!(batch.runs().iter().map(|r| r.count).collect::<Vec<_>>(), [2, 1]);
+    }
+
+    #[test]
+    fn a_closed_run_does_not_grow() {
+        let mut batch = TxBatch::new(1000);
+        put(&mut batch, "10.0.0.1:1", 100);
+        batch.close();
+        put(&mut batch, "10.0.0.1:1", 100);
+        put(&mut batch, "10.0.0.1:1", 100);
+        assert_eq!(batch.runs().iter().map(|r| r.count).collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]

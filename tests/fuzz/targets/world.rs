@@ -226,6 +226,9 @@ impl World {
 
     fn pass(&mut self, time: Duration) {
         self.now += time;
+        // boringtun's own clock. The ordinary tests replay without: their boringtun is the real one.
+        #[cfg(feature = "sim")]
+        mock_instant::MockClock::advance(time);
         self.lane.handle_timeout(self.now, &self.snapshot, &mut self.out);
         self.peer.handle_timeout(self.now, &mut self.peer_tx);
         self.settle();

@@ -1,0 +1,239 @@
+//! Packets through a whole lane: every exit from every entrance, and what the flow table hears of it.
+
+use super::conntrack::{FlowState, Seed};
+use super::route::Entrance;
+use super::*;
+use crate::packet::parse;
+use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
+use crate::snapshot::{LocalNode, Owner, Peer, PeerVxlan};
+use crate::tunnel::vxlan;
+
+const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+struct World {
+    lane: Lane,
+    snapshot: Snapshot,
+    out: Output,
+    now: Instant,
+}
+
+fn mac(peer: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 0, peer]
+}
+
+fn outer(peer: u8) -> IpAddr {
+    [192, 0, 2, peer].into()
+}
+
+/// Pods 10.244.N.0/24 of peers 0 and 1, which speak VXLAN; ours are 10.244.9.0/24.
+fn world() -> World {
+    #[allow(clippy::disallowed_methods)] // where time begins does not matter
+    let now = Instant::now();
+    let mut mesh = Mesh::default();
+    mesh.routes.insert("10.244.9.0/24".parse().expect("range"), Owner::LocalPod);
+    mesh.routes.insert("10.244.9.0/32".parse().expect("range"), Owner::LocalNode);
+    for number in 0..2 {
+        let id = PeerId(number.into());
+        let range = format!("10.244.{number}.0/24").parse().expect("range");
+        mesh.routes.insert(range, Owner::PeerPod(id));
+        mesh.vxlan_sources.insert(outer(number), id);
+        mesh.peers.push(Some(Arc::new(Peer {
+            id,
+            name: format!("peer{number}"),
+            encap: Some(Encap::Vxlan),
+            lanes: Vec::new(),
+            endpoints: Vec::new(),
+            vxlan: Some(PeerVxlan { address: outer(number), port: 8472, mac: Some(mac(number)) }),
+            pod_ranges: vec![range],
+            addresses: Vec::new(),
+            mtu: 1450,
+            keepalive: 0,
+        })));
+    }
+    let local = LocalNode {
+        name: "me".to_owned(),
+        address_v4: Some([10, 244, 9, 0].into()),
+        address_v6: None,
+        vni: 1,
+        mac: OUR_MAC,
+    };
+    let lane = Lane::new(LaneConfig {
+        id: LaneId(0),
+        private: [7; 32],
+        seed: (1, 2),
+        vxlan_sources: 1,
+        neighbours: Arc::default(),
+        flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
+        epoch: (now, 0),
+    });
+    let snapshot = Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) };
+    World { lane, snapshot, out: Output::new(Offloads { tcp: true, udp: true, acks: true }), now }
+}
+
+impl World {
+    /// Frames for the TUN and datagrams, after this came from the TUN.
+    fn from_tun(&mut self, packet: &[u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+        let mut frame = [&[0; VNET_HDR_LEN][..], packet].concat();
+        self.lane.handle_tun(self.now, &self.snapshot, &mut frame, &mut self.out);
+        self.results(&mut [])
+    }
+
+    /// The same for what a peer sent.
+    fn from_peer(&mut self, peer: u8, packet: &[u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+        let mut receive = [&vxlan::header(1, OUR_MAC, mac(peer), false)[..], packet].concat();
+        let from = SocketAddr::new(outer(peer), 8472);
+        let len = receive.len();
+        let arrival = Arrival { encap: Encap::Vxlan, from, offset: 0, len, stride: len };
+        self.lane.handle_udp(self.now, &self.snapshot, arrival, &mut receive, &mut self.out);
+        self.results(&mut receive)
+    }
+
+    fn results(&mut self, receive: &mut [u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+        self.lane.finish_tun(self.now, &self.snapshot, receive, &mut self.out);
+        let memory = Memory { receive, plain: &mut self.out.plain };
+        let mut room = vec![0; 70_000];
+        let gather = |frame: crate::packet::coalesce::Frame<'_>| {
+            let len = frame.gather(&memory, &mut room);
+            room[..len].to_vec()
+        };
+        let frames = self.out.tun.frames().map(gather).collect();
+        let tx = &self.out.tx;
+        let sent = |run: &crate::tunnel::batch::Run| (run.to.ip(), tx.bytes(run)[vxlan::HEADER..].to_vec());
+        let datagrams = tx.runs().iter().map(sent).collect();
+        self.out.clear_tun();
+        self.out.tx.clear();
+        (frames, datagrams)
+    }
+
+    fn drops(&self) -> Vec<DropReason> {
+        let counters = &self.lane.counters;
+        DropReason::ALL.iter().copied().filter(|reason| counters.dropped(*reason) > 0).collect()
+    }
+}
+
+fn udp(from: [u8; 4], to: [u8; 4], hop_limit: u8) -> Vec<u8> {
+    let mut packet = Vec::new();
+    let builder = etherparse::PacketBuilder::ipv4(from, to, hop_limit).udp(1000, 2000);
+    builder.write(&mut packet, &[7; 64]).expect("a packet");
+    packet
+}
+
+const OURS: [u8; 4] = [10, 244, 9, 5];
+const PEERS: [[u8; 4]; 2] = [[10, 244, 0, 5], [10, 244, 1, 5]];
+const OUTSIDE: [u8; 4] = [203, 0, 113, 1];
+
+#[test]
+fn without_translation_most_ways_are_closed() {
+    for (to, reason) in [
+        ([10, 244, 9, 6], DropReason::NotOurs),
+        ([10, 244, 9, 0], DropReason::NotOurs),
+        (OUTSIDE, DropReason::NoRoute),
+    ] {
+        let mut world = world();
+        let (frames, datagrams) = world.from_tun(&udp(OURS, to, 64));
+        assert!(datagrams.is_empty());
+        // At most the news that there is no way.
+        assert!(
+            frames
+                .iter()
+                .all(|f| parse(f).is_ok_and(|h| h.protocol == 1 && h.destination == IpAddr::from(OURS)))
+        );
+        assert_eq!(world.drops(), [reason], "from the TUN to {to:?}");
+    }
+    for to in [PEERS[0], PEERS[1], OUTSIDE] {
+        let mut world = world();
+        assert_eq!(world.from_peer(0, &udp(PEERS[0], to, 64)), (vec![], vec![]), "from a peer to {to:?}");
+        assert_eq!(world.drops(), [DropReason::NotOurs]);
+    }
+}
+
+#[test]
+fn every_exit_works_from_either_entrance() {
+    let all: fn(Entrance, Exit) -> Result<Exit, DropReason> = |_, exit| Ok(exit);
+    for to in [[10, 244, 9, 6], [10, 244, 9, 0], OUTSIDE] {
+        for from_peer in [false, true] {
+            let mut world = world();
+            world.lane.routes.set_admit(all);
+            let packet = udp(if from_peer { PEERS[0] } else { OURS }, to, 64);
+            let result = if from_peer { world.from_peer(0, &packet) } else { world.from_tun(&packet) };
+            assert_eq!(result, (vec![packet], vec![]), "the kernel takes the hop: {to:?}");
+            assert_eq!(world.drops(), []);
+        }
+    }
+    let mut world = world();
+    world.lane.routes.set_admit(all);
+    let packet = udp(OURS, PEERS[1], 64);
+    assert_eq!(world.from_tun(&packet), (vec![], vec![(outer(1), packet)]));
+    let packet = udp(PEERS[0], PEERS[1], 64);
+    let passed = udp(PEERS[0], PEERS[1], 63);
+    assert_eq!(world.from_peer(0, &packet), (vec![], vec![(outer(1), passed)]), "no kernel on the way");
+    assert_eq!(world.drops(), []);
+}
+
+#[test]
+fn between_tunnels_the_hop_limit_runs_out_here_and_its_sender_hears_of_it() {
+    let mut world = world();
+    world.lane.routes.set_admit(|_, exit| Ok(exit));
+    let (frames, datagrams) = world.from_peer(0, &udp(PEERS[0], PEERS[1], 1));
+    assert!(frames.is_empty());
+    let [(to, answer)] = &datagrams[..] else { panic!("one answer: {datagrams:?}") };
+    let headers = parse(answer).expect("a packet");
+    assert_eq!((*to, headers.destination), (outer(0), IpAddr::from(PEERS[0])));
+    assert_eq!((headers.source, answer[20]), (IpAddr::from([10, 244, 9, 0]), 11));
+    assert_eq!(world.drops(), [DropReason::HopLimit]);
+}
+
+#[test]
+fn a_super_packet_turns_round_whole() {
+    let mut world = world();
+    world.lane.routes.set_admit(|_, exit| Ok(exit));
+    let to = [10, 244, 9, 6];
+    let mut packet = Vec::new();
+    let builder = etherparse::PacketBuilder::ipv4(OURS, to, 64).tcp(1000, 2000, 1, 100).ack(1);
+    builder.write(&mut packet, &[7; 5000]).expect("a packet");
+    packet[6] |= 0x40;
+    let vnet =
+        VnetHdr { flags: 1, gso_type: 1, hdr_len: 40, gso_size: 1000, csum_start: 20, csum_offset: 16 };
+    let mut frame = [&vnet.encode()[..], &packet].concat();
+    world.lane.handle_tun(world.now, &world.snapshot, &mut frame, &mut world.out);
+    let (frames, datagrams) = world.results(&mut []);
+    assert!(datagrams.is_empty());
+    assert_eq!(frames.len(), 1, "joined again");
+    assert_eq!(frames[0][40..], packet[40..]);
+    assert_eq!(world.drops(), []);
+}
+
+/// Flags of one TCP packet without payload.
+fn tcp(from: [u8; 4], to: [u8; 4], ports: (u16, u16), seq: u32, flags: &str) -> Vec<u8> {
+    let mut builder = etherparse::PacketBuilder::ipv4(from, to, 64).tcp(ports.0, ports.1, seq, 100);
+    for flag in flags.chars() {
+        builder = match flag {
+            'S' => builder.syn(),
+            'F' => builder.fin(),
+            _ => builder.ack(1),
+        };
+    }
+    let mut packet = Vec::new();
+    builder.write(&mut packet, &[]).expect("a packet");
+    packet
+}
+
+#[test]
+fn a_lone_fin_of_a_peer_ends_one_direction() {
+    let mut world = world();
+    let (there, back) = ((1000, 80), (80, 1000));
+    world.from_tun(&tcp(OURS, PEERS[0], there, 1, "S"));
+    world.from_peer(0, &tcp(PEERS[0], OURS, back, 1, "SA"));
+    world.from_tun(&tcp(OURS, PEERS[0], there, 2, "A"));
+    let state = |world: &World| {
+        let (mut records, mut next) = (Vec::new(), Some(0));
+        while let Some(from) = next {
+            next = world.lane.flows.page(0, from, 100, &mut records);
+        }
+        records.iter().map(|record| record.state).collect::<Vec<_>>()
+    };
+    assert_eq!(state(&world), [FlowState::Established]);
+    world.from_peer(0, &tcp(PEERS[0], OURS, back, 2, "FA"));
+    world.from_tun(&tcp(OURS, PEERS[0], there, 2, "A"));
+    assert_eq!(state(&world), [FlowState::CloseWait]);
+}
