@@ -13,8 +13,11 @@ mod world;
 #[allow(unused_imports)] // only the replay asks
 pub(crate) use world::assert_alive;
 
+/// A target's name, and what it does with an input.
+type Target = (&'static str, fn(&[u8]));
+
 /// Every target: a folder of that name in `tests/fuzz/corpus` holds its corpus.
-pub(crate) const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub(crate) const TARGETS: &[Target] = &[
     ("packet", packet::run),
     ("batch", batch::run),
     ("datagrams", world::datagrams),

@@ -109,7 +109,7 @@ fn answer(packet: &[u8], headers: &Headers, input: &mut Reader<'_>) {
         let said = parse_any_address(&room[..len]).expect("our own reset is a packet");
         assert_eq!(check_transport(&room[..len], &said), Verdict::Right);
         assert!(matches!(said.l4, L4::Tcp { flags, .. } if flags & 4 != 0));
-        assert!(icmp::build_reset(&mut [0; MAX_ANSWER], &room[..len].to_vec(), &said).is_none());
+        assert!(icmp::build_reset(&mut [0; MAX_ANSWER], &room[..len], &said).is_none());
     }
 }
 

@@ -218,7 +218,7 @@ impl World {
         self.heard.push(from);
         self.lane.handle_udp(self.now, &self.snapshot, arrival, &mut self.receive, &mut self.out);
         // The frames refer to the receive buffer, which is used again at the next arrival.
-        self.to_tun();
+        self.judge_tun();
         if self.out.tx.free() < warren::datapath::TX_ROOM {
             self.settle();
         }
@@ -238,17 +238,17 @@ impl World {
     /// Looks at everything that wants to leave; what goes to peer 1 arrives there, and its answers here.
     fn settle(&mut self) {
         for _ in 0..8 {
-            self.to_tun();
+            self.judge_tun();
             if self.out.tx.is_empty() {
                 return;
             }
-            self.from_us();
+            self.judge_sent();
             self.peer_to_us(None);
         }
     }
 
     /// What is written to the TUN comes from where it says, is for us, and is what the kernel takes.
-    fn to_tun(&mut self) {
+    fn judge_tun(&mut self) {
         self.lane.finish_tun(self.now, &self.snapshot, &mut self.receive, &mut self.out);
         let mut room = vec![0; if self.out.tun.is_empty() { 0 } else { 70_000 }];
         let routes = &self.snapshot.mesh.routes;
@@ -273,7 +273,7 @@ impl World {
     }
 
     /// What leaves goes to a node, fits its path, and comes from us.
-    fn from_us(&mut self) {
+    fn judge_sent(&mut self) {
         for run in self.out.tx.runs() {
             assert!(run.count > 0 && run.segment > 0 && run.len <= 65_507);
             assert!(
