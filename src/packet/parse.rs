@@ -136,7 +136,9 @@ pub mod protocol {
 pub fn parse(packet: &[u8]) -> Result<Headers, DropReason> {
     let headers = parse_any_address(packet)?;
     if is_martian(&headers) {
-        return Err(DropReason::MartianAddress);
+        // The kernel speaks to groups from `::` on every new device (RFC 3810 section 5.2.13): nothing to find.
+        let group = headers.destination.is_multicast();
+        return Err(if group { DropReason::Multicast } else { DropReason::MartianAddress });
     }
     Ok(headers)
 }
@@ -622,6 +624,7 @@ mod tests {
             assert_eq!(with(source, destination), Err(DropReason::MartianAddress), "{source} {destination}");
         }
         assert_eq!(with("::ffff:127.0.0.1", "fd00::2"), Err(DropReason::MartianAddress));
+        assert_eq!(with("::", "ff02::16"), Err(DropReason::Multicast));
     }
 
     #[test]

@@ -59,6 +59,18 @@ const WIREGUARD: (&str, &str) = ("boringtun", "tunnel/wireguard.rs");
 /// The one folder with `unsafe`.
 const UNSAFE: &str = "io/";
 
+/// Who looks up a reason at night finds it.
+#[test]
+fn the_readme_explains_every_drop_reason() {
+    let readme = include_str!("../../README.md");
+    let rows: Vec<&str> = readme.lines().filter(|line| line.starts_with("| `")).collect();
+    for reason in warren::packet::DropReason::ALL {
+        let name = format!("`{}`", reason.name());
+        let cell = |row: &&str| row.split('|').nth(1).is_some_and(|cell| cell.contains(&name));
+        assert_eq!(rows.iter().filter(|row| cell(row)).count(), 1, "{name} in README.md's table");
+    }
+}
+
 #[test]
 fn the_source_keeps_its_own_rules() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
