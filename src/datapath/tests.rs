@@ -10,6 +10,9 @@ use crate::tunnel::vxlan;
 
 const OUR_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
+/// Frames for the TUN, and packets in datagrams with where those went.
+type Left = (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>);
+
 struct World {
     lane: Lane,
     snapshot: Snapshot,
@@ -71,15 +74,15 @@ fn world() -> World {
 }
 
 impl World {
-    /// Frames for the TUN and datagrams, after this came from the TUN.
-    fn from_tun(&mut self, packet: &[u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+    /// This comes from the TUN.
+    fn take_frame(&mut self, packet: &[u8]) -> Left {
         let mut frame = [&[0; VNET_HDR_LEN][..], packet].concat();
         self.lane.handle_tun(self.now, &self.snapshot, &mut frame, &mut self.out);
         self.results(&mut [])
     }
 
-    /// The same for what a peer sent.
-    fn from_peer(&mut self, peer: u8, packet: &[u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+    /// This comes from a peer.
+    fn take_datagram(&mut self, peer: u8, packet: &[u8]) -> Left {
         let mut receive = [&vxlan::header(1, OUR_MAC, mac(peer), false)[..], packet].concat();
         let from = SocketAddr::new(outer(peer), 8472);
         let len = receive.len();
@@ -88,7 +91,7 @@ impl World {
         self.results(&mut receive)
     }
 
-    fn results(&mut self, receive: &mut [u8]) -> (Vec<Vec<u8>>, Vec<(IpAddr, Vec<u8>)>) {
+    fn results(&mut self, receive: &mut [u8]) -> Left {
         self.lane.finish_tun(self.now, &self.snapshot, receive, &mut self.out);
         let memory = Memory { receive, plain: &mut self.out.plain };
         let mut room = vec![0; 70_000];
@@ -130,7 +133,7 @@ fn without_translation_most_ways_are_closed() {
         (OUTSIDE, DropReason::NoRoute),
     ] {
         let mut world = world();
-        let (frames, datagrams) = world.from_tun(&udp(OURS, to, 64));
+        let (frames, datagrams) = world.take_frame(&udp(OURS, to, 64));
         assert!(datagrams.is_empty());
         // At most the news that there is no way.
         assert!(
@@ -142,7 +145,7 @@ fn without_translation_most_ways_are_closed() {
     }
     for to in [PEERS[0], PEERS[1], OUTSIDE] {
         let mut world = world();
-        assert_eq!(world.from_peer(0, &udp(PEERS[0], to, 64)), (vec![], vec![]), "from a peer to {to:?}");
+        assert_eq!(world.take_datagram(0, &udp(PEERS[0], to, 64)), (vec![], vec![]), "from a peer to {to:?}");
         assert_eq!(world.drops(), [DropReason::NotOurs]);
     }
 }
@@ -155,7 +158,7 @@ fn every_exit_works_from_either_entrance() {
             let mut world = world();
             world.lane.routes.set_admit(all);
             let packet = udp(if from_peer { PEERS[0] } else { OURS }, to, 64);
-            let result = if from_peer { world.from_peer(0, &packet) } else { world.from_tun(&packet) };
+            let result = if from_peer { world.take_datagram(0, &packet) } else { world.take_frame(&packet) };
             assert_eq!(result, (vec![packet], vec![]), "the kernel takes the hop: {to:?}");
             assert_eq!(world.drops(), []);
         }
@@ -163,10 +166,10 @@ fn every_exit_works_from_either_entrance() {
     let mut world = world();
     world.lane.routes.set_admit(all);
     let packet = udp(OURS, PEERS[1], 64);
-    assert_eq!(world.from_tun(&packet), (vec![], vec![(outer(1), packet)]));
+    assert_eq!(world.take_frame(&packet), (vec![], vec![(outer(1), packet)]));
     let packet = udp(PEERS[0], PEERS[1], 64);
     let passed = udp(PEERS[0], PEERS[1], 63);
-    assert_eq!(world.from_peer(0, &packet), (vec![], vec![(outer(1), passed)]), "no kernel on the way");
+    assert_eq!(world.take_datagram(0, &packet), (vec![], vec![(outer(1), passed)]), "no kernel on the way");
     assert_eq!(world.drops(), []);
 }
 
@@ -174,7 +177,7 @@ fn every_exit_works_from_either_entrance() {
 fn between_tunnels_the_hop_limit_runs_out_here_and_its_sender_hears_of_it() {
     let mut world = world();
     world.lane.routes.set_admit(|_, exit| Ok(exit));
-    let (frames, datagrams) = world.from_peer(0, &udp(PEERS[0], PEERS[1], 1));
+    let (frames, datagrams) = world.take_datagram(0, &udp(PEERS[0], PEERS[1], 1));
     assert!(frames.is_empty());
     let [(to, answer)] = &datagrams[..] else { panic!("one answer: {datagrams:?}") };
     let headers = parse(answer).expect("a packet");
@@ -222,9 +225,9 @@ fn tcp(from: [u8; 4], to: [u8; 4], ports: (u16, u16), seq: u32, flags: &str) -> 
 fn a_lone_fin_of_a_peer_ends_one_direction() {
     let mut world = world();
     let (there, back) = ((1000, 80), (80, 1000));
-    world.from_tun(&tcp(OURS, PEERS[0], there, 1, "S"));
-    world.from_peer(0, &tcp(PEERS[0], OURS, back, 1, "SA"));
-    world.from_tun(&tcp(OURS, PEERS[0], there, 2, "A"));
+    world.take_frame(&tcp(OURS, PEERS[0], there, 1, "S"));
+    world.take_datagram(0, &tcp(PEERS[0], OURS, back, 1, "SA"));
+    world.take_frame(&tcp(OURS, PEERS[0], there, 2, "A"));
     let state = |world: &World| {
         let (mut records, mut next) = (Vec::new(), Some(0));
         while let Some(from) = next {
@@ -233,7 +236,7 @@ fn a_lone_fin_of_a_peer_ends_one_direction() {
         records.iter().map(|record| record.state).collect::<Vec<_>>()
     };
     assert_eq!(state(&world), [FlowState::Established]);
-    world.from_peer(0, &tcp(PEERS[0], OURS, back, 2, "FA"));
-    world.from_tun(&tcp(OURS, PEERS[0], there, 2, "A"));
+    world.take_datagram(0, &tcp(PEERS[0], OURS, back, 2, "FA"));
+    world.take_frame(&tcp(OURS, PEERS[0], there, 2, "A"));
     assert_eq!(state(&world), [FlowState::CloseWait]);
 }
