@@ -409,15 +409,14 @@ fn lane_offloads(config: &AgentConfig) -> LaneOffloads {
 /// The plan in the host's terms.
 fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     let source = |like: IpAddr| plan.node_addresses.iter().copied().find(|ip| ip.is_ipv4() == like.is_ipv4());
-    let route =
-        |range: ipnet::IpNet, mtu: u16| TunnelRoute { range, source: source(range.addr()), mtu: mtu.into() };
-    let mut routes: Vec<TunnelRoute> =
-        plan.peer_ranges.iter().map(|peer| route(peer.range, peer.mtu.min(plan.pod_mtu))).collect();
+    let mtu = plan.pod_mtu.into();
+    let route = |range: ipnet::IpNet| TunnelRoute { range, source: source(range.addr()), mtu };
+    let mut routes: Vec<TunnelRoute> = plan.peer_ranges.iter().map(|peer| route(peer.range)).collect();
     // Pods of nodes that nobody has seen yet are answered by us, not sent out in clear.
     for range in &plan.cluster_ranges {
         let known = routes.iter().any(|r| r.range == *range) || plan.pod_ranges.contains(range);
         if !known {
-            routes.push(route(*range, plan.pod_mtu));
+            routes.push(route(*range));
         }
     }
     // The pods' MTU everywhere, also where a path takes more: with br_netfilter the kernel joins a pod's IPv6
@@ -425,7 +424,7 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
     // A packet between the two sizes would come out whole and be too big for the other node's bridge, for ever.
     HostConfig {
         tun: config.tun_name.clone(),
-        mtu: plan.pod_mtu.into(),
+        mtu,
         node_addresses: plan.node_addresses.clone(),
         loop_v4: LOOP_V4,
         loop_v6: LOOP_V6,

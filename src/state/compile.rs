@@ -19,7 +19,7 @@ use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snaps
 
 mod local;
 
-use local::{Local, path_mtu};
+use local::Local;
 
 /// The smallest MTU that IPv6 allows on a link (RFC 8200, 5).
 pub const MIN_MTU_V6: u16 = 1280;
@@ -88,8 +88,6 @@ pub struct Settings {
 pub struct PeerRange {
     /// The range.
     pub range: IpNet,
-    /// Largest packet that the path carries.
-    pub mtu: u16,
     /// Whose it is.
     pub peer: String,
 }
@@ -273,7 +271,8 @@ impl Compiler {
             problems.push(Problem::node(ProblemKind::Setting, &info.name, "warren.dev/encaps", reason));
         }
         let vxlan = local.vxlan(info, &grant, settings);
-        let mtu = path_mtu(encap, &grant, vxlan.as_ref(), local, settings.underlay_mtu);
+        // The tunnel device's: what would fit more never gets there, and a larger MSS would promise too much.
+        let mtu = local.pod_mtu(settings);
         if let Some(known) = self.known.get(&info.name) {
             let peer = &known.peer;
             let unchanged = Arc::ptr_eq(&known.info, info) && known.grant == grant;

@@ -1,6 +1,6 @@
 //! This node as one end of every link: encapsulation, MTU, its own place in the mesh, the host plan.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -146,9 +146,8 @@ impl<'a> Local<'a> {
     pub(super) fn plan(&self, mesh: &Mesh, cluster: ClusterRanges, settings: &Settings) -> HostPlan {
         let peers = || mesh.peers.iter().flatten();
         let of_peer = |peer: &Arc<Peer>| {
-            let (mtu, name) = (peer.mtu, peer.name.clone());
-            let ranges = peer.pod_ranges.clone();
-            ranges.into_iter().map(move |range| PeerRange { range, mtu, peer: name.clone() })
+            let (name, ranges) = (peer.name.clone(), peer.pod_ranges.clone());
+            ranges.into_iter().map(move |range| PeerRange { range, peer: name.clone() })
         };
         let mut peer_ranges: Vec<PeerRange> = peers().flat_map(of_peer).collect();
         peer_ranges.sort();
@@ -173,9 +172,11 @@ impl<'a> Local<'a> {
         }
     }
 
-    /// What a pod may send to anybody: the dearest header that this node's policy and addresses allow.
+    /// What a pod may send to anybody: the dearest header that this node's policy and addresses allow (where
+    /// the outer family is not settled, as WireGuard peers roam, IPv6's). Never below what IPv6 needs where
+    /// pods have it: on a smaller underlay the outer packet is then fragmented.
     /// No other node has a say, so that none can make our pods' MTU move by coming, going or lying.
-    fn pod_mtu(&self, settings: &Settings) -> u16 {
+    pub(super) fn pod_mtu(&self, settings: &Settings) -> u16 {
         let overhead = match settings.encap {
             EncapPolicy::WireGuard | EncapPolicy::Auto => Encap::WireGuard.overhead(true),
             EncapPolicy::Vxlan => {
@@ -185,26 +186,6 @@ impl<'a> Local<'a> {
         };
         clamp(settings.underlay_mtu.saturating_sub(overhead), self.ipv6)
     }
-}
-
-/// The largest inner packet for a peer. Where the outer family is not settled (WireGuard peers roam), the
-/// larger header is assumed. Never below what IPv6 needs where IPv6 is used: on a smaller underlay the
-/// outer packet is then fragmented.
-pub(super) fn path_mtu(
-    encap: Option<Encap>,
-    grant: &Grant,
-    vxlan: Option<&PeerVxlan>,
-    local: &Local<'_>,
-    underlay: u16,
-) -> u16 {
-    let outer_v6 = match encap {
-        Some(Encap::Vxlan) => vxlan.is_none_or(|vxlan| vxlan.address.is_ipv6()),
-        Some(Encap::WireGuard) | None => {
-            grant.endpoints.is_empty() || grant.endpoints.iter().any(SocketAddr::is_ipv6)
-        }
-    };
-    let overhead = encap.unwrap_or(Encap::WireGuard).overhead(outer_v6);
-    clamp(underlay.saturating_sub(overhead), local.ipv6 || grant.ranges.iter().any(is_v6))
 }
 
 fn clamp(mtu: u16, ipv6: bool) -> u16 {

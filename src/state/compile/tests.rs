@@ -55,7 +55,7 @@ fn three_nodes_become_a_mesh() {
     let (b, c) = (peer(&compiled, "b"), peer(&compiled, "c"));
     assert_eq!(b.endpoints, ["192.0.2.2:51820".parse().unwrap()]);
     assert_eq!(c.endpoints, ["198.51.100.3:4500".parse().unwrap()]);
-    assert_eq!((b.encap, b.mtu), (Some(Encap::WireGuard), 1440));
+    assert_eq!((b.encap, b.mtu), (Some(Encap::WireGuard), 1420));
 
     let mesh = &compiled.snapshot.mesh;
     let owner = |address: &str| mesh.routes.lookup(address.parse().unwrap());
@@ -294,7 +294,7 @@ proptest! {
                     prop_assert!(!matches!(mesh.routes.lookup(endpoint.ip()), Some(Owner::PeerPod(_) | Owner::LocalPod)));
                 }
                 prop_assert!(peer.encap != Some(Encap::Vxlan) || peer.vxlan.is_some());
-                prop_assert!(peer.encap.is_none() || compiled.plan.pod_mtu <= peer.mtu);
+                prop_assert!(compiled.plan.pod_mtu == peer.mtu);
             }
             prop_assert!(compiled.problems.iter().all(|problem| !problem.to_string().contains(char::is_control)));
         }
