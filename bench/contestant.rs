@@ -70,11 +70,11 @@ impl Contestant {
             Contestant::Bare => "veth, all offloads on",
             Contestant::KernelVxlan => "vxlan device, static neighbours as Flannel writes them, MTU 1450",
             Contestant::WireguardGo => {
-                "TUN and UDP offloads on (its default), one goroutine set per processor, MTU 1440"
+                "TUN and UDP offloads on (its default), one goroutine set per processor, MTU 1420"
             }
-            Contestant::Gotatun => "default features (aws-lc-rs), log level error, MTU 1440",
+            Contestant::Gotatun => "default features (aws-lc-rs), log level error, MTU 1420",
             Contestant::Boringtun => {
-                "one thread per processor, connected sockets, multi-queue (defaults), MTU 1440"
+                "one thread per processor, connected sockets, multi-queue (defaults), MTU 1420"
             }
             Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
                 "agent with all its routes, rules and nft tables in place; node address to node address"
