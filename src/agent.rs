@@ -36,7 +36,7 @@ use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
-use crate::snapshot::LaneId;
+use crate::snapshot::{Encap, LaneId, PeerId};
 use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
 use crate::state::durable::Loaded;
@@ -245,6 +245,9 @@ impl Running {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let recent = recent::keep(self.files.clone(), self.handle.clone());
         tokio::pin!(recent);
+        let keepalive = self.config.keepalive;
+        let mut call = interval(Duration::from_secs(keepalive.max(1).into()));
+        call.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = stop.wait() => break,
@@ -264,6 +267,7 @@ impl Running {
                     self.is_the_device_back()?;
                     self.look().await;
                 }
+                _ = call.tick(), if keepalive > 0 => self.call_everybody(),
                 () = &mut recent => {}
             }
         }
@@ -293,6 +297,19 @@ impl Running {
     async fn look(&mut self) {
         if self.ends.look(&mut self.settings, &self.plan.host_addresses).await {
             self.settings_sender.send_replace(self.settings.clone());
+        }
+    }
+
+    /// Behind NAT nobody can call us: sessions that are not there are begun from here, and begun again after a
+    /// peer was away. Those that are there notice nothing.
+    fn call_everybody(&self) {
+        let snapshot = self.outputs.snapshot.load();
+        let peers = snapshot.mesh.peers.iter().flatten();
+        let callable =
+            peers.filter(|peer| peer.encap == Some(Encap::WireGuard) && !peer.endpoints.is_empty());
+        let ids: Vec<PeerId> = callable.map(|peer| peer.id).collect();
+        if !ids.is_empty() {
+            self.fleet.initiate(&ids);
         }
     }
 

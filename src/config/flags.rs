@@ -115,7 +115,8 @@ pub struct AgentArgs {
         help_heading = "Tunnel"
     )]
     pub endpoint: Option<Vec<EndpointArg>>,
-    /// Seconds between keepalives that others send to this node (behind NAT: 25) [default: 0, none]
+    /// Behind NAT or a stateful firewall, 25: seconds between keepalives, both ways, with every node, which this
+    /// node then calls by itself [default: 0, none]
     #[arg(long, value_name = "SECONDS", env = "WARREN_KEEPALIVE",
           value_parser = clap::value_parser!(u16).range(0..=3600), help_heading = "Tunnel")]
     pub keepalive: Option<u16>,

@@ -8,7 +8,7 @@
 //! | `warren.dev/location` | a word: nodes of one location may speak VXLAN to each other in `auto` mode |
 //! | `warren.dev/encaps` | `wireguard`, `vxlan` or `wireguard,vxlan`: what the node sends and accepts |
 //! | `warren.dev/vxlan-mac` | `02:00:00:aa:bb:cc`: inner MAC address of its VXLAN end |
-//! | `warren.dev/keepalive` | seconds between keepalives that others send to it |
+//! | `warren.dev/keepalive` | seconds between keepalives with it, both ways |
 //!
 //! For a WireGuard peer written by hand: `warren.dev/public-key` and `warren.dev/endpoint`.
 //! A value that is wrong counts as not given; a protocol we do not speak makes all of them so.

@@ -292,7 +292,8 @@ impl Compiler {
             pod_ranges: grant.ranges.clone(),
             addresses,
             mtu,
-            keepalive: info.announcement.keepalive,
+            // Whoever of the two is behind NAT, its own packets keep the way in open.
+            keepalive: shortest(info.announcement.keepalive, settings.announcement.keepalive),
         };
         let before = self.known.get(&info.name).map(|known| &known.peer).filter(|before| ***before == peer);
         let (peer, reused) = match before {
@@ -341,6 +342,11 @@ impl Compiler {
 }
 
 /// Enters a peer into every table of the mesh.
+/// The shorter of two intervals, of which 0 is none.
+fn shortest(theirs: u16, ours: u16) -> u16 {
+    [theirs, ours].into_iter().filter(|seconds| *seconds > 0).min().unwrap_or(0)
+}
+
 fn place(mesh: &mut Mesh, peer: Arc<Peer>) {
     let index = peer.id.0 as usize;
     if mesh.peers.len() <= index {

@@ -19,7 +19,7 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         DropReason::NoRoute => {
             "in the cluster's ranges, but no node owns the address: a pod or node that is gone?"
         }
-        DropReason::HopLimit => "hop limit ran out: a traceroute, or a routing loop",
+        DropReason::HopLimit => "hop limit ran out between two tunnels; elsewhere the kernel counts it",
         DropReason::TooBig => "too big for the path; the sender was told the right size",
         DropReason::ForeignSource => {
             "a local sender with an address that is not this node's: is it masqueraded wrongly?"
@@ -55,7 +55,7 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
             "a peer sent a packet whose source is not the peer's: misconfigured, or an attack"
         }
         DropReason::NotOurs => "the destination is not on this node",
-        DropReason::BadChecksum => "the packet's own checksum is wrong",
+        DropReason::BadChecksum => "neighbour discovery of a VXLAN peer with a wrong checksum",
         DropReason::TunWriteFailed => "the tunnel device refused the packet: is it up?",
         DropReason::IcmpRateLimited => "its ICMP answer was left out: those are rate-limited",
     }

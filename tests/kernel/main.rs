@@ -11,6 +11,7 @@ mod folder;
 mod interop;
 mod mesh;
 mod mtu;
+mod nat;
 mod refusals;
 mod rekey;
 mod repair;

@@ -172,6 +172,10 @@ fn what_did_not_change_is_not_made_again() {
     let arc = |compiled: &Compiled, id: PeerId| compiled.snapshot.mesh.peer(id).cloned().unwrap();
     let (b, c) = (peer(&first, "b").id, peer(&first, "c").id);
     assert_eq!((peer(&changed, "b").id, peer(&changed, "b").keepalive), (b, 25));
+    let mut behind_nat = settings.clone();
+    behind_nat.announcement.keepalive = 20;
+    let ours = Compiler::default().compile(&desired, &behind_nat);
+    assert_eq!((peer(&ours, "b").keepalive, peer(&ours, "c").keepalive), (20, 20));
     assert!(Arc::ptr_eq(&arc(&first, c), &arc(&changed, c)));
     assert!(Arc::ptr_eq(&first.plan, &changed.plan));
 }
