@@ -431,7 +431,7 @@ node-c  idle        vxlan      198.51.100.3:8472  1450  -          1 B       2 B
 
 DROPPED  REASON     MEANING
 5        no-route   in the cluster's ranges, but no node owns the address: a pod or node that is gone?
-2        hop-limit  hop limit ran out: a traceroute, or a routing loop
+2        hop-limit  hop limit ran out between two tunnels; elsewhere the kernel counts it
 ";
         let got = status(&fake::view());
         assert_eq!(got, expected, "\n{got}");
