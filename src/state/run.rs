@@ -346,17 +346,22 @@ impl StateLine {
     }
 
     /// Makes the published file say what it should; hands the publisher back. An agent that was started
-    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about.
+    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about. One
+    /// that is there is put right: as long as it cannot be read, the source withholds this node's Node, and
+    /// nobody else repairs it.
     async fn publish(&mut self, publisher: Option<Publisher>, clock: Clock) -> Option<Publisher> {
-        if self.plan.borrow().as_ref().is_none_or(|plan| plan.pod_ranges.is_empty()) {
+        let Some(has_pods) = self.plan.borrow().as_ref().map(|plan| !plan.pod_ranges.is_empty()) else {
             return publisher;
-        }
+        };
         let mut publisher = publisher?;
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();
         let now = (clock.now)();
         let (publisher, result) = blocking(move || {
-            let result = publisher.reconcile(&announcement, now);
+            let result = match has_pods || publisher.exists() {
+                true => publisher.reconcile(&announcement, now),
+                false => Ok(Published::Unchanged),
+            };
             (publisher, result)
         })
         .await;
@@ -659,6 +664,28 @@ mod tests {
         fs::write(dir.path().join("a.yaml"), node("a", 1)).unwrap();
         feed(&mut line, folder.reread(["a.yaml"]));
         assert_eq!((peers(&outputs), line.savable), (Vec::new(), true));
+    }
+
+    #[tokio::test]
+    async fn a_fresh_agent_puts_its_own_unreadable_announcement_right() {
+        for broken in ["", "kind: [", "<<<<<<< ours\napiVersion: v1\n=======\n", "# Written by", "a: 1\n"] {
+            let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            fs::write(folder.path().join("nodes.yaml"), node("a", 1) + &node("b", 2)).unwrap();
+            fs::write(folder.path().join("a.warren.yaml"), broken).unwrap();
+            let (mut a, tasks) = start(folder.path(), state.path(), "a", 1);
+            until(&mut a, "a with its pods", |snapshot, report| {
+                report.listed && snapshot.local.address_v4.is_some()
+            })
+            .await;
+            tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        }
+        // Without a Node that has pods there is nothing to announce.
+        let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(folder.path().join("nodes.yaml"), node("b", 2)).unwrap();
+        let (mut a, tasks) = start(folder.path(), state.path(), "a", 1);
+        until(&mut a, "the list", |_, report| report.listed).await;
+        assert!(!folder.path().join("a.warren.yaml").exists());
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 
     #[test]
