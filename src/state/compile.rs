@@ -324,15 +324,14 @@ impl Compiler {
         id
     }
 
-    /// Takes back the numbers of Nodes that are gone. Before the first full list nothing counts as gone:
-    /// a Node that was saved but not seen yet keeps its number.
+    /// Takes back the numbers of Nodes that are gone. Before the first full list a Node whose number was
+    /// saved but that was not seen yet keeps it.
     fn release_ids(&mut self, desired: &Desired, settings: &Settings, generation: u64) {
         let stays = |name: &str| name != settings.node && desired.node(name).is_some();
+        let listed = desired.is_listed(Kind::Node);
+        let is_gone = |name: &str| !stays(name) && (listed || self.known.contains_key(name));
+        let gone: Vec<String> = self.ids.keys().filter(|name| is_gone(name)).cloned().collect();
         self.known.retain(|name, _| stays(name));
-        if !desired.is_listed(Kind::Node) {
-            return;
-        }
-        let gone: Vec<String> = self.ids.keys().filter(|name| !stays(name)).cloned().collect();
         for name in gone {
             if let Some(id) = self.ids.remove(&name) {
                 self.resting.push_back((generation, id));

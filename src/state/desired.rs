@@ -1,8 +1,9 @@
 //! What should be, as typed values: told of changes, asked by [`compile`](super::compile).
 //!
-//! Nothing is removed before the first complete list of its kind has arrived: after a restart the saved
-//! state stays in force until the source has spoken in full. What is in force without the source's word
-//! is marked as unconfirmed, and goes with that list.
+//! Nothing is removed for being absent before the first complete list of its kind has arrived: after a
+//! restart the saved state stays in force until the source has spoken in full. What is in force without
+//! the source's word is marked as unconfirmed, and goes with that list. What the source itself removes is
+//! gone at once: one file that cannot be read must not keep a stolen laptop in the mesh.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -61,7 +62,7 @@ pub struct Desired {
     nodes: BTreeMap<Precedence, Arc<NodeInfo>>,
     by_name: HashMap<String, Precedence>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
-    /// What the source does not hold, as far as is known: it was saved, or was in the source before.
+    /// What the source has not shown: it was saved, or was in the source before its last list.
     unconfirmed: BTreeSet<Key>,
     listed: BTreeSet<Kind>,
 }
@@ -97,12 +98,6 @@ impl Desired {
 
     /// An object is gone.
     pub fn delete(&mut self, key: &Key) -> Outcome {
-        if !self.listed.contains(&key.kind) {
-            if self.names(key.kind).any(|name| *name == key.name) {
-                self.unconfirmed.insert(key.clone());
-            }
-            return Outcome::default();
-        }
         self.unconfirmed.remove(key);
         let changed = match key.kind {
             Kind::Node => self.take_node(&key.name),
@@ -144,6 +139,11 @@ impl Desired {
     /// Whether the object is in force without the source's word.
     pub fn is_unconfirmed(&self, key: &Key) -> bool {
         self.unconfirmed.contains(key)
+    }
+
+    /// The names of the objects of a kind that are in force without the source's word.
+    pub fn unconfirmed(&self, kind: Kind) -> impl Iterator<Item = &str> {
+        self.unconfirmed.iter().filter(move |key| key.kind == kind).map(|key| key.name.as_str())
     }
 
     /// Whether a complete list of that kind has arrived.
@@ -225,13 +225,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_goes_before_the_first_full_list() {
+    fn before_the_first_full_list_only_that_goes_which_the_source_removes() {
         let mut desired = Desired::default();
+        desired.remember(&node("c"));
         assert!(desired.apply(&node("a")).changed);
         assert!(desired.apply(&node("b")).changed);
         assert!(!desired.apply(&node("a")).changed);
-        assert!(!desired.delete(&node("a").key()).changed);
-        assert_eq!(desired.nodes().count(), 2);
+        assert!(desired.delete(&node("a").key()).changed);
+        assert!(!desired.delete(&node("a").key()).changed && !desired.is_unconfirmed(&node("a").key()));
+        assert_eq!(desired.nodes().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["b", "c"]);
+        assert_eq!(desired.unconfirmed(Kind::Node).collect::<Vec<_>>(), ["c"]);
         assert!(desired.reset(Kind::Node, &[node("a")]).changed);
         assert_eq!(desired.nodes().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["a"]);
         assert!(desired.delete(&node("a").key()).changed);
@@ -251,13 +254,10 @@ mod tests {
         desired.apply(&node("b"));
         desired.delete(&node("d").key());
         desired.delete(&node("x").key());
-        assert_eq!(names(&desired), ["a", "b", "c", "d"]);
+        assert_eq!(names(&desired), ["a", "b", "c"]);
         let outcome = desired.complete(Kind::Node);
         assert!(outcome.changed);
-        assert_eq!(
-            outcome.reports.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(),
-            ["Node/c", "Node/d"]
-        );
+        assert_eq!(outcome.reports.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(), ["Node/c"]);
         assert_eq!(names(&desired), ["a", "b"]);
         // Later an incomplete list removes nobody either.
         desired.list(Kind::Node, &[node("a")]);

@@ -58,6 +58,11 @@ impl Publisher {
         &self.path
     }
 
+    /// Whether something of that name is in the folder.
+    pub fn exists(&self) -> bool {
+        self.path.symlink_metadata().is_ok()
+    }
+
     /// Makes the file say what it should.
     pub fn reconcile(&mut self, announcement: &Announcement, now: Instant) -> io::Result<Published> {
         let wanted = render(&self.node, announcement)?;

@@ -28,6 +28,8 @@ const TICK: Duration = Duration::from_secs(2);
 const NEEDED: [Kind; 2] = [Kind::Node, Kind::ServiceCidr];
 /// Most events of one turn; more are the next one's.
 const BATCH: usize = 4096;
+/// Most nodes that a problem names.
+const NAMED: usize = 8;
 
 /// Where the time comes from (`io::clock` in the agent).
 #[derive(Clone, Copy, Debug)]
@@ -164,13 +166,14 @@ impl StateLine {
         if self.is_heard() || self.from_checkpoint.is_some() {
             let compiled = self.compiler.compile(&self.desired, &self.settings);
             let Compiled { snapshot, plan, problems, held } = compiled;
-            self.savable = self.is_listed() && !held && !plan.pod_ranges.is_empty();
+            // What the source has not shown is saved along: it is in force, and would be after a restart.
+            self.savable =
+                self.is_heard() && !held && !plan.pod_ranges.is_empty() && !self.is_own_node_missing();
             if self.is_listed() && !held {
                 self.from_checkpoint = None;
             }
             self.snapshot.store(snapshot);
             self.note("compile", problems);
-            self.note("source", self.incomplete().into_iter().collect());
             self.plan.send_if_modified(|last| {
                 let changed = last.as_ref() != Some(&plan);
                 *last = Some(plan);
@@ -249,10 +252,12 @@ impl StateLine {
         NEEDED.into_iter().all(|kind| self.heard.contains_key(&kind))
     }
 
-    /// Whether this node's own Node is one that is only remembered.
+    /// Whether this node's own Node is one that is only remembered, or was there and is gone.
     fn is_own_node_missing(&self) -> bool {
         let name = self.settings.node.clone();
-        self.desired.is_unconfirmed(&Key { kind: Kind::Node, namespace: String::new(), name })
+        let had = self.plan.borrow().as_ref().is_some_and(|plan| !plan.pod_ranges.is_empty());
+        let gone = had && self.desired.node(&name).is_none();
+        gone || self.desired.is_unconfirmed(&Key { kind: Kind::Node, namespace: String::new(), name })
     }
 
     /// Why what the source gave is not yet taken for everything.
@@ -261,17 +266,21 @@ impl StateLine {
             return None;
         }
         let missing = NEEDED.into_iter().any(|kind| self.heard.get(&kind) != Some(&true));
-        let reason = match missing {
-            true => {
-                "a part of it cannot be read (which, is said here too): until it can, no node counts as \
-                     removed and no state is saved"
-            }
-            false => {
-                "this node's own Node is not in it: until it is, no node counts as removed and no \
-                      state is saved"
-            }
+        let mut reason = match missing {
+            true => "a part of it cannot be read (which, is said here too)".to_owned(),
+            false => "this node's own Node is not in it: until it is, no state is saved".to_owned(),
         };
-        Some(setting("source", reason.to_owned()))
+        let mut unseen = self.desired.unconfirmed(Kind::Node).filter(|name| *name != self.settings.node);
+        let named: Vec<&str> = unseen.by_ref().take(NAMED).collect();
+        if !named.is_empty() {
+            reason += "; in force from before, and not counted as removed until then: ";
+            reason += &named.join(", ");
+            match unseen.count() {
+                0 => {}
+                more => reason += &format!(" and {more} more"),
+            }
+        }
+        Some(setting("source", reason))
     }
 
     fn concerns_this_node(&self, event: &SourceEvent) -> bool {
@@ -301,6 +310,7 @@ impl StateLine {
     }
 
     fn tell(&mut self) {
+        self.note("source", self.incomplete().into_iter().collect());
         let plan = self.plan.borrow().clone();
         let report = StateReport {
             listed: self.is_listed(),
@@ -336,17 +346,22 @@ impl StateLine {
     }
 
     /// Makes the published file say what it should; hands the publisher back. An agent that was started
-    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about.
+    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about. One
+    /// that is there is put right: as long as it cannot be read, the source withholds this node's Node, and
+    /// nobody else repairs it.
     async fn publish(&mut self, publisher: Option<Publisher>, clock: Clock) -> Option<Publisher> {
-        if self.plan.borrow().as_ref().is_none_or(|plan| plan.pod_ranges.is_empty()) {
+        let Some(has_pods) = self.plan.borrow().as_ref().map(|plan| !plan.pod_ranges.is_empty()) else {
             return publisher;
-        }
+        };
         let mut publisher = publisher?;
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();
         let now = (clock.now)();
         let (publisher, result) = blocking(move || {
-            let result = publisher.reconcile(&announcement, now);
+            let result = match has_pods || publisher.exists() {
+                true => publisher.reconcile(&announcement, now),
+                false => Ok(Published::Unchanged),
+            };
             (publisher, result)
         })
         .await;
@@ -544,8 +559,27 @@ mod tests {
         feed(&mut line, folder.scan(true).unwrap());
         assert_eq!(peers(&outputs), ["b", "c", "d"]);
         let report = outputs.report.borrow().clone();
-        assert_eq!((report.listed, report.from_checkpoint, line.savable), (false, Some(77), false));
-        assert!(report.problems.iter().any(|p| p.subject == "source" && p.reason.contains("cannot be read")));
+        assert_eq!((report.listed, report.from_checkpoint, line.savable), (false, Some(77), true));
+        let said = |report: &StateReport| {
+            let of_source = report.problems.iter().find(|p| p.subject == "source");
+            of_source.map(|p| p.reason.clone()).unwrap_or_default()
+        };
+        assert!(said(&report).contains("cannot be read") && said(&report).ends_with(": b, c"), "{report:?}");
+
+        // What was read and is removed is gone, and a restart brings back only what nobody removed.
+        write("c.yaml", &node("c", 3));
+        feed(&mut line, folder.reread(["c.yaml"]));
+        fs::remove_file(dir.path().join("d.yaml")).unwrap();
+        feed(&mut line, folder.reread(["d.yaml"]));
+        assert_eq!(peers(&outputs), ["b", "c"]);
+        assert!(said(&outputs.report.borrow()).ends_with(": b"));
+        let (mut line, outputs) =
+            StateLine::new(settings("a", 1), Some(line.checkpoint(SystemTime::UNIX_EPOCH)));
+        fs::remove_file(dir.path().join("c.yaml")).unwrap();
+        write("d.yaml", &node("d", 4));
+        let mut folder = Folder::new(dir.path());
+        feed(&mut line, folder.scan(true).unwrap());
+        assert_eq!(peers(&outputs), ["b", "c", "d"]);
 
         // When the file is well again, what went meanwhile goes; and from then on a broken one costs nothing.
         write("b.yaml", &node("b", 2));
@@ -581,14 +615,77 @@ mod tests {
     }
 
     #[test]
-    fn a_first_start_works_with_what_can_be_read_and_saves_nothing_of_it() {
+    fn a_first_start_works_with_what_can_be_read_and_saves_it() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("n.yaml"), node("a", 1) + &node("b", 2)).unwrap();
         fs::write(dir.path().join("c.yaml"), "").unwrap();
         let (mut line, outputs) = StateLine::new(settings("a", 1), None);
         feed(&mut line, Folder::new(dir.path()).scan(true).unwrap());
-        assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], false));
+        assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], true));
         assert_eq!(outputs.plan.borrow().as_ref().unwrap().pod_ranges.len(), 1);
+    }
+
+    #[test]
+    fn a_node_that_is_taken_out_is_out_whatever_else_is_wrong_with_the_folder() {
+        let all = node("a", 1) + &node("b", 2);
+        for (name, text) in [("values.yaml", "replicas: 2\n"), ("x.yaml", ""), ("x.yaml", "kind: [")] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join("nodes.yaml"), &all).unwrap();
+            fs::write(dir.path().join("laptop.yaml"), node("laptop", 3)).unwrap();
+            fs::write(dir.path().join(name), text).unwrap();
+            let saved = saved_by_one_that_knew(&(all.clone() + &node("laptop", 3)));
+            let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+            let mut folder = Folder::new(dir.path());
+            feed(&mut line, folder.scan(true).unwrap());
+            assert_eq!(peers(&outputs), ["b", "laptop"]);
+            fs::remove_file(dir.path().join("laptop.yaml")).unwrap();
+            feed(&mut line, folder.reread(["laptop.yaml"]));
+            assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], true), "{name} {text}");
+            let saved = line.checkpoint(SystemTime::UNIX_EPOCH);
+            let (_line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+            assert_eq!(peers(&outputs), ["b"]);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_emptied_while_a_file_is_broken_forgets_nobody() {
+        let saved = saved_by_one_that_knew(&(node("a", 1) + &node("b", 2)));
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.yaml"), node("a", 1)).unwrap();
+        fs::write(dir.path().join("b.yaml"), "kind: [").unwrap();
+        let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+        let mut folder = Folder::new(dir.path());
+        feed(&mut line, folder.scan(true).unwrap());
+        for name in ["a.yaml", "b.yaml"] {
+            fs::remove_file(dir.path().join(name)).unwrap();
+            feed(&mut line, folder.reread([name]));
+            assert_eq!((peers(&outputs), line.savable), (vec!["b".to_owned()], false));
+        }
+        fs::write(dir.path().join("a.yaml"), node("a", 1)).unwrap();
+        feed(&mut line, folder.reread(["a.yaml"]));
+        assert_eq!((peers(&outputs), line.savable), (Vec::new(), true));
+    }
+
+    #[tokio::test]
+    async fn a_fresh_agent_puts_its_own_unreadable_announcement_right() {
+        for broken in ["", "kind: [", "<<<<<<< ours\napiVersion: v1\n=======\n", "# Written by", "a: 1\n"] {
+            let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            fs::write(folder.path().join("nodes.yaml"), node("a", 1) + &node("b", 2)).unwrap();
+            fs::write(folder.path().join("a.warren.yaml"), broken).unwrap();
+            let (mut a, tasks) = start(folder.path(), state.path(), "a", 1);
+            until(&mut a, "a with its pods", |snapshot, report| {
+                report.listed && snapshot.local.address_v4.is_some()
+            })
+            .await;
+            tasks.iter().for_each(tokio::task::JoinHandle::abort);
+        }
+        // Without a Node that has pods there is nothing to announce.
+        let (folder, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(folder.path().join("nodes.yaml"), node("b", 2)).unwrap();
+        let (mut a, tasks) = start(folder.path(), state.path(), "a", 1);
+        until(&mut a, "the list", |_, report| report.listed).await;
+        assert!(!folder.path().join("a.warren.yaml").exists());
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 
     #[test]

@@ -211,6 +211,13 @@ fn a_number_is_not_given_again_at_once_and_survives_a_restart() {
     compiler.compile(&early, &settings);
     let compiled = compiler.compile(&desired(&objects), &settings);
     assert_eq!((peer(&compiled, "b").id, peer(&compiled, "c").id), (PeerId(3), PeerId(7)));
+
+    // One that was seen and then removed does not.
+    let mut compiler = Compiler::with_ids([("b".to_owned(), PeerId(3)), ("c".to_owned(), PeerId(7))]);
+    compiler.compile(&early, &settings);
+    early.delete(&objects[1].key());
+    compiler.compile(&early, &settings);
+    assert_eq!(compiler.ids().collect::<Vec<_>>(), [("c", PeerId(7))]);
 }
 
 #[test]

@@ -5,12 +5,16 @@
 //! 1. A file counts if it ends in `.yaml`, `.yml` or `.json` and does not start with a dot. A copy that a
 //!    sync program made of a conflict is reported and not read.
 //! 2. A document that is wrong is reported. As long as a file holds one, nothing that the file gave
-//!    earlier is withdrawn: a half-written file removes nothing. The same for a file that is empty,
-//!    unreadable or too big. Objects of other kinds than ours are reported and otherwise left alone.
+//!    earlier is withdrawn: a half-written file removes nothing. The same for a file that is empty (its
+//!    writer may not be done, or a power cut took its content), too big, unreadable or a link to nowhere
+//!    (a disk that is not mounted yet). What is no object, or one of another kind than ours, is reported
+//!    and otherwise left alone; and a folder, a pipe or a device of such a name is no file, and holds
+//!    nothing.
 //! 3. The list is complete when every file was read whole once. Until then what a file may hold is not
-//!    known, so the list says that it is incomplete, and everybody keeps what he knew.
+//!    known, so the list says that it is incomplete, and everybody keeps what he knew from before. An
+//!    object that was read and is then removed is gone all the same.
 //! 4. `<node>.warren.yaml` gives only the `warren.dev/` annotations of that Node; they are merged into
-//!    the Node that some other file holds, whose own annotations win.
+//!    the Node that some other file holds, whose own annotations win. One that gives none is not whole.
 //! 5. If several files hold the same object, one is used and the others are reported: a Node with pod
 //!    ranges before one without, then the file whose name without its ending sorts first (`nodes.yaml`
 //!    before `nodes (1).yaml` and `nodes-old.yaml`).
@@ -71,6 +75,17 @@ enum Listing {
     Complete,
 }
 
+/// What the files that hold an object come to.
+#[derive(Debug)]
+enum Merged {
+    /// This.
+    Object(Object),
+    /// Not known yet: what was told before stands.
+    Withheld,
+    /// There is no such object.
+    Nothing,
+}
+
 /// The folder's files and the objects they add up to.
 #[derive(Debug)]
 pub struct Folder {
@@ -80,6 +95,8 @@ pub struct Folder {
     holders: BTreeMap<Key, BTreeSet<String>>,
     /// What was last told.
     merged: BTreeMap<Key, Object>,
+    /// Nodes that are not told, or not anew, as long as their announcement cannot be read.
+    withheld: BTreeSet<Key>,
     conflicts: BTreeMap<Key, Vec<Problem>>,
     /// How many files were too many at the last scan.
     beyond: usize,
@@ -94,6 +111,7 @@ impl Folder {
             files: BTreeMap::new(),
             holders: BTreeMap::new(),
             merged: BTreeMap::new(),
+            withheld: BTreeSet::new(),
             conflicts: BTreeMap::new(),
             beyond: 0,
             listing: Listing::Unread,
@@ -222,12 +240,18 @@ impl Folder {
                 } else {
                     let parsed = manifest::parse(&bytes, name.ends_with(".json"));
                     (after, problems, keep) = take(name, parsed);
+                    if after.is_empty() && name.ends_with(PUBLISHED_SUFFIX) {
+                        if problems.is_empty() {
+                            problems.push(file_problem(name, "", "announces nothing of its node"));
+                        }
+                        keep = true;
+                    }
                 }
             }
-            Err((stamp, reason)) => {
+            Err(Unreadable { stamp, is_file, reason }) => {
                 state.stamp = stamp;
                 problems.push(file_problem(name, "", reason));
-                keep = !is_conflict_copy(name);
+                keep = is_file && !is_conflict_copy(name);
             }
         }
         state.whole |= !keep;
@@ -264,21 +288,26 @@ impl Folder {
     fn settle(&mut self, touched: BTreeSet<Key>, events: &mut Vec<SourceEvent>) {
         let mut conflicts_changed = false;
         for key in touched {
-            let (object, conflicts) = self.merge(&key);
+            let (merged, conflicts) = self.merge(&key);
             let before = if conflicts.is_empty() {
                 self.conflicts.remove(&key)
             } else {
                 self.conflicts.insert(key.clone(), conflicts.clone())
             };
             conflicts_changed |= before.unwrap_or_default() != conflicts;
-            match object {
-                Some(object) if self.merged.get(&key) != Some(&object) => {
-                    self.merged.insert(key, object.clone());
-                    events.push(SourceEvent::Apply(object));
+            match merged {
+                Merged::Object(object) => {
+                    self.withheld.remove(&key);
+                    if self.merged.get(&key) != Some(&object) {
+                        self.merged.insert(key, object.clone());
+                        events.push(SourceEvent::Apply(object));
+                    }
                 }
-                Some(_) => {}
-                None => {
-                    if self.merged.remove(&key).is_some() {
+                Merged::Withheld => drop(self.withheld.insert(key)),
+                Merged::Nothing => {
+                    // One that was withheld is known to others from before.
+                    let withheld = self.withheld.remove(&key);
+                    if self.merged.remove(&key).is_some() || withheld {
                         events.push(SourceEvent::Delete(key));
                     }
                 }
@@ -300,11 +329,11 @@ impl Folder {
         key.kind == Kind::Node && self.listing != Listing::Complete && unread()
     }
 
-    fn merge(&mut self, key: &Key) -> (Option<Object>, Vec<Problem>) {
+    fn merge(&mut self, key: &Key) -> (Merged, Vec<Problem>) {
         let mut problems = Vec::new();
         let Some(holders) = self.holders.get(key).filter(|holders| !holders.is_empty()) else {
             self.holders.remove(key);
-            return (None, problems);
+            return (Merged::Nothing, problems);
         };
         let held =
             holders.iter().filter_map(|name| Some((name.as_str(), self.files.get(name)?.objects.get(key)?)));
@@ -322,9 +351,9 @@ impl Folder {
             ));
         }
         if published.is_none() && self.awaits_announcement(key) {
-            return (None, problems);
+            return (Merged::Withheld, problems);
         }
-        let object = match (base, published) {
+        let merged = match (base, published) {
             (Some((base_name, Object::Node(node))), Some((_, Object::Node(announced)))) => {
                 let mut node = node.as_ref().clone();
                 let own = node.metadata.annotations.get_or_insert_default();
@@ -338,18 +367,18 @@ impl Folder {
                         Some(_) => {}
                     }
                 }
-                Some(Object::Node(Arc::new(node)))
+                Merged::Object(Object::Node(Arc::new(node)))
             }
-            (Some((_, object)), _) => Some(object.clone()),
+            (Some((_, object)), _) => Merged::Object(object.clone()),
             (None, Some((name, _))) => {
                 let reason =
                     format!("no other file holds {key} yet: its pod range and addresses are not known");
                 problems.push(file_problem(name, "", reason));
-                None
+                Merged::Nothing
             }
-            (None, None) => None,
+            (None, None) => Merged::Nothing,
         };
-        (object, problems)
+        (merged, problems)
     }
 }
 
@@ -387,12 +416,25 @@ fn stamp(metadata: &fs::Metadata) -> Stamp {
     }
 }
 
-/// A file that cannot be read: what it looked like, if that is known, and why.
-type Unreadable = (Option<Stamp>, String);
+/// What cannot be read.
+struct Unreadable {
+    /// What it looked like, if that is known.
+    stamp: Option<Stamp>,
+    /// Whether it is, or may become, a file that holds something.
+    is_file: bool,
+    /// Why.
+    reason: String,
+}
 
 /// The file's content; `None` when there is no such file.
 fn read_file(path: &Path) -> Result<Option<(Stamp, Vec<u8>)>, Unreadable> {
-    let fail = |stamp| move |error: io::Error| (stamp, format!("cannot be read: {error}"));
+    let fail = |stamp| {
+        move |error: io::Error| Unreadable {
+            stamp,
+            is_file: true,
+            reason: format!("cannot be read: {error}"),
+        }
+    };
     // O_NONBLOCK: opening a FIFO that somebody put here must not hang the agent.
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     let file = match file {
@@ -405,10 +447,12 @@ fn read_file(path: &Path) -> Result<Option<(Stamp, Vec<u8>)>, Unreadable> {
     let metadata = file.metadata().map_err(fail(None))?;
     let stamp = stamp(&metadata);
     if !metadata.is_file() {
-        return Err((Some(stamp), "is not a regular file".to_owned()));
+        let reason = "is not a regular file".to_owned();
+        return Err(Unreadable { stamp: Some(stamp), is_file: false, reason });
     }
     if metadata.len() > MAX_FILE_BYTES {
-        return Err((Some(stamp), format!("is larger than {} MiB", MAX_FILE_BYTES >> 20)));
+        let reason = format!("is larger than {} MiB", MAX_FILE_BYTES >> 20);
+        return Err(Unreadable { stamp: Some(stamp), is_file: true, reason });
     }
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
     file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(fail(Some(stamp)))?;
@@ -564,12 +608,51 @@ mod tests {
             fs::write(dir.path().join("b.yaml"), broken).unwrap();
             assert_eq!(short(&folder.reread(["b.yaml"])), ["!file b.yaml:1"]);
         }
-        let (dir, mut folder) = setup(&[]);
-        fs::create_dir(dir.path().join("b.yaml")).unwrap();
-        assert_eq!(short(&folder.scan(true).unwrap()), ["!file b.yaml:1"]);
-        fs::remove_dir(dir.path().join("b.yaml")).unwrap();
-        let events = folder.scan(true).unwrap();
-        assert!(events.iter().any(|e| matches!(e, SourceEvent::Reset { complete: true, .. })), "{events:?}");
+        let (dir, mut folder) = setup(&[("a.yaml", &node("a", "10.1.0.0/24"))]);
+        std::os::unix::fs::symlink("nowhere", dir.path().join("b.yaml")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["~Node:1", "!file b.yaml:1"]);
+        fs::write(dir.path().join("nowhere"), node("b", "10.2.0.0/24")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["=Node:2", "!file b.yaml:0"]);
+    }
+
+    #[test]
+    fn what_can_hold_none_of_our_objects_does_not_keep_the_list_from_being_complete() {
+        let (dir, mut folder) =
+            setup(&[("a.yaml", &node("a", "10.1.0.0/24")), ("values.yaml", "replicas: 2\n")]);
+        fs::create_dir(dir.path().join("d.yaml")).unwrap();
+        nix::unistd::mkfifo(&dir.path().join("f.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::os::unix::fs::symlink("/dev/null", dir.path().join("n.yaml")).unwrap();
+        let events = short(&folder.scan(true).unwrap());
+        let said = ["d", "f", "n", "values"].map(|name| format!("!file {name}.yaml:1"));
+        assert_eq!(events.first().map(String::as_str), Some("=Node:1"));
+        assert_eq!(events[1..], said);
+        // In the place of a file it is that file's removal, now as after a restart.
+        fs::remove_file(dir.path().join("a.yaml")).unwrap();
+        fs::create_dir(dir.path().join("a.yaml")).unwrap();
+        assert_eq!(short(&folder.scan(true).unwrap()), ["!file a.yaml:1", "-Node/a"]);
+    }
+
+    #[test]
+    fn what_is_removed_is_gone_also_from_an_incomplete_list() {
+        let files = [
+            ("a.yaml", node("a", "10.1.0.0/24")),
+            ("b.yaml", node("b", "10.2.0.0/24")),
+            ("b.warren.yaml", "# half a comment".to_owned()),
+            ("c.yaml", node("c", "10.3.0.0/24")),
+            ("x.yaml", "kind: [".to_owned()),
+        ];
+        let (dir, mut folder) = setup(&files.each_ref().map(|(name, text)| (*name, text.as_str())));
+        let events = short(&folder.scan(true).unwrap());
+        assert_eq!(events, ["~Node:2", "!file b.warren.yaml:1", "!file x.yaml:1"]);
+        // Read, though not told: others may know it from before.
+        for gone in ["a", "b"] {
+            fs::remove_file(dir.path().join(format!("{gone}.yaml"))).unwrap();
+            let events = short(&folder.reread([format!("{gone}.yaml").as_str()]));
+            assert_eq!(events, [format!("!file {gone}.yaml:0"), format!("-Node/{gone}")]);
+        }
+        // A Node that was told stays as it was when its announcement turns up and cannot be read.
+        fs::write(dir.path().join("c.warren.yaml"), "kind: [").unwrap();
+        assert_eq!(short(&folder.reread(["c.warren.yaml"])), ["!file c.warren.yaml:1"]);
     }
 
     #[test]

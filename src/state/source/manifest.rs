@@ -40,7 +40,7 @@ pub enum Flaw {
     Syntax,
     /// An object that we cannot use, though it may be meant for us.
     Object,
-    /// An object of a kind that is none of ours: whatever it says, it hides none of our objects.
+    /// No object, or one of a kind that is none of ours: whatever it says, it hides none of our objects.
     Foreign,
 }
 
@@ -267,12 +267,14 @@ impl Wrong {
 fn typed(value: Value, piece: Option<&str>) -> Result<Object, Wrong> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let Some(name) = text("kind") else {
-        return Err(Wrong::object("no `kind`: not a Kubernetes object".to_owned()));
+        let flaw = if is_begun(&value) { Flaw::Object } else { Flaw::Foreign };
+        return Err(Wrong { offset: 0, flaw, reason: "no `kind`: not a Kubernetes object".to_owned() });
     };
     let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.name() == name) else {
         let near = nearest(&name, Kind::ALL.map(Kind::name));
-        // A file that is being written may end inside of the word.
-        let begun = Kind::ALL.iter().any(|kind| kind.name().starts_with(&name));
+        // A file that is being written may end inside of the word, or before the items of a List.
+        let lists = Kind::ALL.map(|kind| format!("{}List", kind.name()));
+        let begun = "List".starts_with(&name) || lists.iter().any(|list| list.starts_with(&name));
         let flaw = if near.is_some() || begun { Flaw::Object } else { Flaw::Foreign };
         let hint = near.map(|known| format!(" (did you mean {known}?)")).unwrap_or_default();
         let reason = format!("kind {} is not one that Warren reads{hint}", quote(&name));
@@ -292,6 +294,25 @@ fn typed(value: Value, piece: Option<&str>) -> Result<Object, Wrong> {
     }?;
     check_names(&object).map_err(Wrong::object)?;
     Ok(object)
+}
+
+/// Whether a document without a `kind` may be the beginning of an object of ours, whose writer is not done:
+/// Helm's values and whatever else is no object must not count as one for as long as it is there.
+fn is_begun(value: &Value) -> bool {
+    const FIRST: [&str; 3] = ["apiVersion", "kind", "metadata"];
+    match value {
+        Value::Object(fields) => match fields.get("apiVersion").and_then(Value::as_str) {
+            Some(version) => Kind::ALL.iter().any(|kind| kind.api_version().starts_with(version)),
+            None => FIRST.iter().any(|field| fields.contains_key(*field)),
+        },
+        // It ends inside of its first word.
+        Value::String(text) => FIRST.iter().any(|field| field.starts_with(text.as_str())),
+        // Somebody's idea of a List.
+        Value::Array(items) => items.iter().any(|item| item.is_object() && is_begun(item)),
+        // The last item of a List: a hyphen, and nothing yet behind it.
+        Value::Null => true,
+        Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>, Wrong> {
@@ -382,6 +403,39 @@ mod tests {
         for (kind, flaw) in [("Deployment", Flaw::Foreign), ("No", Flaw::Object), ("''", Flaw::Object)] {
             let text = format!("apiVersion: v1\nkind: {kind}\n");
             assert_eq!(parse(text.as_bytes(), false).problems[0].flaw, flaw, "{kind}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_object_is_told_from_one_that_is_being_written() {
+        let begun =
+            ["api", "kind", "kind:", "apiVersion: v", "apiVersion: v1", "metadata: {name: a}", "a: 1\nkind:"];
+        let lists = ["apiVersion: v1\nkind: Li", "apiVersion: v1\nkind: List\nitems:", "kind: NodeList"];
+        let items =
+            ["kind: List\nitems:\n-", "kind: List\nitems:\n- api", "- {kind: 7, metadata: {name: a}}"];
+        for text in begun.iter().chain(&lists).chain(&items) {
+            let manifest = parse(text.as_bytes(), false);
+            assert_eq!(
+                manifest.problems.iter().map(|p| p.flaw).collect::<Vec<_>>(),
+                [Flaw::Object],
+                "{text}"
+            );
+        }
+        let values = "replicas: 2\nimage: {tag: x}";
+        for text in [
+            values,
+            "apiVersion: v2\nname: chart",
+            "only words",
+            "- a\n- b: 1",
+            "7",
+            "kind: List\nitems: [{a: 1}]",
+        ] {
+            let manifest = parse(text.as_bytes(), false);
+            assert_eq!(
+                manifest.problems.iter().map(|p| p.flaw).collect::<Vec<_>>(),
+                [Flaw::Foreign],
+                "{text}"
+            );
         }
     }
 

@@ -138,16 +138,18 @@ impl Object {
 pub enum SourceEvent {
     /// This object is new or has changed.
     Apply(Object),
-    /// This object is gone.
+    /// This object was in the source and is no more. That is so whether or not the source has told all
+    /// that it holds.
     Delete(Key),
-    /// These are the objects of this kind. Nothing is removed before the first complete list of it.
+    /// These are the objects of this kind.
     Reset {
         /// Which kind.
         kind: Kind,
         /// All of them that could be read.
         objects: Vec<Object>,
         /// Whether that is all of them: what is not among them is gone. A source that cannot read a
-        /// part of what it has says so, and gives a complete list when it can.
+        /// part of what it has says so, and gives a complete list when it can; until then nothing is gone
+        /// for being absent.
         complete: bool,
     },
     /// Replaces what `origin` has to report; an empty list means that all is well there now.
