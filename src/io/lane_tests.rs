@@ -97,9 +97,10 @@ impl Kernel for Fake {
         let mut sent = 0;
         for run in runs {
             match self.refuse_runs {
+                Some(_) if run.count > 1 && sent > 0 => return Ok(sent),
                 Some(error) if run.count > 1 => {
                     self.refused += 1;
-                    return if sent > 0 { Ok(sent) } else { Err(io::Error::from_raw_os_error(error)) };
+                    return Err(io::Error::from_raw_os_error(error));
                 }
                 Some(_) | None => {
                     self.sent.extend(batch.bytes(run).chunks(run.segment).map(<[u8]>::to_vec));
@@ -124,24 +125,32 @@ impl Kernel for Fake {
 }
 
 fn snapshot() -> Snapshot {
-    let ip = |text: &str| text.parse::<IpAddr>().expect("address");
-    let remote: SocketAddr = PEER.parse().expect("address");
+    snapshot_of(1)
+}
+
+/// Peers at 192.0.2.2 and on, with 10.244.1.0/24 and on.
+fn snapshot_of(peers: u8) -> Snapshot {
+    let port = PEER.parse::<SocketAddr>().expect("address").port();
     let mut mesh = Mesh::default();
     mesh.routes.insert("10.244.0.0/24".parse().expect("range"), Owner::LocalPod);
-    mesh.routes.insert("10.244.1.0/24".parse().expect("range"), Owner::PeerPod(PeerId(0)));
-    mesh.vxlan_sources.insert(remote.ip(), PeerId(0));
-    mesh.peers.push(Some(Arc::new(Peer {
-        id: PeerId(0),
-        name: "peer".to_owned(),
-        encap: Some(Encap::Vxlan),
-        lanes: Vec::new(),
-        endpoints: Vec::new(),
-        vxlan: Some(PeerVxlan { address: ip("192.0.2.2"), port: remote.port(), mac: Some(MACS[1]) }),
-        pod_ranges: Vec::new(),
-        addresses: Vec::new(),
-        mtu: 1450,
-        keepalive: 0,
-    })));
+    for i in 0..peers {
+        let (id, address) = (PeerId(u32::from(i)), IpAddr::from([192, 0, 2, 2 + i]));
+        let range = format!("10.244.{}.0/24", 1 + i).parse().expect("range");
+        mesh.routes.insert(range, Owner::PeerPod(id));
+        mesh.vxlan_sources.insert(address, id);
+        mesh.peers.push(Some(Arc::new(Peer {
+            id,
+            name: format!("peer-{i}"),
+            encap: Some(Encap::Vxlan),
+            lanes: Vec::new(),
+            endpoints: Vec::new(),
+            vxlan: Some(PeerVxlan { address, port, mac: Some(MACS[1]) }),
+            pod_ranges: Vec::new(),
+            addresses: Vec::new(),
+            mtu: 1450,
+            keepalive: 0,
+        })));
+    }
     let local = LocalNode {
         name: "me".to_owned(),
         address_v4: Some("10.244.0.0".parse().expect("address")),
@@ -207,21 +216,33 @@ fn now() -> Instant {
 }
 
 #[test]
-fn a_card_that_cannot_cut_costs_one_batch_nothing() {
-    let packets = segments("10.244.0.2", "10.244.1.2", 6);
-    let fake = Fake { frames: frames(&packets), refuse_runs: Some(libc::EIO), ..Fake::default() };
-    let (mut lane, counters) = lane_on(fake);
-    assert!(lane.turn(now()).expect("a turn"));
-    let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
-    assert_eq!(payloads, packets);
-    assert!(!lane.offloads.udp_segmentation);
-    assert_eq!(counters.total(Total::OffloadFallbacks), 1);
-    assert_eq!(counters.dropped(DropReason::SendFailed), 0);
+fn cards_that_cannot_cut_cost_one_batch_nothing_and_the_offload_if_none_can() {
+    let packets: Vec<_> =
+        (1..=10).flat_map(|i| segments("10.244.0.2", &format!("10.244.{i}.2"), 2)).collect();
+    // Whether a run got through before all others were refused; how many asked the kernel then.
+    for (one_can, asked) in [(false, 8), (true, 10)] {
+        let (mut lane, counters) = lane_on(Fake::default());
+        lane.shared.snapshot.store(Arc::new(snapshot_of(10)));
+        if one_can {
+            lane.kernel.frames = frames(&packets[..2]);
+            lane.turn(now()).expect("a turn");
+            assert_eq!(std::mem::take(&mut lane.kernel.sent).len(), 2);
+        }
+        lane.kernel.refuse_runs = Some(libc::EIO);
+        lane.kernel.frames = frames(&packets);
+        while lane.turn(now()).expect("a turn") {}
+        assert_eq!(lane.kernel.refused, asked);
+        let payloads: Vec<_> = lane.kernel.sent.iter().map(|d| d[vxlan::HEADER..].to_vec()).collect();
+        assert_eq!(payloads, packets);
+        assert_eq!(lane.offloads.udp_segmentation, one_can);
+        assert_eq!(counters.total(Total::OffloadFallbacks), asked as u64);
+        assert_eq!(counters.dropped(DropReason::SendFailed), 0);
+    }
 }
 
 #[test]
-fn a_small_path_costs_its_own_destination_the_offload_and_only_for_a_while() {
-    for error in [libc::EINVAL, libc::EMSGSIZE] {
+fn a_path_that_takes_no_runs_costs_its_own_destination_the_offload_and_only_for_a_while() {
+    for error in [libc::EINVAL, libc::EMSGSIZE, libc::EIO] {
         let packets = segments("10.244.0.2", "10.244.1.2", 6);
         let fake = Fake { frames: frames(&packets), refuse_runs: Some(error), ..Fake::default() };
         let (mut lane, counters) = lane_on(fake);
@@ -241,6 +262,14 @@ fn a_small_path_costs_its_own_destination_the_offload_and_only_for_a_while() {
             assert_eq!(lane.kernel.refused, asked, "after {later} s");
         }
         assert_eq!(lane.kernel.sent.len(), 4 * packets.len());
+
+        // However often: it is one destination.
+        for minute in 3..20 {
+            lane.kernel.frames = frames(&packets);
+            lane.turn(start + Duration::from_secs(61 * minute)).expect("a turn");
+        }
+        assert_eq!(lane.kernel.refused, 17);
+        assert!(lane.offloads.udp_segmentation);
     }
 }
 

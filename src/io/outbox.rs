@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use tracing::info;
@@ -25,6 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(20);
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 /// Most destinations remembered for that; beyond, the oldest is asked again.
 const REFUSED: usize = 1024;
+/// Once devices refused for so many addresses and never took a run for any, nothing is given them to cut.
+const GIVE_UP_AFTER: usize = 8;
 
 /// What a lane still has to send of its batch.
 #[derive(Debug, Default)]
@@ -77,7 +79,11 @@ impl Outbox {
             let same = self.messages[self.next..].iter().take_while(|m| m.via == via).count();
             let group = &self.messages[self.next..self.next + same];
             match kernel.send(batch, group) {
-                Ok(count) => self.next += count.clamp(1, same),
+                Ok(count) => {
+                    let count = count.clamp(1, same);
+                    self.refused.note_sent(&group[..count]);
+                    self.next += count;
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     if !late {
@@ -117,11 +123,14 @@ impl Outbox {
     /// The first message was refused: it is lost, or if that is about cutting, cut here.
     fn handle_refusal(&mut self, now: Instant, error: &io::Error, seg: &mut bool, counters: &Counters) {
         let run = self.messages[self.next];
-        let everywhere = match error.raw_os_error() {
-            // udp_send_skb() in net/ipv4/udp.c: the device does not do checksums, so nothing can be cut.
-            Some(libc::EIO) if run.count > 1 => true,
-            // The same: a segment does not fit the path, EINVAL until Linux 6.13 and EMSGSIZE since.
-            Some(libc::EINVAL | libc::EMSGSIZE) if run.count > 1 => false,
+        // udp_send_skb() in net/ipv4/udp.c looks at each destination's route on its own.
+        let (everywhere, why) = match error.raw_os_error() {
+            // Its device does not do checksums, or IPsec takes it: maybe so for all, maybe for this one.
+            Some(libc::EIO) if run.count > 1 => {
+                (self.refused.is_hopeless(run.to.ip()), "its device or IPsec refuses it")
+            }
+            // A segment does not fit its path: EINVAL until Linux 6.13, EMSGSIZE since.
+            Some(libc::EINVAL | libc::EMSGSIZE) if run.count > 1 => (false, "its MTU is small"),
             Some(_) | None => {
                 counters.count_drops(DropReason::SendFailed, run.count);
                 self.next += 1;
@@ -140,7 +149,7 @@ impl Outbox {
         }
         if self.refused.remember(now, run.to) {
             counters.add(Total::OffloadFallbacks, 1);
-            info!(to = %run.to, "no UDP segmentation on this path, whose MTU is small: sending datagrams one by one");
+            info!(to = %run.to, why, "no UDP segmentation on this path: sending datagrams one by one");
         }
         // All that wait for this destination, so that the rest of the batch does not ask again.
         let rest = self.messages.split_off(self.next);
@@ -158,6 +167,10 @@ impl Outbox {
 #[derive(Debug, Default)]
 struct Refused {
     until: HashMap<SocketAddr, Instant>,
+    /// Where a device refused, as long as none ever took a run.
+    uncut: Vec<IpAddr>,
+    /// Whether one ever did.
+    cut: bool,
 }
 
 impl Refused {
@@ -172,6 +185,26 @@ impl Refused {
             oldest.and_then(|to| self.until.remove(&to));
         }
         self.until.insert(to, now + REFUSED_FOR).is_none()
+    }
+
+    /// What a socket took.
+    fn note_sent(&mut self, messages: &[Run]) {
+        if !self.cut && messages.iter().any(|message| message.count > 1) {
+            self.cut = true;
+            self.uncut = Vec::new();
+        }
+    }
+
+    /// A device refused to cut what goes to `to`; whether there is no hope for other destinations either.
+    /// Addresses count, not ports: the lanes of one node share their path.
+    fn is_hopeless(&mut self, to: IpAddr) -> bool {
+        if self.cut {
+            return false;
+        }
+        if !self.uncut.contains(&to) {
+            self.uncut.push(to);
+        }
+        self.uncut.len() >= GIVE_UP_AFTER
     }
 }
 

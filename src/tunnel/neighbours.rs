@@ -1,12 +1,13 @@
 //! The MAC addresses that VXLAN peers have told, shared by the lanes of a node.
 //!
-//! No packet waits for the table's lock: who finds it taken goes on without, and looks again. What a peer told is
-//! used for as long as frames of its own confirm it; after silence it is asked again, and forgotten if it does not
-//! answer: a device that was made anew has another address.
+//! No packet waits for the table's lock: who finds it taken goes on without, and looks again. What a peer
+//! told is used until it tells something else or its outer address changes. After silence it is asked again
+//! and again: a device that was made anew has another MAC address; one that answers nobody (`arp off`) keeps
+//! the one it has.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
@@ -17,13 +18,11 @@ use crate::snapshot::PeerId;
 pub(super) const ASK_EVERY: Duration = Duration::from_secs(1);
 /// How long what was told is believed without a sign of life; the kernel's `base_reachable_time_ms`.
 const BELIEVE: Duration = Duration::from_secs(30);
-/// Questions in vain before it is forgotten; the kernel's `ucast_solicit` (net/ipv4/arp.c, `arp_tbl`).
-const QUESTIONS: u8 = 3;
 
 /// MAC addresses that peers have told.
 #[derive(Debug, Default)]
 pub struct Neighbours {
-    /// Counts up when an address comes or goes.
+    /// Counts up when an address comes or changes.
     version: AtomicU64,
     /// Times below are milliseconds since the first that anybody said.
     start: OnceLock<Instant>,
@@ -38,19 +37,6 @@ pub(super) struct Neighbour {
     pub(super) mac: Mac,
     told: AtomicU64,
     asked: AtomicU64,
-    /// Since it was told.
-    questions: AtomicU8,
-}
-
-/// How good what was told still is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// Good, or asked for a moment ago.
-    Good,
-    /// To be used, and to be asked for now.
-    Ask,
-    /// Asked for in vain.
-    Lost,
 }
 
 impl Neighbours {
@@ -66,8 +52,7 @@ impl Neighbours {
     /// Enters what a peer told; whether another lane was not at the table.
     pub(super) fn tell(&self, now: Instant, peer: PeerId, address: IpAddr, mac: Mac) -> bool {
         let told = AtomicU64::new(self.millis(now));
-        let neighbour =
-            Arc::new(Neighbour { address, mac, told, asked: AtomicU64::new(0), questions: AtomicU8::new(0) });
+        let neighbour = Arc::new(Neighbour { address, mac, told, asked: AtomicU64::new(0) });
         let Ok(mut table) = self.table.try_write() else { return false };
         table.insert(peer, neighbour);
         self.version.fetch_add(1, Ordering::Release);
@@ -80,42 +65,16 @@ impl Neighbours {
         if now.saturating_sub(neighbour.told.load(Ordering::Relaxed)) >= millis(ASK_EVERY) {
             neighbour.told.store(now, Ordering::Relaxed);
         }
-        if neighbour.questions.load(Ordering::Relaxed) != 0 {
-            neighbour.questions.store(0, Ordering::Relaxed);
-        }
     }
 
-    /// How good it is, for one that is about to use it; one lane at a time is told to ask.
-    pub(super) fn standing(&self, now: Instant, neighbour: &Neighbour) -> Standing {
+    /// Whether who is about to use it has to ask for it too: one of the lanes, once a second.
+    pub(super) fn is_to_be_asked(&self, now: Instant, neighbour: &Neighbour) -> bool {
         let now = self.millis(now);
-        if now.saturating_sub(neighbour.told.load(Ordering::Relaxed)) < millis(BELIEVE) {
-            return Standing::Good;
-        }
-        let (asked, questions) =
-            (neighbour.asked.load(Ordering::Relaxed), neighbour.questions.load(Ordering::Relaxed));
-        if questions > 0 && now.saturating_sub(asked) < millis(ASK_EVERY) {
-            return Standing::Good;
-        }
-        if questions >= QUESTIONS {
-            return Standing::Lost;
-        }
-        match neighbour.asked.compare_exchange(asked, now, Ordering::Relaxed, Ordering::Relaxed) {
-            Ok(_) => {
-                neighbour.questions.fetch_add(1, Ordering::Relaxed);
-                Standing::Ask
-            }
-            Err(_) => Standing::Good,
-        }
-    }
-
-    /// Forgets what a peer told, if that is still it; whether it is forgotten, and not another lane at the table.
-    pub(super) fn forget(&self, peer: PeerId, neighbour: &Arc<Neighbour>) -> bool {
-        let Ok(mut table) = self.table.try_write() else { return false };
-        if table.get(&peer).is_some_and(|found| Arc::ptr_eq(found, neighbour)) {
-            table.remove(&peer);
-            self.version.fetch_add(1, Ordering::Release);
-        }
-        true
+        let told = neighbour.told.load(Ordering::Relaxed);
+        let asked = neighbour.asked.load(Ordering::Relaxed);
+        now.saturating_sub(told) >= millis(BELIEVE)
+            && now.saturating_sub(asked) >= millis(ASK_EVERY)
+            && neighbour.asked.compare_exchange(asked, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     fn millis(&self, now: Instant) -> u64 {

@@ -112,13 +112,18 @@ pub(super) async fn apply(
         };
         let style = chain.style();
         let mut outcome = change(style).commit(connection).await;
-        if outcome.is_err() && style == Style::Iptables {
-            // A kernel without CONFIG_NFT_COMPAT: then no `iptables` looks at this chain either.
+        if style == Style::Iptables && outcome.as_ref().is_err_and(|e| cannot_match(e.errno())) {
             outcome = change(Style::Nft).commit(connection).await;
         }
         outcome.map_err(|e| HostError::nft(format!("let pod traffic through {place}"), e))?;
     }
     Ok(())
+}
+
+/// Whether a kernel without CONFIG_NFT_COMPAT or xt_conntrack answers so; then no `iptables` lists the
+/// chain either. After any other error the next look tries again: a rule of the other style would stay.
+fn cannot_match(errno: Option<i32>) -> bool {
+    matches!(errno, Some(libc::ENOENT | libc::EOPNOTSUPP | libc::EPROTONOSUPPORT))
 }
 
 /// Takes all our rules out of foreign chains; says which.
@@ -352,6 +357,17 @@ mod tests {
     fn only_the_legacy_filter_table_can_drop() {
         assert!(has_filter("nat\nfilter\n"));
         assert!(!has_filter("nat\nmangle\n") && !has_filter(""));
+    }
+
+    #[test]
+    fn only_a_kernel_that_cannot_match_gets_the_other_style() {
+        assert!(
+            [libc::ENOENT, libc::EOPNOTSUPP, libc::EPROTONOSUPPORT].iter().all(|e| cannot_match(Some(*e)))
+        );
+        for passing in [libc::ERESTART, libc::ENOBUFS, libc::EINTR, libc::EPERM, libc::ETIMEDOUT] {
+            assert!(!cannot_match(Some(passing)), "{passing}");
+        }
+        assert!(!cannot_match(None));
     }
 
     #[test]

@@ -248,10 +248,12 @@ fn redirects(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableB
     })
 }
 
-/// A packet in clear that claims to come from another node's pod: no node of ours sends one, so a
-/// neighbour on the underlay has made it up. Before connection tracking, so that it cannot even take
-/// the place of a flow. Sources of this node are left alone, whatever wires its pods; encapsulated
-/// packets carry a node's address. In plain mode whoever can forge this can forge the outer packet too.
+/// A packet in clear from another node's pod to the cluster: no node of ours sends one, so a neighbour
+/// on the underlay has made it up. Before connection tracking, so that it cannot even take the place of
+/// a flow. Sources of this node are left alone, whatever wires its pods; encapsulated packets carry a
+/// node's address. To a node's own address on the underlay pods do come in clear, and as themselves
+/// where their node does not masquerade, whatever this one does. In plain mode whoever can forge this
+/// can forge the outer packet too.
 fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
     let mut table = table.chain("spoofed", |chain| {
         chain
@@ -264,15 +266,14 @@ fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBui
     for v6 in families(config) {
         let (saddr, daddr) = addresses(v6);
         table = table.rule("spoofed", |rule| {
-            let rule = rule
-                .match_in_set(saddr, set_name("cluster", v6))
+            rule.match_in_set(saddr, set_name("cluster", v6))
                 .match_not_in_set(saddr, set_name("pods", v6))
+                .match_in_set(daddr, set_name("cluster", v6))
                 .match_iif_not(&config.tun)
-                .match_iif_not("lo");
-            // Without masquerade the underlay routes pods: they come to node addresses as themselves.
-            let rule =
-                if config.masquerade { rule } else { rule.match_in_set(daddr, set_name("cluster", v6)) };
-            rule.counter().drop().comment("cluster traffic arrives encrypted or not at all")
+                .match_iif_not("lo")
+                .counter()
+                .drop()
+                .comment("cluster traffic arrives encrypted or not at all")
         });
     }
     table

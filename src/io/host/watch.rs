@@ -26,7 +26,8 @@ const MANY_ROUTES_TICKS: u32 = 10;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum HostEvent {
-    /// Something was missing or wrong and is right again.
+    /// Something was missing or wrong and is right again; the report is empty where the tunnel device is
+    /// back and nothing had to be done.
     Repaired(Report),
     /// The tunnel device is gone, and its queues with it: the agent must open them again. The rest
     /// comes back by itself once the device is there. Said once each time.
@@ -97,8 +98,9 @@ impl Quiet {
     fn event(&mut self, outcome: Result<Report, HostError>) -> Option<HostEvent> {
         match outcome {
             Ok(report) => {
+                let was_gone = self.tun_gone;
                 *self = Self::default();
-                (!report.is_empty()).then_some(HostEvent::Repaired(report))
+                (was_gone || !report.is_empty()).then_some(HostEvent::Repaired(report))
             }
             Err(HostError::NoTun { name }) => {
                 self.failure = None;
@@ -184,5 +186,44 @@ fn concerns_us(message: &RouteNetlinkMessage) -> bool {
             route.header.protocol == RouteProtocol::Other(super::PROTOCOL)
         }
         _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gone() -> Result<Report, HostError> {
+        Err(HostError::NoTun { name: "warren0".to_owned() })
+    }
+
+    fn failed() -> Result<Report, HostError> {
+        Err(HostError::MtuTooSmall { mtu: 1000 })
+    }
+
+    #[test]
+    fn a_device_that_is_back_with_nothing_to_repair_is_said() {
+        // Renamed and back; and made anew, with all but one thing repaired in the look that failed.
+        for between in [None, Some(failed())] {
+            let mut quiet = Quiet::default();
+            assert!(matches!(quiet.event(gone()), Some(HostEvent::TunGone { .. })));
+            assert!(quiet.event(gone()).is_none());
+            if let Some(failure) = between {
+                assert!(matches!(quiet.event(failure), Some(HostEvent::Failed(_))));
+                assert!(quiet.event(failed()).is_none());
+            }
+            let said = quiet.event(Ok(Report::default()));
+            assert!(matches!(&said, Some(HostEvent::Repaired(report)) if report.is_empty()), "{said:?}");
+            assert!(quiet.event(Ok(Report::default())).is_none(), "said once");
+        }
+    }
+
+    #[test]
+    fn a_failure_that_passes_by_itself_needs_no_word() {
+        let mut quiet = Quiet::default();
+        assert!(quiet.event(Ok(Report::default())).is_none());
+        assert!(matches!(quiet.event(failed()), Some(HostEvent::Failed(_))));
+        assert!(quiet.event(Ok(Report::default())).is_none());
+        assert!(matches!(quiet.event(failed()), Some(HostEvent::Failed(_))), "news again");
     }
 }
