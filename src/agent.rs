@@ -17,7 +17,7 @@ mod serve;
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
+use crate::snapshot::service::{LOOP_V4, LOOP_V6};
 use crate::snapshot::{Encap, LaneId, PeerId};
 use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
@@ -48,9 +49,6 @@ use crate::status::{Handle, server};
 use ends::Ends;
 use presence::{ReadyFile, make_dir};
 
-/// The loop's own addresses: routed into the TUN, assigned to nothing, never seen outside the node.
-const LOOP_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 87, 87);
-const LOOP_V6: Ipv6Addr = Ipv6Addr::new(0xfd57, 0x4152, 0x5245, 0x4e00, 0, 0, 0, 1);
 /// How long the first full list of the source may take before we say that we wait for it.
 const FIRST_LIST: Duration = Duration::from_secs(5);
 /// How long a node may be missing from the source before that is an error.

@@ -4,12 +4,16 @@
 //! loads it once per batch. Sections that change at different speeds sit behind their own `Arc`,
 //! so that a change of one does not copy the others.
 
+pub mod service;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use prefix_trie::PrefixMap;
+
+use service::ServiceTable;
 
 /// A WireGuard public key.
 pub type PublicKey = [u8; 32];
@@ -243,6 +247,8 @@ pub struct Snapshot {
     pub local: Arc<LocalNode>,
     /// All nodes.
     pub mesh: Arc<Mesh>,
+    /// All Services.
+    pub services: Arc<ServiceTable>,
 }
 
 #[cfg(test)]

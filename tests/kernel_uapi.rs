@@ -177,8 +177,12 @@ fn handle() -> Handle {
     ];
     let local =
         LocalNode { name: "node-a".to_owned(), address_v4: None, address_v6: None, vni: 1, mac: [2; 6] };
-    let snapshot =
-        Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(Mesh { peers, ..Mesh::default() }) };
+    let snapshot = Snapshot {
+        generation: 1,
+        local: Arc::new(local),
+        mesh: Arc::new(Mesh { peers, ..Mesh::default() }),
+        services: Arc::default(),
+    };
     let lanes = [(0u8, 1, 4), (1, 2, 1)].map(|(id, received, sent)| lane(id, received << 10, sent << 10));
     let info = NodeInfo {
         name: "node-a".to_owned(),

@@ -69,7 +69,8 @@ fn world() -> World {
         flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
         epoch: (now, 0),
     });
-    let snapshot = Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) };
+    let snapshot =
+        Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh), services: Arc::default() };
     World { lane, snapshot, out: Output::new(Offloads { tcp: true, udp: true, acks: true }), now }
 }
 

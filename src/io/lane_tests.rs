@@ -158,7 +158,7 @@ fn snapshot_of(peers: u8) -> Snapshot {
         vni: 1,
         mac: MACS[0],
     };
-    Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) }
+    Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh), services: Arc::default() }
 }
 
 fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {

@@ -237,8 +237,12 @@ impl Compiler {
             },
             Some(_) | None => {
                 self.generation += 1;
-                let snapshot =
-                    Snapshot { generation: self.generation, local: Arc::new(local), mesh: Arc::new(mesh) };
+                let snapshot = Snapshot {
+                    generation: self.generation,
+                    local: Arc::new(local),
+                    mesh: Arc::new(mesh),
+                    services: Arc::default(),
+                };
                 let plan = match &self.last {
                     Some(last) if last.plan == plan => last.plan.clone(),
                     Some(_) | None => plan,

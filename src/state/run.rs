@@ -103,6 +103,7 @@ impl StateLine {
                 mac: settings.mac,
             }),
             mesh: Arc::new(Mesh::default()),
+            services: Arc::default(),
         };
         let snapshot = Arc::new(ArcSwap::from_pointee(empty));
         let (plan, plan_reader) = watch::channel(None);

@@ -65,7 +65,12 @@ pub(super) fn snapshot() -> Snapshot {
         vni: 1,
         mac: [2, 0, 0, 0, 0, 1],
     };
-    Snapshot { generation: 9, local: Arc::new(local), mesh: Arc::new(Mesh { peers, ..Mesh::default() }) }
+    Snapshot {
+        generation: 9,
+        local: Arc::new(local),
+        mesh: Arc::new(Mesh { peers, ..Mesh::default() }),
+        services: Arc::default(),
+    }
 }
 
 pub(super) fn session(peer: u32, lane: u8, key: PublicKey, endpoint: &str) -> SessionReport {

@@ -412,7 +412,12 @@ mod tests {
                 vni: 1,
                 mac: OURS,
             };
-            let snapshot = Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) };
+            let snapshot = Snapshot {
+                generation: 1,
+                local: Arc::new(local),
+                mesh: Arc::new(mesh),
+                services: Arc::default(),
+            };
             let mut link = VxlanLink::new(1, Arc::default());
             link.follow(&snapshot.mesh);
             #[allow(clippy::disallowed_methods)] // a test's starting point, not a clock in the code

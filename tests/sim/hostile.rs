@@ -268,8 +268,12 @@ fn evil(seed: u64, policy: Policy, claim: impl Fn(&mut RouteTable)) -> World {
         keys: old.mesh.keys.clone(),
         vxlan_sources: old.mesh.vxlan_sources.clone(),
     };
-    world.nodes[2].snapshot =
-        Arc::new(Snapshot { generation: 99, local: Arc::clone(&old.local), mesh: Arc::new(mesh) });
+    world.nodes[2].snapshot = Arc::new(Snapshot {
+        generation: 99,
+        local: Arc::clone(&old.local),
+        mesh: Arc::new(mesh),
+        services: Arc::default(),
+    });
     world
 }
 

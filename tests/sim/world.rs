@@ -255,7 +255,8 @@ impl World {
             let mesh = Arc::new(self.mesh_of(id, &described));
             let node = &mut self.nodes[id];
             let local = Arc::clone(&node.snapshot.local);
-            node.snapshot = Arc::new(Snapshot { generation: self.generation, local, mesh });
+            node.snapshot =
+                Arc::new(Snapshot { generation: self.generation, local, mesh, services: Arc::default() });
         }
     }
 

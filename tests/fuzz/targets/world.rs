@@ -368,7 +368,7 @@ fn snapshot() -> Snapshot {
         vni: VNI,
         mac: OUR_MAC,
     };
-    Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh) }
+    Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh), services: Arc::default() }
 }
 
 fn peer(number: u8, encap: Option<Encap>) -> Peer {
