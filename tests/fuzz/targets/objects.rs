@@ -7,6 +7,7 @@ use warren::snapshot::{Owner, Snapshot};
 use warren::state::annotations::Announcement;
 use warren::state::compile::{Compiler, EncapPolicy, Settings};
 use warren::state::desired::Desired;
+use warren::state::services::ServiceSettings;
 use warren::state::source::{Kind, Object, manifest};
 
 pub(crate) fn run(data: &[u8]) {
@@ -55,6 +56,7 @@ fn compile(objects: &[Object]) -> Snapshot {
         underlay_mtu: 1500,
         cluster_ranges: Vec::new(),
         service_ranges: Vec::new(),
+        services: ServiceSettings::default(),
     };
     let compiled = Compiler::default().compile(&desired, &settings);
     (*compiled.snapshot).clone()
