@@ -571,6 +571,45 @@ fn a_compiler_that_missed_too_much_looks_at_everything() {
     assert!(world.frontend("10.96.0.2:81").is_some() && world.frontend("10.96.0.2:80").is_none());
 }
 
+/// That many Services, each with a slice of 25 endpoints.
+fn cluster(services: usize) -> World {
+    let mut world = World::new();
+    for number in 0..services {
+        let (name, pods) = (format!("s{number}"), (0..25).map(|pod| pod * 1_000 + number));
+        let pods: Vec<String> =
+            pods.map(|pod| format!("10.244.{}.{}", pod / 250 % 250, pod % 250 + 1)).collect();
+        let pods: Vec<(&str, &str)> = pods.iter().map(|pod| (pod.as_str(), HERE)).collect();
+        world.apply(&service(&name, &format!("10.96.{}.{}", number / 250, number % 250 + 1), ""));
+        world.apply(&slice(&format!("{name}-x"), &name, &pods));
+    }
+    world
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "this test measures")]
+fn a_change_costs_the_same_whatever_the_size() {
+    let mut best = Vec::new();
+    for services in [10, 1_000] {
+        let mut world = cluster(services);
+        let before = std::time::Instant::now();
+        world.compile();
+        println!("{services} Services x 25: compiled in {:?}", before.elapsed());
+        let change = |world: &mut World, round: u32| {
+            let address = format!("10.244.0.{round}");
+            world.apply(&slice("s7-x", "s7", &[(&address, HERE), ("10.244.1.5", "")]));
+            let before = std::time::Instant::now();
+            let last = world.compiler.compile(&world.store, None, true);
+            let took = before.elapsed();
+            assert_eq!(last.table.len(), services);
+            took
+        };
+        best.push((1..100).map(|round| change(&mut world, round)).min().expect("some"));
+        println!("one of them changed: {:?}", best.last());
+    }
+    // Three times is the bar; a busy machine gets some room.
+    assert!(best[1] < best[0] * 10 + std::time::Duration::from_micros(200), "{best:?}");
+}
+
 impl World {
     /// A change that costs little to make.
     fn apply_port_flip(&mut self, round: u32) {
