@@ -43,7 +43,7 @@ impl SavedServices {
     pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
         let endpoints: usize = self.slices.iter().map(|slice| slice.endpoints.len()).sum();
         let mut out = Vec::with_capacity(256 * (self.services.len() + self.slices.len()) + 64 * endpoints);
-        let mut line =
+        let line =
             |kind: Kind, out: &mut Vec<u8>| out.extend_from_slice(format!("{} ", kind.name()).as_bytes());
         for info in &self.services {
             line(Kind::Service, &mut out);
