@@ -88,7 +88,7 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         presence::nobody_has(&Ends::open(config)?.netlink, &config.tun_name).await?;
         Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
     })?;
-    for file in ["ready", "flows"] {
+    for file in ["ready", "flows", "affinity"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
             removed.push(format!("file {}", config.run_dir.join(file).display()));
         }
@@ -172,6 +172,9 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         what: "cannot open the flow table in the run directory",
         source,
     })?;
+    let affinity = flows::open_affinity(&config.run_dir.join("affinity"), seed).map_err(|source| {
+        AgentError::Io { what: "cannot open the table of session affinity in the run directory", source }
+    })?;
     let (ended, lane_ends) = mpsc::unbounded_channel();
     let fleet = Fleet::start(
         FleetConfig {
@@ -181,6 +184,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
             keys: keys.iter().map(|key| key.secret().to_bytes()).collect(),
             offloads: lane_offloads(&config),
             flows: Arc::new(table),
+            affinity: Arc::new(affinity),
             snapshot: Arc::clone(&outputs.snapshot),
         },
         move |lane, reason| {

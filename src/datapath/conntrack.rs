@@ -37,7 +37,7 @@ pub use key::{FlowKey, Seed};
 pub use memory::{AttachError, BYTES_PER_FLOW, FlowMemory, MAX_CAPACITY};
 pub use state::{Direction, FlowState, Timeouts};
 
-use entry::{FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
+use entry::{FLAG_FROM_PEER, FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
 use key::PackedKey;
 use memory::{Entry, Layout, Slab, head, shard};
 use room::slot_index;
@@ -126,6 +126,18 @@ impl FlowTable {
         }
     }
 
+    /// What is known of the flow that a packet with this key belongs to, which is no sighting of it: the
+    /// packet is one that speaks about the flow, or one that is sighted later.
+    pub fn peek(&self, now: u64, key: &FlowKey) -> Option<Tracked> {
+        let key = PackedKey::new(key);
+        let Probe::Hit(hit) = self.probe(&key, key.hash(self.seed)) else { return None };
+        let state = StateWord::unpack(hit.state)?;
+        if self.life_end(&state, hit.protocol) <= now {
+            return None;
+        }
+        self.tracked(&hit, self.slab.entry(hit.flow.index)?, &state).ok()
+    }
+
     /// Makes the flow of a burst that [`FlowTable::lookup`] did not find. With a translation, which only a
     /// packet that opens a connection can have, its replies' key is taken too.
     pub fn insert(
@@ -145,10 +157,9 @@ impl FlowTable {
 
         let _home = self.lock(home)?;
         let _away = if away == home { None } else { Some(self.lock(away)?) };
+        // Also the reply key of a plain flow, whose hash is the same: a translated one may have it.
         self.vacant(now, &original, hash)?;
-        if reply_hash != hash {
-            self.vacant(now, &reply, reply_hash)?;
-        }
+        self.vacant(now, &reply, reply_hash)?;
 
         let shard = self.slab.shard_of_bucket(home);
         let full = || {
@@ -176,7 +187,8 @@ impl FlowTable {
         }
         let rewrite =
             translation.map(|t| Rewrite { to: t.reply.reversed(), service: t.service, endpoint: t.endpoint });
-        Ok(Tracked { flow, direction, state, new: true, peer: packet.peer, rewrite })
+        let from_peer = entry::is_from_peer(packet, direction);
+        Ok(Tracked { flow, direction, state, new: true, peer: packet.peer, from_peer, rewrite })
     }
 
     /// Removes a flow; whether it was still there.
@@ -260,7 +272,7 @@ impl FlowTable {
                     self.forget(hit.flow, |_| true);
                     return Ok(None);
                 }
-                Step::Invalid => return Err(self.invalid()),
+                Step::Invalid => return Err(self.invalid(old.flags & FLAG_TRANSLATED != 0)),
             };
             match exchange(&entry[entry::STATE], word, new.pack()) {
                 Ok(()) => {
@@ -310,6 +322,7 @@ impl FlowTable {
             state: state.state,
             new: false,
             peer,
+            from_peer: state.flags & FLAG_FROM_PEER != 0,
             rewrite,
         })
     }
@@ -329,7 +342,7 @@ impl FlowTable {
             Some(opening) if !translated || opening.state == FlowState::SynSent => {
                 Ok((opening.state, opening.direction))
             }
-            Some(_) | None => Err(self.invalid()),
+            Some(_) | None => Err(self.invalid(translated)),
         }
     }
 
@@ -376,9 +389,9 @@ impl FlowTable {
         Untracked::Busy
     }
 
-    fn invalid(&self) -> Untracked {
+    fn invalid(&self, translated: bool) -> Untracked {
         self.slab.head(head::INVALID).fetch_add(1, Ordering::Relaxed);
-        Untracked::Invalid
+        Untracked::Invalid { translated }
     }
 }
 

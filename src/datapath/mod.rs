@@ -3,21 +3,25 @@
 //! ```text
 //!  outbound.rs                                          inbound.rs
 //!  1 parse        bytes from the TUN -> Headers         1 open      datagram -> packet and peer
-//!  2 route        whose address is it? (route.rs)       2 parse     bytes -> Headers
-//!  3 fit          MSS clamp, ICMP if it is too big      3 admit     is the source the peer's, the target ours?
-//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       the kernel's, unless a tunnel is next; MSS
-//!  5 seal         cut and encapsulate, into the batch   5 join      into the TUN batch
-//!                                                       6 track     flow table, once per joined frame
+//!  2 decide       flow table, Services (service.rs,     2 parse     bytes -> Headers
+//!                 odd.rs), routes (route.rs)            3 admit     is the source the peer's, the target ours?
+//!  3 translate    addresses and ports                   4 hop       the kernel's, unless a tunnel is next; MSS
+//!  4 fit          MSS clamp, ICMP if it is too big      5 join      into the TUN batch
+//!  5 seal         cut and encapsulate, into the batch   6 translate flow table, once per joined frame
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
 //! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter.
 
+pub mod affinity;
 pub mod conntrack;
 pub mod counters;
+mod fragments;
 mod inbound;
+mod odd;
 mod outbound;
 pub mod route;
+mod service;
 #[cfg(test)]
 mod tests;
 mod track;
@@ -38,8 +42,11 @@ use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
 use crate::tunnel::{Segments, TxBatch};
+use affinity::Affinity;
 use conntrack::FlowTable;
+use fragments::Fragments;
 use route::RouteCache;
+use service::Passage;
 
 /// Bytes that a batch of outgoing datagrams may hold: eight super-packets with their overhead.
 const TX_BYTES: usize = 1 << 20;
@@ -151,6 +158,8 @@ pub struct LaneConfig {
     pub neighbours: Arc<Neighbours>,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
+    /// Which endpoint a client had last, shared with the other lanes.
+    pub affinity: Arc<Affinity>,
     /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
     pub epoch: (Instant, u64),
 }
@@ -163,6 +172,8 @@ pub struct Lane {
     routes: RouteCache,
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
+    affinity: Arc<Affinity>,
+    fragments: Fragments<Passage>,
     traffic: Vec<PeerTraffic>,
     mesh: Option<Arc<Mesh>>,
     counters: Arc<Counters>,
@@ -188,6 +199,8 @@ impl Lane {
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
+            affinity: config.affinity,
+            fragments: Fragments::default(),
             traffic: Vec::new(),
             mesh: None,
             counters: Arc::new(Counters::default()),
@@ -231,7 +244,8 @@ impl Lane {
 
     /// When [`Self::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let timers = [self.wireguard.poll_timeout(), self.vxlan.poll_timeout(), self.next_sweep];
+        let (wireguard, vxlan) = (self.wireguard.poll_timeout(), self.vxlan.poll_timeout());
+        let timers = [wireguard, vxlan, self.fragments.poll_timeout(), self.next_sweep];
         timers.into_iter().flatten().min()
     }
 
@@ -240,6 +254,8 @@ impl Lane {
         self.follow(&snapshot.mesh);
         self.wireguard.handle_timeout(now, &mut out.tx);
         self.vxlan.handle_timeout(now, &snapshot.local, &mut out.tx);
+        let lonely = self.fragments.expire(now);
+        self.counters.count_drops(DropReason::AwaitingFragment, lonely);
         self.sweep_flows(now);
         self.count_waited(now);
     }

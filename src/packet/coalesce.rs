@@ -131,6 +131,8 @@ pub struct Head<'a> {
     pub packets: u16,
     /// How many bytes they had together.
     pub bytes: u32,
+    /// What the caller gave with it.
+    pub tag: u32,
 }
 
 /// Packets on their way to the TUN. Allocates when it is made and never after.
@@ -201,6 +203,19 @@ impl TunBatch {
         headers: &Headers,
         memory: &Memory<'_>,
     ) -> Result<bool, DropReason> {
+        self.push_tagged(region, offset, headers, memory, 0)
+    }
+
+    /// The same, with a number that tells the caller where the packet came from: only packets with the same
+    /// one join, and [`Head::tag`] gives it back.
+    pub fn push_tagged(
+        &mut self,
+        region: Region,
+        offset: u32,
+        headers: &Headers,
+        memory: &Memory<'_>,
+        tag: u32,
+    ) -> Result<bool, DropReason> {
         if self.is_full() {
             return Err(DropReason::NoBuffer);
         }
@@ -208,12 +223,14 @@ impl TunBatch {
         let packet = memory.get(piece).ok_or(DropReason::Truncated)?;
         let kind = kind(packet, headers, self.offloads);
         let Some(hash) = self.hash(headers) else {
-            self.begin(piece, packet, headers, 0, Kind::Alone);
+            self.begin(piece, packet, headers, 0, Kind::Alone, tag);
             return Ok(false);
         };
         let open = self.table.find(hash, headers, &self.frames);
         let joined = match open {
-            Some((_, index)) if kind != Kind::Alone => self.join(index, kind, piece, packet, headers, memory),
+            Some((_, index)) if kind != Kind::Alone && self.frames[usize::from(index)].tag == tag => {
+                self.join(index, kind, piece, packet, headers, memory)
+            }
             Some(_) | None => Joined::Refused,
         };
         match joined {
@@ -222,7 +239,7 @@ impl TunBatch {
             Joined::Refused | Joined::Damaged => {
                 self.table.forget(open);
                 let kind = if joined == Joined::Damaged { Kind::Alone } else { kind };
-                self.begin(piece, packet, headers, hash, kind);
+                self.begin(piece, packet, headers, hash, kind, tag);
                 let index = (self.frames.len() - 1) as u16;
                 if kind != Kind::Alone && !ends_frame(headers) {
                     self.table.remember(hash, index);
@@ -246,8 +263,8 @@ impl TunBatch {
     pub fn head(&self, index: usize) -> Option<Head<'_>> {
         let frame = self.frames.get(index).filter(|frame| frame.kind != Kind::Discarded)?;
         let piece = self.items[usize::from(frame.first)].piece;
-        let Building { headers, packets, bytes, .. } = frame;
-        Some(Head { index, piece, headers, packets: *packets, bytes: *bytes })
+        let Building { headers, packets, bytes, tag, .. } = frame;
+        Some(Head { index, piece, headers, packets: *packets, bytes: *bytes, tag: *tag })
     }
 
     /// Takes a frame out of the batch.
@@ -307,10 +324,12 @@ impl TunBatch {
         }
     }
 
-    fn begin(&mut self, piece: Piece, packet: &[u8], headers: &Headers, hash: u32, kind: Kind) {
+    fn begin(&mut self, piece: Piece, packet: &[u8], headers: &Headers, hash: u32, kind: Kind, tag: u32) {
         let item = self.items.len() as u16;
         self.items.push(Item { piece, next: NONE });
-        self.frames.push(Building::new(kind, hash, item, packet, headers));
+        let mut frame = Building::new(kind, hash, item, packet, headers);
+        frame.tag = tag;
+        self.frames.push(frame);
     }
 
     fn join(

@@ -55,6 +55,8 @@ pub struct Tracked {
     pub new: bool,
     /// The peer that the flow was opened to or from.
     pub peer: Option<PeerId>,
+    /// Whether that peer opened it.
+    pub from_peer: bool,
     /// The Service, endpoint and new key of a translated flow.
     pub rewrite: Option<Rewrite>,
 }
@@ -73,8 +75,11 @@ pub struct Rewrite {
 /// Why a burst has no entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Untracked {
-    /// TCP that fits no state of its flow; Services must not translate it.
-    Invalid,
+    /// TCP that fits no state of its flow, or cannot open one.
+    Invalid {
+        /// Whether the flow is translated: then nobody would know these packets as they are.
+        translated: bool,
+    },
     /// No room: all flows looked at are worth more.
     Full,
     /// Another lane is changing this place right now.

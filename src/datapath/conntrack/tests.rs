@@ -147,11 +147,14 @@ fn a_flow_opened_by_its_answer_keeps_its_sides() {
 fn invalid_tcp_makes_no_flow_and_harms_none() {
     let table = table(64);
     for flags in [0, SYN | 1, RST, 0x11] {
-        assert_eq!(table.track(T0, &sighting(key(6, 1), flags)), Err(Untracked::Invalid));
+        assert_eq!(
+            table.track(T0, &sighting(key(6, 1), flags)),
+            Err(Untracked::Invalid { translated: false })
+        );
     }
     let flow = establish(&table, T0, key(6, 1));
     let before = table.record(flow);
-    assert_eq!(table.track(T0, &sighting(key(6, 1), SYN | 1)), Err(Untracked::Invalid));
+    assert_eq!(table.track(T0, &sighting(key(6, 1), SYN | 1)), Err(Untracked::Invalid { translated: false }));
     assert_eq!(table.record(flow), before);
     assert_eq!(table.counters().invalid, 5);
     // A repeated SYN passes but does not keep a flow alive.
@@ -221,7 +224,10 @@ fn translations_never_share_a_reply() {
     assert_eq!(table.insert(T0, &sighting(client, SYN), Some(&translation)), Err(Untracked::Taken));
     // Only a SYN may choose an endpoint.
     let late = FlowKey { source_port: 9, ..client };
-    assert_eq!(table.insert(T0, &sighting(late, ACK), Some(&moved)), Err(Untracked::Invalid));
+    assert_eq!(
+        table.insert(T0, &sighting(late, ACK), Some(&moved)),
+        Err(Untracked::Invalid { translated: true })
+    );
     assert_eq!(table.counters().entries, 2);
 
     // Once the direct connection is forgotten its key is free, swept or not.
@@ -501,7 +507,7 @@ fn model_track(flows: &mut HashMap<FlowKey, Model>, now: u64, packet: &Sighting)
             Step::To(FlowState::Unreplied)
         };
         match step {
-            Step::Invalid => return Err(Untracked::Invalid),
+            Step::Invalid => return Err(Untracked::Invalid { translated: false }),
             Step::Restart => {
                 flows.remove(&original);
             }
@@ -516,7 +522,7 @@ fn model_track(flows: &mut HashMap<FlowKey, Model>, now: u64, packet: &Sighting)
         }
     }
     let opening = if tcp {
-        state::tcp_open(packet.tcp_flags).ok_or(Untracked::Invalid)?
+        state::tcp_open(packet.tcp_flags).ok_or(Untracked::Invalid { translated: false })?
     } else {
         state::Opening { state: FlowState::Unreplied, direction: Direction::Original }
     };

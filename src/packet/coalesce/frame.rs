@@ -34,6 +34,8 @@ pub(super) struct Building {
     pub(super) total_len: u32,
     /// Bytes of all packets, merged acknowledgements too.
     pub(super) bytes: u32,
+    /// Where its packets came from, for the caller.
+    pub(super) tag: u32,
     /// The sequence number that comes next.
     next_seq: u32,
     /// The last packet's flags that the frame takes over.
@@ -140,6 +142,7 @@ impl Building {
             size,
             total_len: headers.total_len,
             bytes: headers.total_len,
+            tag: 0,
             next_seq,
             end_flags: 0,
             checked: Checked::NotYet,
