@@ -35,8 +35,9 @@ use x25519_dalek::StaticSecret;
 pub use counters::{Counters, Total};
 pub use route::Exit;
 
-use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
+use crate::packet::coalesce::{Memory, Offloads, Piece, Region, TunBatch};
 use crate::packet::icmp::{IcmpLimiter, IcmpRates};
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, Headers, parse};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
@@ -57,6 +58,9 @@ const TUN_PACKETS: usize = 8 * 64 + 64;
 /// Room in [`Output::tx`] that one read from the TUN can need: 64 KiB in segments as small as an MSS of
 /// 88 makes them (the kernel's floor, TCP_MIN_SND_MSS), each with the largest overhead.
 pub const TX_ROOM: usize = 256 << 10;
+
+/// Room in [`Output::plain`] that one read from the TUN can need, if it goes back there.
+const PLAIN_ROOM: usize = 128 << 10;
 
 /// What a lane wants sent: datagrams, and frames for the TUN.
 pub struct Output {
@@ -90,7 +94,25 @@ impl Output {
 
     /// Whether another read from the TUN can be taken in.
     pub fn has_room(&self) -> bool {
-        self.tx.free() >= TX_ROOM
+        self.tx.free() >= TX_ROOM && self.plain.len() - self.plain_used >= PLAIN_ROOM && !self.tun.is_full()
+    }
+
+    /// Puts a packet that came from the TUN into the batch that goes there, as it is.
+    fn turn_round_whole(
+        &mut self,
+        vnet: &VnetHdr,
+        packet: &[u8],
+        headers: &Headers,
+        packets: u16,
+    ) -> Result<(), DropReason> {
+        let at = self.plain_used;
+        let packet = packet.get(..headers.total_len as usize).ok_or(DropReason::Truncated)?;
+        self.plain.get_mut(at..at + packet.len()).ok_or(DropReason::NoBuffer)?.copy_from_slice(packet);
+        let memory = &Memory { receive: &mut [], plain: &mut self.plain };
+        let piece = Piece { region: Region::Plain, offset: at as u32, len: headers.total_len };
+        self.tun.push_ready(piece, headers, memory, *vnet, packets)?;
+        self.plain_used += packet.len();
+        Ok(())
     }
 
     /// Puts one segment of a packet that came from the TUN into the batch that goes there.

@@ -5,11 +5,12 @@ use std::time::Instant;
 use super::fragments::Datagram;
 use super::service::Passage;
 use super::{Exit, Lane, Output, Total};
+use crate::packet::coalesce::MAX_SEGMENTS;
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
 use crate::packet::parse::parse_any_address;
 use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::segment::{SuperPacket, fragment_v4, owes_checksum};
-use crate::packet::vnet::VnetHdr;
+use crate::packet::vnet::{GSO_NONE, GSO_UDP_L4, VnetHdr};
 use crate::packet::{DropReason, Fragment, Headers, L4, parse};
 use crate::snapshot::service::loop_address;
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
@@ -136,8 +137,16 @@ impl Lane {
         headers: &Headers,
         out: &mut Output,
     ) -> Result<(), DropReason> {
-        // Cut, and joined again as what comes from peers: then its checksums are right whoever gets it.
         let segments = SuperPacket::new(vnet, packet, headers)?;
+        let offloads = out.tun.offloads();
+        let whole = match vnet.gso() {
+            GSO_NONE => true,
+            GSO_UDP_L4 => offloads.udp && segments.count() <= usize::from(MAX_SEGMENTS),
+            _ => offloads.tcp,
+        };
+        if whole {
+            return out.turn_round_whole(vnet, packet, headers, segments.count() as u16);
+        }
         let mut result = Ok(());
         for i in 0..segments.count() {
             if let Err(reason) = out.turn_round(&segments, i) {

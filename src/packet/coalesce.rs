@@ -14,7 +14,7 @@
 //! the identification of IPv4 packets that may not be fragmented (RFC 6864 gives it no meaning) and for
 //! merged acknowledgements ([`Offloads::acks`]).
 
-use super::vnet::VNET_HDR_LEN;
+use super::vnet::{VNET_HDR_LEN, VnetHdr};
 use super::{DropReason, Headers, L4};
 use frame::{Building, Kind, ends_frame, is_right, kind};
 use table::{Table, flow_hash};
@@ -249,6 +249,31 @@ impl TunBatch {
         Ok(matches!(joined, Joined::Open | Joined::Closed))
     }
 
+    /// Adds a packet that needs nothing more, with the virtio header that belongs to it: `packets` in one.
+    pub fn push_ready(
+        &mut self,
+        piece: Piece,
+        headers: &Headers,
+        memory: &Memory<'_>,
+        vnet: VnetHdr,
+        packets: u16,
+    ) -> Result<(), DropReason> {
+        if self.is_full() {
+            return Err(DropReason::NoBuffer);
+        }
+        let packet = memory.get(piece).ok_or(DropReason::Truncated)?;
+        // What it might have overtaken stays before it.
+        if let Some(hash) = self.hash(headers) {
+            let open = self.table.find(hash, headers, &self.frames);
+            self.table.forget(open);
+        }
+        self.begin(piece, packet, headers, 0, Kind::Ready, 0);
+        if let Some(frame) = self.frames.last_mut() {
+            (frame.vnet, frame.packets) = (vnet, packets);
+        }
+        Ok(())
+    }
+
     /// The first packet of each frame, in order.
     pub fn heads(&self) -> impl Iterator<Item = Head<'_>> {
         (0..self.frames.len()).filter_map(|index| self.head(index))
@@ -349,7 +374,7 @@ impl TunBatch {
             (Kind::Tcp, Kind::Tcp) => frame.takes_segment(head, packet, headers),
             (Kind::Ack, Kind::Ack) => frame.takes_ack(head, packet, headers),
             (Kind::Udp, Kind::Udp) => frame.takes_datagram(head, packet, headers),
-            (Kind::Alone | Kind::Tcp | Kind::Ack | Kind::Udp | Kind::Discarded, _) => false,
+            (Kind::Alone | Kind::Ready | Kind::Tcp | Kind::Ack | Kind::Udp | Kind::Discarded, _) => false,
         };
         // The kernel takes a joined frame's checksums on trust.
         if !fits || !frame.is_right(head) {
