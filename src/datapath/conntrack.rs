@@ -30,7 +30,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 pub use flow::{FlowCounters, FlowRecord, FlowRef, Rewrite, Sighting, Tracked, Translation, Untracked};
 pub use key::{FlowKey, Seed};
@@ -47,6 +47,8 @@ use state::Step;
 /// half-closed connection be silent (its --conntrack-tcp-timeout-close-wait, one hour).
 pub const IDLE_ENOUGH: u64 = 3_600_000;
 
+/// Of the whole table, how much one local pod may have: a quarter. Its flood then costs itself.
+const QUOTA_SHARE: u32 = 4;
 /// A UDP flow that is answered for this long is a stream. Linux says two seconds
 /// (net/netfilter/nf_conntrack_proto_udp.c); ours is counted in whole ones.
 const STREAM_AFTER: u64 = 3;
@@ -60,6 +62,9 @@ pub struct FlowTable {
     slab: Slab,
     seed: Seed,
     timeouts: Timeouts,
+    /// How many entries each owner has.
+    owned: Box<[AtomicU32]>,
+    quota: u32,
 }
 
 impl FlowTable {
@@ -82,7 +87,7 @@ impl FlowTable {
         seed: Seed,
         timeouts: Timeouts,
     ) -> Result<FlowTable, AttachError> {
-        Ok(FlowTable { slab: Slab::create(memory, capacity, epoch)?, seed, timeouts })
+        Ok(FlowTable::over(Slab::create(memory, capacity, epoch)?, seed, timeouts))
     }
 
     /// A table in memory of its own, for tests and simulations.
@@ -99,9 +104,15 @@ impl FlowTable {
         seed: Seed,
         timeouts: Timeouts,
     ) -> Result<FlowTable, AttachError> {
-        let table = FlowTable { slab: Slab::attach(memory, epoch)?, seed, timeouts };
+        let table = FlowTable::over(Slab::attach(memory, epoch)?, seed, timeouts);
         table.rebuild(now);
         Ok(table)
+    }
+
+    fn over(slab: Slab, seed: Seed, timeouts: Timeouts) -> FlowTable {
+        let quota = (slab.layout().capacity() / QUOTA_SHARE).max(1);
+        let owned = std::iter::repeat_with(AtomicU32::default).take(1 << 16).collect();
+        FlowTable { slab, seed, timeouts, owned, quota }
     }
 
     /// Finds or makes the flow of a burst and brings it up to date.
@@ -152,6 +163,9 @@ impl FlowTable {
             Direction::Reply => PackedKey::new(&packet.key.reversed()),
         };
         let reply = translation.map_or(original.reversed(), |t| PackedKey::new(&t.reply));
+        if packet.owner != 0 && self.owned_by(packet.owner) >= self.quota {
+            return Err(Untracked::Quota);
+        }
         let (hash, reply_hash) = (original.hash(self.seed), reply.hash(self.seed));
         let (home, away) = (self.slab.bucket_of(hash), self.slab.bucket_of(reply_hash));
 
@@ -171,6 +185,7 @@ impl FlowTable {
         // Counted first: as soon as it is written, another lane in need of room may take it away again.
         self.slab.shard(shard, shard::LIVE).fetch_add(1, Ordering::Relaxed);
         self.slab.shard(shard, shard::CREATED).fetch_add(1, Ordering::Relaxed);
+        self.count_owned(packet.owner);
         let sequence = write(entry, now, &original, &reply, packet, translation, state, direction);
 
         let flow = FlowRef { index, sequence };
@@ -214,6 +229,19 @@ impl FlowTable {
             }
         }
         None
+    }
+
+    /// How many flows a local pod has, by its number.
+    pub fn owned_by(&self, owner: u16) -> u32 {
+        self.owned[usize::from(owner)].load(Ordering::Relaxed)
+    }
+
+    fn count_owned(&self, owner: u16) {
+        self.owned[usize::from(owner)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_disowned(&self, owner: u16) {
+        self.owned[usize::from(owner)].fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The counters, summed over the shards.

@@ -71,9 +71,12 @@ impl Lane {
             Ok(None) => self.open(now, snapshot, packet, headers, sighting, out),
             Err(Untracked::Invalid { translated: true }) => Err(DropReason::InvalidTcp),
             // A flow that finds no place in the table is carried all the same, unless it must be translated.
-            Err(Untracked::Invalid { translated: false } | Untracked::Full | Untracked::Taken) => {
-                self.as_it_is(snapshot, headers)
-            }
+            Err(
+                Untracked::Invalid { translated: false }
+                | Untracked::Full
+                | Untracked::Quota
+                | Untracked::Taken,
+            ) => self.as_it_is(snapshot, headers),
             Err(Untracked::Busy) => match snapshot.services.frontend_of(&sighting.key) {
                 Some(_) => Err(DropReason::FlowTableBusy),
                 None => self.as_it_is(snapshot, headers),
@@ -259,7 +262,9 @@ impl Lane {
             Exit::Peer(peer) => Some(peer),
             Exit::LocalPod | Exit::LocalNode | Exit::Outside => None,
         };
-        let (ms, sighting) = (self.boot_ms(now), Sighting { peer, ..*sighting });
+        let ms = self.boot_ms(now);
+        let owner = self.owner(sighting.key.source);
+        let sighting = Sighting { peer, owner, ..*sighting };
         let own_port = reply.destination_port;
         let (mut tries, mut busy) = (0, 0);
         loop {
@@ -277,6 +282,7 @@ impl Lane {
                 Err(Untracked::Busy) if busy < BUSY_TRIES => busy += 1,
                 Err(Untracked::Busy) => return Err(DropReason::FlowTableBusy),
                 Err(Untracked::Full) => return Err(DropReason::FlowTableFull),
+                Err(Untracked::Quota) => return Err(DropReason::FlowQuota),
                 Err(Untracked::Invalid { .. }) => return Err(DropReason::InvalidTcp),
             }
         }
@@ -298,7 +304,8 @@ impl Lane {
         let passage = self.as_it_is(snapshot, headers)?;
         let Exit::Peer(peer) = passage.exit else { return Ok(passage) };
         let ms = self.boot_ms(now);
-        let sighting = Sighting { peer: Some(peer), ..*sighting };
+        let owner = self.owner(headers.source);
+        let sighting = Sighting { peer: Some(peer), owner, ..*sighting };
         let inserted = self.flows.insert(ms, &sighting, None);
         self.sweep_soon(now);
         match inserted {
@@ -310,6 +317,12 @@ impl Lane {
             // A flow that finds no place in the table is carried all the same.
             Ok(_) | Err(_) => Ok(passage),
         }
+    }
+
+    /// Who pays for a flow from this address: only pods of this node have a quota.
+    fn owner(&self, source: IpAddr) -> u16 {
+        let owner = self.mesh.as_ref().and_then(|mesh| mesh.routes.lookup(source));
+        if owner == Some(Owner::LocalPod) { Sighting::owner_of(source) } else { 0 }
     }
 
     /// Where it was going, as it is.

@@ -84,6 +84,8 @@ drop_reasons! {
     InvalidTcp => "invalid-tcp",
     /// No room in the flow table for a flow that must be translated.
     FlowTableFull => "flow-table-full",
+    /// The local pod has as many flows as one pod may have.
+    FlowQuota => "flow-quota",
     /// Another lane kept the flow's place in the table for too long.
     FlowTableBusy => "flow-table-busy",
     /// Every source port that was tried is in use towards the same endpoint.

@@ -46,6 +46,7 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         }
         DropReason::InvalidTcp => "TCP of a translated connection that fits no state of it",
         DropReason::FlowTableFull => "no room for another translated flow: a flood from one pod?",
+        DropReason::FlowQuota => "a pod of this node has a quarter of the flow table: is it flooding?",
         DropReason::FlowTableBusy => "another lane kept the flow's place in the table for too long",
         DropReason::NoSourcePort => "every source port tried is in use towards the same endpoint",
         DropReason::AwaitingFragment => "a fragment whose first one, with the ports, did not come",

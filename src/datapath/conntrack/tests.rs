@@ -238,6 +238,24 @@ fn translations_never_share_a_reply() {
 }
 
 #[test]
+fn one_pod_fills_no_more_than_its_share() {
+    let table = table(1024);
+    let from = |n: u16, owner| Sighting { owner, ..sighting(key(17, u32::from(n) | 0x0100_0000), 0) };
+    let kept = establish(&table, T0, key(6, 1));
+    let results: Vec<_> = (0..2000).map(|n| table.track(T0, &from(n, 7))).collect();
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 256);
+    assert_eq!(results.last(), Some(&Err(Untracked::Quota)));
+    assert_eq!((table.owned_by(7), table.owned_by(8)), (256, 0));
+    assert!(table.track(T0, &from(5000, 8)).is_ok() && table.record(kept).is_some());
+    // What it has goes on, and what expires makes room.
+    assert!(table.track(T0, &from(0, 7)).is_ok());
+    let later = T0 + 31_000;
+    while table.sweep(later, 1024) > 0 {}
+    assert_eq!(table.owned_by(7), 0);
+    assert!(table.track(later, &from(9000, 7)).is_ok());
+}
+
+#[test]
 fn a_flood_leaves_established_flows_alone() {
     let table = table(8192);
     let mut now = T0;
