@@ -1,6 +1,7 @@
 //! Packets through a whole lane: which ways are closed, and what the flow table hears of it. Services have
 //! their own file.
 
+mod model;
 mod services;
 
 use super::conntrack::{FlowState, Seed};

@@ -94,19 +94,19 @@ impl World {
     }
 }
 
-fn udp_between(from: ([u8; 4], u16), to: ([u8; 4], u16), payload: &[u8]) -> Vec<u8> {
+pub(super) fn udp_between(from: ([u8; 4], u16), to: ([u8; 4], u16), payload: &[u8]) -> Vec<u8> {
     let mut packet = Vec::new();
     let builder = etherparse::PacketBuilder::ipv4(from.0, to.0, 64).udp(from.1, to.1);
     builder.write(&mut packet, payload).expect("a packet");
     packet
 }
 
-fn tcp_between(from: ([u8; 4], u16), to: ([u8; 4], u16), flags: &str) -> Vec<u8> {
+pub(super) fn tcp_between(from: ([u8; 4], u16), to: ([u8; 4], u16), flags: &str) -> Vec<u8> {
     tcp(from.0, to.0, (from.1, to.1), 1, flags)
 }
 
 /// Source and destination of a packet, which must be right.
-fn ends(packet: &[u8]) -> (([u8; 4], u16), ([u8; 4], u16)) {
+pub(super) fn ends(packet: &[u8]) -> (([u8; 4], u16), ([u8; 4], u16)) {
     let headers = parse(packet).expect("a packet");
     assert!(verify_transport(packet, &headers), "checksum");
     let octets = |address| match address {
@@ -117,7 +117,7 @@ fn ends(packet: &[u8]) -> (([u8; 4], u16), ([u8; 4], u16)) {
     ((octets(headers.source), from), (octets(headers.destination), to))
 }
 
-fn one<T: std::fmt::Debug>(mut list: Vec<T>) -> T {
+pub(super) fn one<T: std::fmt::Debug>(mut list: Vec<T>) -> T {
     assert_eq!(list.len(), 1, "{list:?}");
     list.remove(0)
 }
