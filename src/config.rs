@@ -11,6 +11,7 @@
 //! no-udp-gso: true
 //! ```
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,10 +19,12 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::snapshot::service::Protocol;
 use crate::snapshot::{PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
 use crate::state::compile::{EncapPolicy, Settings};
 use crate::state::problem::quote;
+use crate::state::services::ServiceSettings;
 use crate::state::source::manifest::is_dns_name;
 use crate::status::client::DEFAULT_RUN_DIR;
 use crate::tunnel::vxlan::mac_from_key;
@@ -35,6 +38,9 @@ pub use flags::{AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, Sour
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+/// Where a kubelet and an API server listen on a node's own address.
+const KUBELET: u16 = 10_250;
+const API_SERVER: u16 = 6_443;
 const DEFAULT_VXLAN_PORT: u16 = 8472; // Linux's own default, and Flannel's; IANA's 4789 is rarer there
 
 /// Which offloads may be tried.
@@ -212,7 +218,18 @@ impl AgentConfig {
             underlay_mtu,
             cluster_ranges: self.cluster_ranges.clone(),
             service_ranges: self.service_ranges.clone(),
+            services: ServiceSettings {
+                protected_ports: self.protected_ports(),
+                ..ServiceSettings::default()
+            },
         }
+    }
+
+    /// Ports of a node's addresses that no Service may capture.
+    fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
+        let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
+        let vxlan = [(Protocol::Udp, self.vxlan_port)];
+        lanes.chain(vxlan).chain([KUBELET, API_SERVER].map(|port| (Protocol::Tcp, port))).collect()
     }
 
     fn check(&self) -> Result<(), ConfigError> {
