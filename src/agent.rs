@@ -31,7 +31,7 @@ use tracing::{debug, error, info, warn};
 pub use error::AgentError;
 use error::reasons;
 
-use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
+use crate::config::{AgentConfig, Masquerade, ServicesArg, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
 use crate::io::lane::LaneOffloads;
@@ -452,7 +452,13 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
             Masquerade::Off => false,
         },
         encrypted: plan.encrypted,
-        services: false,
+        services: config.services != ServicesArg::Off,
+        yield_services: config.services == ServicesArg::Auto,
+        service_routes: plan.service_ranges.iter().map(|range| route(*range)).collect(),
+        node_ports: Arc::default(),
+        externals: Arc::default(),
+        nodeport_ranges: config.nodeport_ranges.clone(),
+        nodeport_localhost: config.nodeport_localhost,
     }
 }
 

@@ -12,7 +12,7 @@
 //! ```
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -30,11 +30,17 @@ mod file;
 mod flags;
 
 pub use file::environment_warnings;
-pub use flags::{AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, SourceSpec, UnderlayMtu};
+pub use flags::{
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
+    UnderlayMtu,
+};
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+/// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
+const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
+const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 const DEFAULT_VXLAN_PORT: u16 = 8472; // Linux's own default, and Flannel's; IANA's 4789 is rarer there
 
 /// Which offloads may be tried.
@@ -81,6 +87,18 @@ pub struct AgentConfig {
     pub keepalive: u16,
     /// MTU of the underlay.
     pub underlay_mtu: UnderlayMtu,
+    /// Who does Services.
+    pub services: ServicesArg,
+    /// Which local addresses have node ports; empty: all but loopback.
+    pub nodeport_ranges: Vec<IpNet>,
+    /// Whether 127.0.0.0/8 has them.
+    pub nodeport_localhost: bool,
+    /// Whether `spec.externalIPs` is obeyed.
+    pub external_ips: bool,
+    /// Where `/healthz` answers.
+    pub healthz: Option<SocketAddr>,
+    /// Where `/proxyMode` answers.
+    pub proxy_mode: Option<SocketAddr>,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -172,6 +190,12 @@ impl AgentConfig {
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
             underlay_mtu: args.underlay_mtu.unwrap_or(UnderlayMtu::Auto),
+            services: args.services.unwrap_or(ServicesArg::Auto),
+            nodeport_ranges: args.nodeport_addresses.unwrap_or_default(),
+            nodeport_localhost: args.nodeport_localhost.unwrap_or(false),
+            external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
+            healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
+            proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),

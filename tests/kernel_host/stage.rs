@@ -95,6 +95,12 @@ pub(crate) fn config() -> HostConfig {
         masquerade: true,
         encrypted: true,
         services: true,
+        yield_services: false,
+        service_routes: vec![route("10.96.0.0/16", "10.244.1.0"), route("fd96::/108", "fd00:1::")],
+        node_ports: Default::default(),
+        externals: Default::default(),
+        nodeport_ranges: Vec::new(),
+        nodeport_localhost: false,
     }
 }
 
@@ -104,6 +110,7 @@ pub(crate) fn config_v4() -> HostConfig {
     config.pod_ranges.retain(|range| range.addr().is_ipv4());
     config.tunnel_routes.retain(|route| route.range.addr().is_ipv4());
     config.cluster_ranges.retain(|range| range.addr().is_ipv4());
+    config.service_routes.retain(|route| route.range.addr().is_ipv4());
     config
 }
 

@@ -59,7 +59,10 @@ impl HostNetwork {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.generation = None;
+                    let wanted = config.borrow_and_update().clone();
+                    if self.change_elements(&wanted).await {
+                        continue;
+                    }
                     routes = true;
                 }
                 () = notifications.next() => {
