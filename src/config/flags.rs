@@ -146,8 +146,12 @@ pub struct AgentArgs {
     #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_HEALTHZ_BIND_ADDRESS", help_heading = "Services")]
     pub healthz_bind_address: Option<BindArg>,
     /// Where /proxyMode answers, as kube-proxy's does; empty: nowhere [default: 127.0.0.1:10249]
-    #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_PROXY_MODE_BIND_ADDRESS",
-          help_heading = "Services")]
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "WARREN_PROXY_MODE_BIND_ADDRESS",
+        help_heading = "Services"
+    )]
     pub proxy_mode_bind_address: Option<BindArg>,
 
     /// Name of the tunnel device [default: warren0]
@@ -283,9 +287,10 @@ impl FromStr for BindArg {
 /// Unlike a range of the cluster it may be a single address, or all.
 fn nodeport_range(text: &str) -> Result<IpNet, String> {
     let single = || text.parse::<IpAddr>().map(IpNet::from);
-    let range: IpNet = text.parse().or_else(|_| single()).map_err(|_| {
-        format!("{} is not a range like 192.0.2.0/24, nor an address", quote(text))
-    })?;
+    let range: IpNet = text
+        .parse()
+        .or_else(|_| single())
+        .map_err(|_| format!("{} is not a range like 192.0.2.0/24, nor an address", quote(text)))?;
     match range.trunc() == range {
         true => Ok(range),
         false => Err(format!("{range} is not the beginning of its range; did you mean {}?", range.trunc())),

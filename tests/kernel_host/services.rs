@@ -33,7 +33,13 @@ fn loop_of(v6: bool) -> std::net::IpAddr {
 }
 
 fn sets() -> String {
-    ["nodeports", "external4", "external6"].map(|set| shell(&format!("nft list set inet warren-services {set}; nft list map inet warren-services {set}"))).concat()
+    ["nodeports", "external4", "external6"]
+        .map(|set| {
+            shell(&format!(
+                "nft list set inet warren-services {set}; nft list map inet warren-services {set}"
+            ))
+        })
+        .concat()
 }
 
 #[test]
@@ -65,7 +71,9 @@ fn services_are_made_once_and_compared() {
         let off = HostConfig { services: false, ..with_services() };
         network.apply(&off).await.unwrap();
         assert!(!shell("nft list tables").contains("warren-services"));
-        assert!(!sh("ip route show").contains("10.96") && !sh("nft list table inet warren").contains("10.96"));
+        assert!(
+            !sh("ip route show").contains("10.96") && !sh("nft list table inet warren").contains("10.96")
+        );
         assert!(network.apply(&off).await.unwrap().is_empty());
     });
 }
@@ -213,7 +221,8 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         settle(&mut events).await;
         let count = || (sets().matches("tcp .").count(), sets().matches("udp . 443 :").count());
         assert_eq!(count(), (PORTS.into(), EXTERNALS.into()));
-        let handles = || sh("nft -a list table inet warren-services | grep handle | sed 's/packets.*bytes [0-9]*//'");
+        let handles =
+            || sh("nft -a list table inet warren-services | grep handle | sed 's/packets.*bytes [0-9]*//'");
         let before = handles();
         let mut worst = Duration::ZERO;
         for round in 1..=20 {
@@ -230,7 +239,12 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         }
         println!("one change at that size: at most {worst:?}");
         assert!(worst < Duration::from_millis(250), "{worst:?}");
-        until("the last one", || count() == (usize::from(PORTS) - 20, EXTERNALS.into()), || format!("{:?}", count())).await;
+        until(
+            "the last one",
+            || count() == (usize::from(PORTS) - 20, EXTERNALS.into()),
+            || format!("{:?}", count()),
+        )
+        .await;
         assert_eq!(handles(), before, "rules or sets were made anew");
         settle(&mut events).await;
         // What somebody else removes comes back by the long way.
@@ -255,8 +269,8 @@ fn generation() -> u32 {
 
 /// Just enough netlink to ask for the generation without a process per question.
 mod nix_netlink {
-    use std::io::{Read, Write};
     use std::fs::File;
+    use std::io::{Read, Write};
     use std::os::fd::OwnedFd;
 
     use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};

@@ -12,6 +12,7 @@
 //! socket belongs to the network namespace of the thread that called [`HostNetwork::open`], and so
 //! do the sysctls of the thread that runs the futures: in a namespace, use a current-thread runtime.
 
+mod elements;
 mod error;
 mod foreign;
 mod legacy;
@@ -42,8 +43,8 @@ pub use error::HostError;
 pub use watch::HostEvent;
 
 use crate::snapshot::service::{Listen, Protocol};
+use elements::Elements;
 use links::{Interfaces, PodBridge};
-use services::Elements;
 
 /// The bit of `ct mark` and packet mark that says: this flow came out of the tunnel.
 ///
@@ -317,11 +318,10 @@ impl HostNetwork {
             return false;
         }
         let (from, to) = (Elements::of(applied), Elements::of(&config));
-        match services::change(&self.nft, generation, &from, &to, config.has_v6()).await {
-            Ok(0) => true,
-            Ok(count) => {
+        match elements::change(&self.nft, generation, &from, &to).await {
+            Ok((after, count)) => {
                 debug!("changed {count} elements of nft table inet {}", services::NAME);
-                self.generation = Some(next_generation(generation));
+                self.generation = Some(after);
                 self.applied = Some(config.into_owned());
                 true
             }
@@ -379,18 +379,27 @@ impl HostNetwork {
     ) -> Result<(), HostError> {
         let doing = || format!("write nft table inet {}", services::NAME);
         let quota = sysctl::conntrack_max().filter(|_| self.flow_quota).map(services::quota);
-        let outcome = nft::apply(&self.nft, &services::table(config, quota), report).await;
-        let Err(error) = outcome else { return Ok(()) };
-        if quota.is_none() || !nft::unsupported(&error) && error.errno() != Some(libc::ENOENT) {
-            return Err(HostError::nft(doing(), error));
+        match nft::apply(&self.nft, &services::table(config, quota), report).await {
+            Err(e) if quota.is_some() && (nft::unsupported(&e) || e.errno() == Some(libc::ENOENT)) => {
+                self.flow_quota = false;
+                report.warn(
+                    "the kernel cannot count connections by pod (CONFIG_NFT_CONNLIMIT): one pod can fill its \
+                     connection table and so keep others from opening connections",
+                );
+                let without = services::table(config, None);
+                nft::apply(&self.nft, &without, report).await.map_err(|e| HostError::nft(doing(), e))?;
+            }
+            outcome => outcome.map_err(|e| HostError::nft(doing(), e))?,
         }
-        self.flow_quota = false;
-        report.warn(
-            "the kernel cannot count connections by pod (CONFIG_NFT_CONNLIMIT): one pod can fill its connection \
-             table and so keep others from opening connections",
-        );
-        let outcome = nft::apply(&self.nft, &services::table(config, None), report).await;
-        outcome.map_err(|e| HostError::nft(doing(), e))
+        if !config.services {
+            return Ok(());
+        }
+        let outcome = elements::compare(&self.nft, config).await;
+        let wrong = outcome.map_err(|e| HostError::nft(doing(), e))?;
+        if wrong > 0 {
+            report.changed(format!("nft table inet {}: {wrong} elements", services::NAME));
+        }
+        Ok(())
     }
 
     async fn nft_generation(&self) -> Result<u32, HostError> {

@@ -134,10 +134,11 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
         return NftablesConfig::new().absent_table(NAME, Family::Bridge);
     }
     NftablesConfig::new().table(NAME, Family::Bridge, |table| {
-        let mut table = address_set(table, ("pods4", "pods6"), &config.pod_ranges).chain("prerouting", |chain| {
-            let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
-            chain.base(base.policy(Policy::Accept)).exclusive()
-        });
+        let mut table =
+            address_set(table, ("pods4", "pods6"), &config.pod_ranges).chain("prerouting", |chain| {
+                let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
+                chain.base(base.policy(Policy::Accept)).exclusive()
+            });
         if config.has_v6() {
             // Neighbours answer from pod to pod, unicast; a router in between would spoil it (hop
             // limit 255, RFC 4861 section 7.1).
@@ -287,7 +288,8 @@ fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBui
 fn loop_address(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
     let (saddr, _) = addresses(v6);
     let elsewhere = |rule: Rule| rule.match_iif_not(&config.tun);
-    let dropped = |rule: Rule| rule.counter().drop().comment("the loop's own address does not come from outside");
+    let dropped =
+        |rule: Rule| rule.counter().drop().comment("the loop's own address does not come from outside");
     let from = |rule: Rule| match v6 {
         false => rule.match_saddr_v4(config.loop_v4, 32),
         true => rule.match_saddr_v6(config.loop_v6, 128),
@@ -296,9 +298,9 @@ fn loop_address(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> D
         false => rule.match_daddr_v4(config.loop_v4, 32),
         true => rule.match_daddr_v6(config.loop_v6, 128),
     };
-    table.rule("spoofed", |rule| dropped(elsewhere(from(rule)))).rule("spoofed", |rule| {
-        dropped(elsewhere(to(rule).match_not_in_set(saddr, set_name("pods", v6))))
-    })
+    table
+        .rule("spoofed", |rule| dropped(elsewhere(from(rule))))
+        .rule("spoofed", |rule| dropped(elsewhere(to(rule).match_not_in_set(saddr, set_name("pods", v6)))))
 }
 
 /// A packet for another node's pods that finds no way into the tunnel (device gone, route gone) would

@@ -35,7 +35,8 @@ impl Look {
         generation: u32,
     ) -> Result<Option<String>, HostError> {
         if self.generation != Some(generation) {
-            self.nft = in_nft(connection).await.map_err(|e| HostError::nft("look for kube-proxy's rules", e))?;
+            self.nft =
+                in_nft(connection).await.map_err(|e| HostError::nft("look for kube-proxy's rules", e))?;
             self.generation = Some(generation);
         }
         self.legacy.look(CHAIN);

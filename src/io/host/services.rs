@@ -15,54 +15,35 @@
 //! kube-proxy left behind do not take new connections away.
 //!
 //! A table of its own: its sets hold tens of thousands of elements, and comparing `table inet warren`
-//! must not list them. A change of elements alone is written without reading anything back, at the
-//! generation of nftables at which the sets were last known to be right.
+//! must not list them. `elements` fills them.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use ipnet::IpNet;
-use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig};
+use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig, SetElementMode};
 use nlink::netlink::nftables::{
     BaseChain, ChainName, CtDirection, CtState, DynsetExpr, DynsetOp, ElementStatement, Expr, Family,
-    FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey, NFTA_NAT_FAMILY, NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX,
-    NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX, NFTA_NAT_REG_PROTO_MIN, NFTA_NAT_TYPE, NatHook,
-    PayloadBase, Policy, Priority, RawExpr, Register, Rule, Set, SetDataType, SetElement,
-    SetKeyType,
+    FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey, NFTA_NAT_FAMILY, NFTA_NAT_FLAGS,
+    NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX, NFTA_NAT_REG_PROTO_MIN,
+    NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority, RawExpr, Register, Rule, SetDataType, SetKeyType,
 };
 use nlink::netlink::types::route::RouteType;
-use nlink::netlink::{Connection, Nftables};
 
 use super::HostConfig;
 use super::nft::{address_set, addresses, families};
 use super::nla::attribute;
-use crate::snapshot::service::{Listen, Protocol};
 
 /// The table's name.
 pub(super) const NAME: &str = "warren-services";
+/// Its set of node ports.
+pub(super) const NODE_PORTS: &str = "nodeports";
 
-/// Elements in one netlink message: its nest holds 65,535 bytes, and an IPv6 element takes 68.
-const CHUNK: usize = 512;
 /// Sources that `quota` counts: more than a node has pods, so that pods which make addresses up cannot
 /// take the place of those that do not... unless they use all of these.
 const SOURCES: u32 = 65_535;
 /// A pod's share of the kernel's connection table for Service flows. Each may take two entries (into
 /// the tunnel device and out of it), so one pod leaves half of the table to others.
 const SHARE: u32 = 4;
-
-/// The elements of the sets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Elements {
-    node_ports: Arc<BTreeSet<(Protocol, u16)>>,
-    externals: Arc<BTreeMap<Listen, u16>>,
-}
-
-impl Elements {
-    pub(super) fn of(config: &HostConfig) -> Elements {
-        Elements { node_ports: Arc::clone(&config.node_ports), externals: Arc::clone(&config.externals) }
-    }
-}
 
 /// `table inet warren-services`, complete, or its absence. `quota`: flows of one pod; `None` where the
 /// kernel cannot count them.
@@ -81,52 +62,19 @@ pub(super) fn table(config: &HostConfig, quota: Option<u32>) -> NftablesConfig {
     })
 }
 
-/// Writes the difference of elements in one transaction, at the generation at which `from` stood in the
-/// kernel; says how many elements it was. Fails with ERESTART where something else has changed since.
-pub(super) async fn change(
-    connection: &Connection<Nftables>,
-    generation: u32,
-    from: &Elements,
-    to: &Elements,
-    v6: bool,
-) -> Result<usize, nlink::Error> {
-    let gone = from.node_ports.difference(&to.node_ports).map(node_port);
-    let new = to.node_ports.difference(&from.node_ports).map(node_port);
-    let mut writes = vec![(node_ports_set(), gone.collect(), new.collect())];
-    for v6 in [false, true].into_iter().take(1 + usize::from(v6)) {
-        let differs = |one: &BTreeMap<Listen, u16>, other: &BTreeMap<Listen, u16>| -> Vec<SetElement> {
-            let different = |(at, to): &(&Listen, &u16)| other.get(at) != Some(to);
-            of_family(one, v6).filter(different).map(|(at, to)| external(at, *to)).collect()
-        };
-        let (gone, new) = (differs(&from.externals, &to.externals), differs(&to.externals, &from.externals));
-        writes.push((externals_set(v6), gone, new));
-    }
-    let count = writes.iter().map(|(_, gone, new)| gone.len() + new.len()).sum();
-    if count == 0 {
-        return Ok(0);
-    }
-    let mut transaction = connection.transaction().expect_generation(generation);
-    for (set, gone, new) in &writes {
-        // An element that leads elsewhere now is in both: first out, then in.
-        transaction = gone.chunks(CHUNK).fold(transaction, |t, chunk| t.del_set_elements(set, chunk));
-        transaction = new.chunks(CHUNK).fold(transaction, |t, chunk| t.add_set_elements(set, chunk));
-    }
-    transaction.commit(connection).await?;
-    Ok(count)
-}
-
 fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
-    let mut table = table.set("nodeports", |set| {
-        set.key_type(node_port_key()).elements(config.node_ports.iter().map(node_port))
-    });
+    // Their elements are kept right by `elements`: too many for one message, and for listing every time.
+    let mut table =
+        table.set(NODE_PORTS, |set| set.key_type(node_port_key()).element_mode(SetElementMode::Ensure));
     for v6 in families(config) {
         table = table.set(externals_name(v6), |set| {
-            let elements = of_family(&config.externals, v6).map(|(at, to)| external(at, *to));
-            set.key_type(external_key(v6)).map(SetDataType::Value(SetKeyType::InetService)).elements(elements)
+            let set = set.key_type(external_key(v6)).map(SetDataType::Value(SetKeyType::InetService));
+            set.element_mode(SetElementMode::Ensure)
         });
     }
     let services = config.service_routes.iter().map(|route| route.range);
-    let services: Vec<IpNet> = services.chain([IpAddr::V4(config.loop_v4).into(), IpAddr::V6(config.loop_v6).into()]).collect();
+    let services: Vec<IpNet> =
+        services.chain([IpAddr::V4(config.loop_v4).into(), IpAddr::V6(config.loop_v6).into()]).collect();
     let ranges = node_ranges(config);
     let table = address_set(table, ("pods4", "pods6"), &config.pod_ranges);
     let table = address_set(table, ("services4", "services6"), &services);
@@ -180,7 +128,7 @@ fn translations(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> D
             rule = rule.match_in_set(daddr, if v6 { "nodes6" } else { "nodes4" });
         }
         let rule = port_key(rule, [Register::R0, Register::Reg32_01]);
-        let rule = rule.expr(LookupExpr::new("nodeports", Register::R0));
+        let rule = rule.expr(LookupExpr::new(NODE_PORTS, Register::R0));
         if v6 { rule.dnat_v6(config.loop_v6, None) } else { rule.dnat(config.loop_v4, None) }
     })
 }
@@ -240,9 +188,9 @@ fn limits(table: DeclaredTableBuilder, config: &HostConfig, flows: u32) -> Decla
             true => ["pods6", "services6", "flows6"],
         };
         let (offset, len) = if v6 { (8, 16) } else { (12, 4) };
-        table = table
-            .set(counts, |set| set.key_type(saddr.key_type()).dynamic().size(SOURCES))
-            .rule("quota", |rule| {
+        table = table.set(counts, |set| set.key_type(saddr.key_type()).dynamic().size(SOURCES)).rule(
+            "quota",
+            |rule| {
                 rule.match_ct_state(CtState::NEW)
                     .match_in_set(saddr, pods)
                     .match_in_set(daddr, services)
@@ -254,7 +202,8 @@ fn limits(table: DeclaredTableBuilder, config: &HostConfig, flows: u32) -> Decla
                     .counter()
                     .drop()
                     .comment("more Service flows of one pod than its share")
-            });
+            },
+        );
     }
     table
 }
@@ -285,41 +234,18 @@ fn family(rule: Rule, v6: bool) -> Rule {
     rule.then(Match::eq(Field::NfProto, number))
 }
 
-fn of_family(externals: &BTreeMap<Listen, u16>, v6: bool) -> impl Iterator<Item = (&Listen, &u16)> {
-    externals.iter().filter(move |(at, _)| at.address.is_ipv6() == v6)
-}
-
-fn node_port_key() -> SetKeyType {
+/// `meta l4proto . th dport`.
+pub(super) fn node_port_key() -> SetKeyType {
     SetKeyType::Concat(vec![SetKeyType::InetProto, SetKeyType::InetService])
 }
 
-fn external_key(v6: bool) -> SetKeyType {
+/// `ip daddr . meta l4proto . th dport`.
+pub(super) fn external_key(v6: bool) -> SetKeyType {
     let address = if v6 { SetKeyType::Ipv6Addr } else { SetKeyType::Ipv4Addr };
     SetKeyType::Concat(vec![address, SetKeyType::InetProto, SetKeyType::InetService])
 }
 
-fn externals_name(v6: bool) -> &'static str {
+/// The map of a family's external addresses.
+pub(super) fn externals_name(v6: bool) -> &'static str {
     if v6 { "external6" } else { "external4" }
-}
-
-fn node_ports_set() -> Set {
-    Set::new(NAME, "nodeports").key_type(node_port_key())
-}
-
-fn externals_set(v6: bool) -> Set {
-    let set = Set::new(NAME, externals_name(v6)).key_type(external_key(v6));
-    set.map(SetDataType::Value(SetKeyType::InetService))
-}
-
-fn node_port((protocol, port): &(Protocol, u16)) -> SetElement {
-    SetElement::concat([SetElement::inet_proto(protocol.number()), SetElement::port(*port)])
-}
-
-fn external(at: &Listen, to: u16) -> SetElement {
-    let address = match at.address {
-        IpAddr::V4(address) => SetElement::ipv4(address),
-        IpAddr::V6(address) => SetElement::ipv6(address),
-    };
-    let port = [SetElement::inet_proto(at.protocol.number()), SetElement::port(at.port)];
-    SetElement::concat([address].into_iter().chain(port)).value(SetElement::port(to))
 }
