@@ -9,7 +9,7 @@ use warren::io::host::{self, HostConfig, HostNetwork};
 use warren::snapshot::service::{Listen, Protocol};
 
 use crate::packets::{FAMILIES, NEVER, SOON, Stage, receive};
-use crate::stage::{Node, config, config_v4, everything, ip, settle, sh, shell, until, watched};
+use crate::stage::{Node, config, config_v4, everything, ip, settle, sh, shell, until, watched_with};
 
 const NODE_PORT: u16 = 30_007;
 
@@ -217,7 +217,7 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         let begun = Instant::now();
         assert!(network.apply(&many(PORTS, EXTERNALS)).await.unwrap().is_empty());
         println!("all compared and found right: {:?}", begun.elapsed());
-        let (wanted, mut events) = watched(network);
+        let (wanted, mut events) = watched_with(network, many(PORTS, EXTERNALS));
         settle(&mut events).await;
         let count = || (sets().matches("tcp .").count(), sets().matches("udp . 443 :").count());
         assert_eq!(count(), (PORTS.into(), EXTERNALS.into()));
@@ -225,7 +225,7 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
             || sh("nft -a list table inet warren-services | grep handle | sed 's/packets.*bytes [0-9]*//'");
         let before = handles();
         let mut worst = Duration::ZERO;
-        for round in 1..=20 {
+        for round in 1..=20_u16 {
             let next = many(PORTS - round, EXTERNALS + round % 2);
             let generation = generation();
             let begun = Instant::now();
@@ -235,7 +235,7 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
                 tokio::task::yield_now().await;
             }
             worst = worst.max(begun.elapsed());
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(u64::from(round) * 10)).await;
         }
         println!("one change at that size: at most {worst:?}");
         assert!(worst < Duration::from_millis(250), "{worst:?}");
@@ -249,10 +249,12 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         settle(&mut events).await;
         // What somebody else removes comes back by the long way.
         sh("nft flush set inet warren-services nodeports");
+        settle(&mut events).await;
         until("repair", || count().0 == usize::from(PORTS) - 20, || format!("{:?}", count())).await;
         settle(&mut events).await;
         sh("nft 'delete element inet warren-services nodeports { tcp . 20000 }'");
         wanted.send_replace(many(1, 0));
+        settle(&mut events).await;
         until("a change at the same time", || count() == (1, 0), || format!("{:?}", count())).await;
         host::cleanup("warren0", None).await.unwrap();
         assert!(!sh("nft list tables").contains("warren"));
@@ -318,4 +320,88 @@ fn cleanup_takes_services_out_too() {
         let removed = host::cleanup("warren0", Some(&file)).await.unwrap();
         assert_eq!(looked(), before, "removed only {removed:?}");
     });
+}
+
+#[test]
+fn services_are_left_to_kube_proxy_while_its_rules_are_there() {
+    for (made, gone, said) in [
+        ("nft add table ip kube-proxy", "nft delete table ip kube-proxy", "nft table ip kube-proxy"),
+        ("nft add table ip6 kube-proxy", "nft delete table ip6 kube-proxy", "nft table ip6 kube-proxy"),
+        (
+            "iptables-nft -t nat -N KUBE-SERVICES",
+            "iptables-nft -t nat -X KUBE-SERVICES",
+            "chain KUBE-SERVICES of nft table ip nat",
+        ),
+        (
+            "iptables-legacy -t nat -N KUBE-SERVICES",
+            "iptables-legacy -t nat -X KUBE-SERVICES",
+            "chain KUBE-SERVICES of iptables-legacy's table nat",
+        ),
+        (
+            "ip6tables-legacy -t nat -N KUBE-SERVICES",
+            "ip6tables-legacy -t nat -X KUBE-SERVICES",
+            "chain KUBE-SERVICES of ip6tables-legacy's table nat",
+        ),
+    ] {
+        let node = Node::new();
+        node.run(async {
+            // The kubelet's, and a chain that only begins the same way.
+            sh("iptables-nft -t nat -N KUBE-KUBELET-CANARY; iptables-legacy -t nat -N KUBE-SERVICES-X");
+            sh(made);
+            let yielding = HostConfig { yield_services: true, ..with_services() };
+            let mut network = HostNetwork::open(None).unwrap();
+            let state = network.state();
+            network.apply(&yielding).await.unwrap();
+            assert_eq!(state.borrow().kube_proxy.as_deref(), Some(said));
+            let ours = || {
+                let routes = shell("ip route show").contains("10.96.0.0/16");
+                let table = shell("nft list tables").contains("warren-services");
+                assert_eq!(routes, table);
+                table
+            };
+            assert!(!ours(), "beside {said}");
+            assert!(sh("ip route show").contains("10.244.0.0/16 dev warren0"), "pods go on");
+            let (wanted, mut events) = watched_with(network, yielding.clone());
+            settle(&mut events).await;
+            sh(gone);
+            until("Services go on", || shell("nft list tables").contains("warren-services"), String::new)
+                .await;
+            until("all of them", ours, String::new).await;
+            assert_eq!(state.borrow().kube_proxy, None);
+            settle(&mut events).await;
+            sh(made);
+            until("it is back", || !shell("nft list tables").contains("warren-services"), String::new).await;
+            until("it has all", || !shell("ip route show").contains("10.96.0.0/16"), String::new).await;
+            settle(&mut events).await;
+            // Told to, we do them all the same.
+            wanted.send_replace(with_services());
+            until("on means on", || shell("nft list tables").contains("warren-services"), String::new).await;
+        });
+    }
+}
+
+#[test]
+fn a_pod_has_its_share_of_flows_and_no_more() {
+    let stage = Stage::new(true);
+    stage.apply(&with_services());
+    // The same rule with a share that a test can use up.
+    stage.node.0.enter(|| {
+        let quota = sh("nft -a list chain inet warren-services share");
+        let rule = quota.lines().find(|rule| rule.contains("flows4")).unwrap();
+        let (text, handle) = rule.trim().split_once(" # handle ").unwrap();
+        let words: Vec<&str> = text.split(' ').collect();
+        let over = words.iter().position(|word| *word == "over").unwrap() + 1;
+        let small = text.replace(&format!("over {}", words[over]), "over 3");
+        let small = small.split(" counter").next().unwrap();
+        sh(&format!("nft 'replace rule inet warren-services share handle {handle} {small} counter drop'"));
+    });
+    let reached = |pod: usize| {
+        let client = stage.pods[pod].udp(FAMILIES[0].pods[pod], 0);
+        client.send_to(b"x", (ip("10.96.0.10"), 53)).unwrap();
+        stage.next_in_tunnel(NEVER).is_some()
+    };
+    assert_eq!([(); 5].map(|()| reached(0)), [true, true, true, false, false]);
+    assert!(reached(1), "others go on");
+    let quota = stage.node.0.enter(|| sh("nft list chain inet warren-services share"));
+    assert!(quota.contains("counter packets 2 "), "{quota}");
 }

@@ -119,7 +119,14 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 }
 
 pub(crate) fn watched(network: HostNetwork) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
-    let (config, receiver) = watch::channel(config());
+    watched_with(network, config())
+}
+
+pub(crate) fn watched_with(
+    network: HostNetwork,
+    config: HostConfig,
+) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
+    let (config, receiver) = watch::channel(config);
     let (sender, events) = mpsc::channel(16);
     tokio::spawn(network.watch(receiver, sender));
     (config, events)

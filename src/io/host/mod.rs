@@ -318,6 +318,9 @@ impl HostNetwork {
             return false;
         }
         let (from, to) = (Elements::of(applied), Elements::of(&config));
+        if from == to {
+            return true;
+        }
         match elements::change(&self.nft, generation, &from, &to).await {
             Ok((after, count)) => {
                 debug!("changed {count} elements of nft table inet {}", services::NAME);

@@ -6,7 +6,7 @@
 //! | `prerouting` | nat, dstnat - 5 | what comes in from outside and from pods |
 //! | `output` | nat output, dstnat - 5 | what the node's own processes send |
 //! | `services` | (both jump there) | exact external addresses first, then node ports on local addresses |
-//! | `quota` | filter prerouting, dstnat + 5 | no pod fills the kernel's connection table with Service flows |
+//! | `share` | filter prerouting, dstnat + 5 | no pod fills the kernel's connection table with Service flows |
 //! | `loopback` | filter input, filter | 127/8 is answered out of the tunnel, never called (`--nodeport-localhost`) |
 //!
 //! Before dstnat, because within one hook the first chain that binds a destination wins: kube-proxy puts
@@ -38,14 +38,14 @@ pub(super) const NAME: &str = "warren-services";
 /// Its set of node ports.
 pub(super) const NODE_PORTS: &str = "nodeports";
 
-/// Sources that `quota` counts: more than a node has pods, so that pods which make addresses up cannot
+/// Sources that are counted: more than a node has pods, so that pods which make addresses up cannot
 /// take the place of those that do not... unless they use all of these.
 const SOURCES: u32 = 65_535;
 /// A pod's share of the kernel's connection table for Service flows. Each may take two entries (into
 /// the tunnel device and out of it), so one pod leaves half of the table to others.
 const SHARE: u32 = 4;
 
-/// `table inet warren-services`, complete, or its absence. `quota`: flows of one pod; `None` where the
+/// `table inet warren-services`, complete, or its absence. `share`: flows of one pod; `None` where the
 /// kernel cannot count them.
 pub(super) fn table(config: &HostConfig, quota: Option<u32>) -> NftablesConfig {
     if !config.services {
@@ -178,7 +178,7 @@ fn port_key(rule: Rule, [protocol, port]: [Register; 2]) -> Rule {
 /// forgets a TCP flow there when it is closed, not when its entry is gone.
 fn limits(table: DeclaredTableBuilder, config: &HostConfig, flows: u32) -> DeclaredTableBuilder {
     let late = Priority::Custom(Priority::DstNat.to_i32() + 5);
-    let mut table = table.chain("quota", |chain| {
+    let mut table = table.chain("share", |chain| {
         chain.base(BaseChain::filter(FilterHook::Prerouting, late).policy(Policy::Accept)).exclusive()
     });
     for v6 in families(config) {
@@ -189,7 +189,7 @@ fn limits(table: DeclaredTableBuilder, config: &HostConfig, flows: u32) -> Decla
         };
         let (offset, len) = if v6 { (8, 16) } else { (12, 4) };
         table = table.set(counts, |set| set.key_type(saddr.key_type()).dynamic().size(SOURCES)).rule(
-            "quota",
+            "share",
             |rule| {
                 rule.match_ct_state(CtState::NEW)
                     .match_in_set(saddr, pods)
