@@ -11,9 +11,11 @@
 
 mod ends;
 mod error;
+mod health;
 mod presence;
 mod recent;
 mod serve;
+mod services;
 
 use std::fs;
 use std::io;
@@ -33,7 +35,7 @@ use error::reasons;
 
 use crate::config::{AgentConfig, Masquerade, ServicesArg, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
-use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
+use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
 use crate::snapshot::service::{LOOP_V4, LOOP_V6};
@@ -47,6 +49,7 @@ use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::state::source::dir::DirSource;
 use crate::status::{Handle, server};
 use ends::Ends;
+use health::Answers;
 use presence::{ReadyFile, make_dir};
 
 /// How long the first full list of the source may take before we say that we wait for it.
@@ -112,6 +115,9 @@ struct Running {
     host_wanted: watch::Sender<HostConfig>,
     host_news: mpsc::Receiver<HostEvent>,
     host_watch: JoinHandle<Result<(), HostError>>,
+    host_state: watch::Receiver<HostState>,
+    /// What is answered for load balancers.
+    answers: watch::Sender<Answers>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
@@ -195,8 +201,15 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
+    let mut host_state = host_network.state();
+    let kube_proxy = host_state.borrow_and_update().kube_proxy.clone();
+    if let Some(place) = &kube_proxy {
+        services::yielded(&config, place);
+    }
+    let (answers, wanted_answers) = watch::channel(services::answers(&config, &plan, kube_proxy.is_some()));
     let (host_wanted, host_reader) = watch::channel(wanted);
     let (host_events, host_news) = mpsc::channel(16);
+    tasks.0.push(tokio::spawn(health::serve(wanted_answers, host_state.clone())));
     let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
@@ -226,6 +239,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         host_wanted,
         host_news,
         host_watch,
+        host_state,
+        answers,
         settings_sender,
         handle,
         files,
@@ -261,6 +276,7 @@ impl Running {
                 }
                 ended = &mut self.host_watch => return Err(unwatched(ended)),
                 Some(news) = self.host_news.recv() => self.host_says(news),
+                Ok(()) = self.host_state.changed() => self.kube_proxy_comes_or_goes(),
                 _ = look.tick() => {
                     self.is_the_device_back()?;
                     self.look().await;
@@ -288,8 +304,23 @@ impl Running {
         });
         self.plan = next;
         self.host_wanted.send_replace(host_config(&self.config, &self.plan));
+        self.answer();
         self.look().await;
         Ok(())
+    }
+
+    fn kube_proxy_comes_or_goes(&mut self) {
+        match &self.host_state.borrow_and_update().kube_proxy {
+            Some(place) => services::yielded(&self.config, place),
+            None => services::taken(&self.config),
+        }
+        self.answer();
+    }
+
+    fn answer(&self) {
+        let kube_proxy = self.host_state.borrow().kube_proxy.is_some();
+        let answers = services::answers(&self.config, &self.plan, kube_proxy);
+        self.answers.send_if_modified(|now| std::mem::replace(now, answers) != *now);
     }
 
     async fn look(&mut self) {
@@ -454,9 +485,9 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         encrypted: plan.encrypted,
         services: config.services != ServicesArg::Off,
         yield_services: config.services == ServicesArg::Auto,
-        service_routes: plan.service_ranges.iter().map(|range| route(*range)).collect(),
-        node_ports: Arc::default(),
-        externals: Arc::default(),
+        service_routes: services::ranges(plan).into_iter().map(route).collect(),
+        node_ports: services::node_ports(plan),
+        externals: services::externals(plan),
         nodeport_ranges: config.nodeport_ranges.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }

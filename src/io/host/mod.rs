@@ -42,6 +42,7 @@ use tracing::debug;
 pub use error::HostError;
 pub use watch::HostEvent;
 
+use crate::io::clock;
 use crate::snapshot::service::{Listen, Protocol};
 use elements::Elements;
 use links::{Interfaces, PodBridge};
@@ -267,7 +268,7 @@ impl HostNetwork {
         })
     }
 
-    /// Follows when all was last right, and whether kube-proxy is here.
+    /// When all was last right, and whether kube-proxy is here; only news of the latter wake the reader.
     pub fn state(&self) -> latest::Receiver<HostState> {
         self.news.subscribe()
     }
@@ -305,7 +306,11 @@ impl HostNetwork {
         self.reconcile_nft(generation, config, bridges, &mut report).await?;
         report.warnings.extend(foreign::legacy_warning(config));
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
-        self.news.send_replace(HostState { right: Some(SystemTime::now()), kube_proxy });
+        // Who waits for news waits for kube-proxy; the time is there to be read.
+        self.news.send_if_modified(|state| {
+            let before = std::mem::replace(state, HostState { right: Some(clock::wall()), kube_proxy });
+            before.kube_proxy != state.kube_proxy
+        });
         Ok(report)
     }
 

@@ -42,8 +42,8 @@ pub(super) const NODE_PORTS: &str = "nodeports";
 /// take the place of those that do not... unless they use all of these.
 const SOURCES: u32 = 65_535;
 /// A pod's share of the kernel's connection table for Service flows. Each may take two entries (into
-/// the tunnel device and out of it), so one pod leaves half of the table to others.
-const SHARE: u32 = 4;
+/// the tunnel device and out of it), so one pod leaves three quarters of the table to others.
+const SHARE: u32 = 8;
 
 /// `table inet warren-services`, complete, or its absence. `share`: flows of one pod; `None` where the
 /// kernel cannot count them.
