@@ -83,7 +83,7 @@ fn cluster_packets_do_not_arrive_in_clear() {
             sh(&format!("sysctl -w net.ipv4.conf.all.rp_filter={rp_filter}"));
             sh(&format!("sysctl -w net.ipv4.conf.eth0.rp_filter={rp_filter}"));
         });
-        stage.apply(&HostConfig { encrypted, ..config() });
+        stage.apply(&HostConfig { encrypted, services: false, ..config() });
         stage.world.enter(|| {
             sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1")
         });
