@@ -303,7 +303,8 @@ impl Running {
             live.pod_ranges.clone_from(&next.pod_ranges);
         });
         self.plan = next;
-        self.host_wanted.send_replace(host_config(&self.config, &self.plan));
+        let wanted = host_config(&self.config, &self.plan);
+        self.host_wanted.send_if_modified(|now| std::mem::replace(now, wanted) != *now);
         self.answer();
         self.look().await;
         Ok(())
@@ -486,8 +487,8 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         services: config.services != ServicesArg::Off,
         yield_services: config.services == ServicesArg::Auto,
         service_routes: services::ranges(plan).into_iter().map(route).collect(),
-        node_ports: services::node_ports(plan),
-        externals: services::externals(plan),
+        node_ports: Arc::clone(&plan.services.node_ports),
+        externals: Arc::clone(&plan.services.externals),
         nodeport_ranges: config.nodeport_ranges.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }

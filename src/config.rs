@@ -11,6 +11,7 @@
 //! no-udp-gso: true
 //! ```
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -18,10 +19,12 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::snapshot::service::Protocol;
 use crate::snapshot::{PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
 use crate::state::compile::{EncapPolicy, Settings};
 use crate::state::problem::quote;
+use crate::state::services::ServiceSettings;
 use crate::state::source::manifest::is_dns_name;
 use crate::status::client::DEFAULT_RUN_DIR;
 use crate::tunnel::vxlan::mac_from_key;
@@ -41,6 +44,9 @@ const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
 /// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
 const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
 const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
+/// Where a kubelet and an API server listen on a node's own address.
+const KUBELET: u16 = 10_250;
+const API_SERVER: u16 = 6_443;
 const DEFAULT_VXLAN_PORT: u16 = 8472; // Linux's own default, and Flannel's; IANA's 4789 is rarer there
 
 /// Which offloads may be tried.
@@ -236,7 +242,21 @@ impl AgentConfig {
             underlay_mtu,
             cluster_ranges: self.cluster_ranges.clone(),
             service_ranges: self.service_ranges.clone(),
+            services: ServiceSettings {
+                enabled: self.services != ServicesArg::Off,
+                external_ips: self.external_ips,
+                protected_ports: self.protected_ports(),
+            },
         }
+    }
+
+    /// Ports of a node's addresses that no Service may capture.
+    fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
+        let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
+        let vxlan = [(Protocol::Udp, self.vxlan_port)];
+        let answers = [self.healthz, self.proxy_mode].into_iter().flatten().map(|at| at.port());
+        let tcp = [KUBELET, API_SERVER].into_iter().chain(answers).map(|port| (Protocol::Tcp, port));
+        lanes.chain(vxlan).chain(tcp).collect()
     }
 
     fn check(&self) -> Result<(), ConfigError> {

@@ -35,6 +35,7 @@ use tracing::{info, warn};
 
 use crate::io::clock;
 use crate::io::host::HostState;
+use crate::state::services::HealthCheck;
 
 /// kube-proxy's: twice its sync period of 30 s. The host is looked at every second.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -51,15 +52,6 @@ const BACKLOG: i32 = 128;
 /// and that is as in kube-proxy's nftables mode.
 const PROXY_MODE: &str = "nftables";
 
-/// One Service's endpoints, for load balancers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Check {
-    /// `namespace/name`.
-    pub(super) name: Arc<str>,
-    /// How many of its endpoints are on this node.
-    pub(super) local_endpoints: usize,
-}
-
 /// What is to be answered where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Answers {
@@ -68,7 +60,7 @@ pub(super) struct Answers {
     /// `/proxyMode`.
     pub(super) proxy_mode: Option<SocketAddr>,
     /// `healthCheckNodePort`s.
-    pub(super) checks: Arc<BTreeMap<u16, Check>>,
+    pub(super) checks: Arc<BTreeMap<u16, HealthCheck>>,
 }
 
 /// What one listener answers.
@@ -216,7 +208,7 @@ impl Page {
         path: &str,
         healthy: bool,
         right: Option<SystemTime>,
-        checks: &BTreeMap<u16, Check>,
+        checks: &BTreeMap<u16, HealthCheck>,
     ) -> Response<Full<Bytes>> {
         match (self, path) {
             (Page::Health, "/healthz") => {
@@ -244,7 +236,7 @@ fn times(healthy: bool, right: Option<SystemTime>, more: &str) -> String {
     format!("{{\"lastUpdated\": \"{}\",\"currentTime\": \"{}\"{more}}}", text(last), text(now))
 }
 
-fn service(check: &Check, healthy: bool) -> Response<Full<Bytes>> {
+fn service(check: &HealthCheck, healthy: bool) -> Response<Full<Bytes>> {
     /// How much of the traffic this node should get.
     const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
     let (namespace, name) = check.name.split_once('/').unwrap_or(("", &check.name));
@@ -288,8 +280,8 @@ mod tests {
         watch::channel(HostState { right: Some(clock::wall()), kube_proxy: None }).0
     }
 
-    fn check(name: &str, local_endpoints: usize) -> Check {
-        Check { name: name.into(), local_endpoints }
+    fn check(name: &str, local_endpoints: usize) -> HealthCheck {
+        HealthCheck { name: name.into(), local_endpoints }
     }
 
     /// The whole answer; waits for the listener as long as it takes.

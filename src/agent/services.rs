@@ -1,6 +1,5 @@
 //! Services on this node: who does them, and what the plan means for the host.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -8,7 +7,6 @@ use tracing::{info, warn};
 
 use super::health::Answers;
 use crate::config::{AgentConfig, ServicesArg};
-use crate::snapshot::service::{Listen, Protocol};
 use crate::state::compile::HostPlan;
 
 /// What is routed into the loop for Services, in the families that this node has pods of: no other pod or
@@ -16,21 +14,12 @@ use crate::state::compile::HostPlan;
 pub(super) fn ranges(plan: &HostPlan) -> Vec<IpNet> {
     let reachable =
         |range: &IpNet| plan.pod_ranges.iter().any(|pods| pods.addr().is_ipv4() == range.addr().is_ipv4());
-    plan.service_ranges.iter().copied().filter(reachable).collect()
-}
-
-/// Ports of the node's own addresses that lead into the loop.
-pub(super) fn node_ports(_plan: &HostPlan) -> Arc<BTreeSet<(Protocol, u16)>> {
-    Arc::default()
-}
-
-/// Other addresses that do.
-pub(super) fn externals(_plan: &HostPlan) -> Arc<BTreeMap<Listen, u16>> {
-    Arc::default()
+    let single = plan.services.cluster_ips_outside.iter().map(|address| IpNet::from(*address));
+    plan.service_ranges.iter().copied().chain(single).filter(reachable).collect()
 }
 
 /// What load balancers and monitoring are told; nothing while kube-proxy tells them.
-pub(super) fn answers(config: &AgentConfig, _plan: &HostPlan, kube_proxy: bool) -> Answers {
+pub(super) fn answers(config: &AgentConfig, plan: &HostPlan, kube_proxy: bool) -> Answers {
     let ours = match config.services {
         ServicesArg::Auto => !kube_proxy,
         ServicesArg::On => true,
@@ -39,7 +28,8 @@ pub(super) fn answers(config: &AgentConfig, _plan: &HostPlan, kube_proxy: bool) 
     if !ours {
         return Answers::default();
     }
-    Answers { healthz: config.healthz, proxy_mode: config.proxy_mode, checks: Arc::default() }
+    let checks = Arc::clone(&plan.services.health_checks);
+    Answers { healthz: config.healthz, proxy_mode: config.proxy_mode, checks }
 }
 
 /// Says what was found and what to do about it.

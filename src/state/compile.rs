@@ -1,7 +1,8 @@
 //! Desired state to what the packet line reads ([`Snapshot`]) and what the host needs ([`HostPlan`]).
 //!
 //! In order: settle who owns what, give every peer its number, choose its encapsulation and MTU, build
-//! the routes. A peer that did not change keeps its `Arc`; a mesh that did not change keeps its too.
+//! the routes. A peer that did not change keeps its `Arc`; a mesh that did not change keeps its too. Services
+//! come last, and where only they changed, nothing else is looked at.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
@@ -14,6 +15,8 @@ use super::convert::NodeInfo;
 use super::desired::Desired;
 use super::ownership::{self, ClusterRanges, Grant};
 use super::problem::{Problem, ProblemKind};
+use super::services::compile::ServiceCompiler;
+use super::services::{ServicePlan, ServiceSettings, Surroundings};
 use super::source::Kind;
 use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
 
@@ -81,6 +84,8 @@ pub struct Settings {
     pub cluster_ranges: Vec<IpNet>,
     /// `--service-cidr`; empty: what the ServiceCIDR objects say.
     pub service_ranges: Vec<IpNet>,
+    /// Services.
+    pub services: ServiceSettings,
 }
 
 /// A range that is reached through the tunnel device.
@@ -116,6 +121,8 @@ pub struct HostPlan {
     pub pod_mtu: u16,
     /// Whether cluster traffic may only leave this node encapsulated (any policy but plain VXLAN).
     pub encrypted: bool,
+    /// What Services need.
+    pub services: Arc<ServicePlan>,
 }
 
 /// What a compile gives.
@@ -127,6 +134,8 @@ pub struct Compiled {
     pub plan: Arc<HostPlan>,
     /// Claims that were refused, and settings that do not fit.
     pub problems: Vec<Problem>,
+    /// By origin: what is wrong now with Services that were looked at.
+    pub service_reports: Vec<(String, Vec<Problem>)>,
     /// Whether snapshot and plan are the last ones, because this node has lost its pod ranges: half a
     /// state would drop the packets of pods that run.
     pub held: bool,
@@ -140,6 +149,7 @@ pub struct Compiler {
     resting: VecDeque<(u64, PeerId)>,
     next_id: u32,
     known: HashMap<String, Known>,
+    services: ServiceCompiler,
     last: Option<Compiled>,
 }
 
@@ -175,8 +185,28 @@ impl Compiler {
         self.ids.iter().map(|(name, id)| (name.as_str(), *id))
     }
 
+    /// How many Services and endpoints are in force.
+    pub fn service_counts(&self) -> (usize, usize) {
+        (self.services.services(), self.services.endpoints())
+    }
+
     /// Compiles the desired state.
     pub fn compile(&mut self, desired: &Desired, settings: &Settings) -> Compiled {
+        let (compiled, around) = self.compile_mesh(desired, settings);
+        self.finish_services(desired, compiled, around)
+    }
+
+    /// Compiles what depends on Services alone, which is all that has changed since the last time.
+    pub fn compile_services(&mut self, desired: &Desired, settings: &Settings) -> Compiled {
+        match self.last.clone() {
+            Some(last) => self.finish_services(desired, last, None),
+            None => self.compile(desired, settings),
+        }
+    }
+
+    /// Compiles all but the Services: they are the last ones here. And what they depend on, unless that is
+    /// what it was.
+    fn compile_mesh(&mut self, desired: &Desired, settings: &Settings) -> (Compiled, Option<Surroundings>) {
         let nodes: Vec<&Arc<NodeInfo>> = desired.nodes().collect();
         let cluster = ClusterRanges {
             pods: settings.cluster_ranges.clone(),
@@ -192,7 +222,7 @@ impl Compiler {
         let held = last.filter(|_| local.grant.ranges.is_empty());
         local.check(desired, held.is_some(), &mut problems);
         if let Some(last) = held {
-            return Compiled { problems, held: true, ..last.clone() };
+            return (Compiled { problems, held: true, ..last.clone() }, None);
         }
 
         let generation = self.generation + 1;
@@ -215,42 +245,66 @@ impl Compiler {
                 && last.plan.pod_ranges == local.grant.ranges
                 && last.plan.host_addresses == local.host_addresses()
         });
-        let plan = Arc::new(local.plan(&mesh, cluster, settings));
-        let local_node = local.node(settings);
-        self.finish(same, mesh, plan, local_node, problems)
+        let services = self.last.as_ref().map(|last| Arc::clone(&last.plan.services)).unwrap_or_default();
+        let plan = local.plan(&mesh, cluster, services, settings);
+        let around = local.surroundings(&mesh, &plan, settings);
+        (self.finish_mesh(same, mesh, plan, local.node(settings), problems), Some(around))
     }
 
-    fn finish(
+    fn finish_mesh(
         &mut self,
         same: bool,
         mesh: Mesh,
-        plan: Arc<HostPlan>,
+        plan: HostPlan,
         local: LocalNode,
         problems: Vec<Problem>,
     ) -> Compiled {
-        let compiled = match &self.last {
-            Some(last) if same && *last.snapshot.local == local => Compiled {
-                snapshot: last.snapshot.clone(),
-                plan: if last.plan == plan { last.plan.clone() } else { plan },
-                problems,
-                held: false,
-            },
+        let last = self.last.as_ref();
+        let plan = match last {
+            Some(last) if *last.plan == plan => Arc::clone(&last.plan),
+            Some(_) | None => Arc::new(plan),
+        };
+        let snapshot = match last {
+            Some(last) if same && *last.snapshot.local == local => Arc::clone(&last.snapshot),
             Some(_) | None => {
                 self.generation += 1;
-                let snapshot = Snapshot {
+                Arc::new(Snapshot {
                     generation: self.generation,
                     local: Arc::new(local),
                     mesh: Arc::new(mesh),
-                    services: Arc::default(),
-                };
-                let plan = match &self.last {
-                    Some(last) if last.plan == plan => last.plan.clone(),
-                    Some(_) | None => plan,
-                };
-                Compiled { snapshot: Arc::new(snapshot), plan, problems, held: false }
+                    services: last.map(|last| Arc::clone(&last.snapshot.services)).unwrap_or_default(),
+                })
             }
         };
-        self.last = Some(compiled.clone());
+        Compiled { snapshot, plan, problems, service_reports: Vec::new(), held: false }
+    }
+
+    /// Puts the Services into what the mesh came to.
+    fn finish_services(
+        &mut self,
+        desired: &Desired,
+        mut compiled: Compiled,
+        around: Option<Surroundings>,
+    ) -> Compiled {
+        let complete = desired.is_listed(Kind::Service) && desired.is_listed(Kind::EndpointSlice);
+        let services = self.services.compile(desired.services(), around, complete);
+        if !Arc::ptr_eq(&services.table, &compiled.snapshot.services) {
+            let snapshot = &*compiled.snapshot;
+            let last = self.last.as_ref();
+            let handed_out = last.is_some_and(|last| last.snapshot.generation == snapshot.generation);
+            self.generation += u64::from(handed_out);
+            compiled.snapshot = Arc::new(Snapshot {
+                generation: self.generation,
+                local: Arc::clone(&snapshot.local),
+                mesh: Arc::clone(&snapshot.mesh),
+                services: services.table,
+            });
+        }
+        if !Arc::ptr_eq(&services.plan, &compiled.plan.services) {
+            compiled.plan = Arc::new(HostPlan { services: services.plan, ..(*compiled.plan).clone() });
+        }
+        compiled.service_reports = services.reports;
+        self.last = Some(Compiled { service_reports: Vec::new(), ..compiled.clone() });
         compiled
     }
 

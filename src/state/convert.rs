@@ -24,6 +24,9 @@ const WIDEST_POD_RANGE: (u8, u8) = (12, 48);
 /// Widest range of a whole cluster's pods or Services.
 const WIDEST_CLUSTER_RANGE: (u8, u8) = (8, 8);
 
+/// The label of a Node that names its zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
+
 /// A Node, checked. Two equal ones say the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeInfo {
@@ -37,6 +40,8 @@ pub struct NodeInfo {
     pub pod_ranges: Vec<IpNet>,
     /// `InternalIP`s, then `ExternalIP`s, of `status.addresses`.
     pub addresses: Vec<IpAddr>,
+    /// Its zone, by its label `topology.kubernetes.io/zone`.
+    pub zone: Option<String>,
     /// What it announces.
     pub announcement: Announcement,
 }
@@ -52,6 +57,7 @@ impl NodeInfo {
                 uid: Some(self.uid.clone()).filter(|uid| !uid.is_empty()),
                 creation_timestamp: self.created.map(Time),
                 annotations: Some(annotations::render(&self.announcement)),
+                labels: self.zone.clone().map(|zone| BTreeMap::from([(ZONE.to_owned(), zone)])),
                 ..ObjectMeta::default()
             },
             spec: Some(NodeSpec {
@@ -75,6 +81,7 @@ pub fn node(object: &Node) -> (NodeInfo, Vec<Problem>) {
         created: metadata.creation_timestamp.as_ref().map(|time| time.0),
         pod_ranges: Vec::new(),
         addresses: Vec::new(),
+        zone: None,
         announcement: Announcement::default(),
     };
     let name = info.name.clone();
@@ -112,6 +119,14 @@ pub fn node(object: &Node) -> (NodeInfo, Vec<Problem>) {
             }
         }
     }
+    match metadata.labels.as_ref().and_then(|labels| labels.get(ZONE)) {
+        Some(zone) if is_label_value(zone) => info.zone = Some(zone.clone()),
+        Some(zone) if !zone.is_empty() => {
+            let field = format!("metadata.labels, {ZONE}");
+            problems.push(value(&field, format!("{} is no zone's name", quote(zone))));
+        }
+        Some(_) | None => {}
+    }
     let none = BTreeMap::new();
     let (announcement, wrong) = annotations::parse(metadata.annotations.as_ref().unwrap_or(&none));
     info.announcement = announcement;
@@ -143,6 +158,13 @@ pub fn service_cidr(object: &ServiceCIDR) -> (Vec<IpNet>, Vec<Problem>) {
 /// A range that a person configured for the whole cluster (`--cluster-cidr`, `--service-cidr`).
 pub fn cluster_range(text: &str) -> Result<IpNet, String> {
     range(text, WIDEST_CLUSTER_RANGE)
+}
+
+/// A label's value as the API has it, and not empty.
+fn is_label_value(text: &str) -> bool {
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let end = |c: char| c.is_ascii_alphanumeric();
+    text.len() <= 63 && text.starts_with(end) && text.ends_with(end) && text.chars().all(inner)
 }
 
 /// `podCIDRs`, or the older `podCIDR` where that is all there is.
@@ -187,6 +209,7 @@ mod tests {
     fn reads_ranges_addresses_and_identity() {
         let (info, problems) = parse(
             r#"{"metadata":{"name":"a","uid":"u-1","creationTimestamp":"2026-01-02T03:04:05Z",
+                "labels":{"topology.kubernetes.io/zone":"eu-1a"},
                 "annotations":{"warren.dev/location":"x","kubernetes.io/other":"y"}},
               "spec":{"podCIDR":"10.244.1.0/24","podCIDRs":["10.244.1.0/24","fd00:1::/64"]},
               "status":{"addresses":[{"type":"ExternalIP","address":"203.0.113.1"},
@@ -201,6 +224,7 @@ mod tests {
         );
         assert_eq!((info.uid.as_str(), info.created.is_some()), ("u-1", true));
         assert_eq!(info.announcement.location.as_deref(), Some("x"));
+        assert_eq!(info.zone.as_deref(), Some("eu-1a"));
         let (again, problems) = node(&info.to_node());
         assert_eq!((again, problems), (info, Vec::new()));
     }

@@ -15,6 +15,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::convert::{self, NodeInfo};
 use super::problem::Problem;
+use super::services::store::ServiceStore;
 use super::source::{Key, Kind, Object};
 
 /// Who comes first when two Nodes claim the same: the older, then the lower UID, then the name. Never
@@ -31,12 +32,17 @@ pub struct Precedence {
 impl Precedence {
     /// That of a Node.
     pub fn of(node: &NodeInfo) -> Precedence {
-        Precedence {
-            untimed: node.created.is_none(),
-            created: node.created,
-            uid: node.uid.clone(),
-            name: node.name.clone(),
-        }
+        Precedence::new(node.created, node.uid.clone(), node.name.clone())
+    }
+
+    /// That of an object that was made then.
+    pub fn new(created: Option<Timestamp>, uid: String, name: String) -> Precedence {
+        Precedence { untimed: created.is_none(), created, uid, name }
+    }
+
+    /// When the object was made, and its UID.
+    pub fn origin(&self) -> (Option<Timestamp>, &str) {
+        (self.created, &self.uid)
     }
 }
 
@@ -45,13 +51,20 @@ impl Precedence {
 pub struct Outcome {
     /// Whether a compile could give something new.
     pub changed: bool,
+    /// Whether that could be more than Services.
+    pub mesh: bool,
     /// For each object that was looked at: its key, and what is wrong with it now.
     pub reports: Vec<(String, Vec<Problem>)>,
 }
 
 impl Outcome {
+    fn of(key: &Key, changed: bool, problems: Vec<Problem>) -> Outcome {
+        Outcome { changed, mesh: changed && is_mesh(key.kind), reports: vec![(key.to_string(), problems)] }
+    }
+
     fn extend(&mut self, more: Outcome) {
         self.changed |= more.changed;
+        self.mesh |= more.mesh;
         self.reports.extend(more.reports);
     }
 }
@@ -62,6 +75,7 @@ pub struct Desired {
     nodes: BTreeMap<Precedence, Arc<NodeInfo>>,
     by_name: HashMap<String, Precedence>,
     service_cidrs: BTreeMap<String, Vec<IpNet>>,
+    services: ServiceStore,
     /// What the source has not shown: it was saved, or was in the source before its last list.
     unconfirmed: BTreeSet<Key>,
     listed: BTreeSet<Kind>,
@@ -76,16 +90,23 @@ impl Desired {
             Object::Node(node) => {
                 let (info, problems) = convert::node(node);
                 let changed = self.put_node(info);
-                Outcome { changed, reports: vec![(key.to_string(), problems)] }
+                Outcome::of(&key, changed, problems)
             }
             Object::ServiceCidr(cidr) => {
                 let (ranges, problems) = convert::service_cidr(cidr);
                 let changed = self.service_cidrs.get(&key.name) != Some(&ranges);
                 self.service_cidrs.insert(key.name.clone(), ranges);
-                Outcome { changed, reports: vec![(key.to_string(), problems)] }
+                Outcome::of(&key, changed, problems)
             }
-            // Services have a store of their own; the mesh does not depend on them.
-            Object::Service(_) | Object::EndpointSlice(_) | Object::Pod(_) => Outcome::default(),
+            Object::Service(service) => {
+                let (changed, problems) = self.services.put_service(&key, service);
+                Outcome::of(&key, changed, problems)
+            }
+            Object::EndpointSlice(slice) => {
+                let (changed, problems) = self.services.put_slice(&key, slice);
+                Outcome::of(&key, changed, problems)
+            }
+            Object::Pod(_) => Outcome::default(),
         }
     }
 
@@ -102,9 +123,10 @@ impl Desired {
         let changed = match key.kind {
             Kind::Node => self.take_node(&key.name),
             Kind::ServiceCidr => self.service_cidrs.remove(&key.name).is_some(),
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => false,
+            Kind::Service | Kind::EndpointSlice => self.services.take(key),
+            Kind::Pod => false,
         };
-        Outcome { changed, reports: vec![(key.to_string(), Vec::new())] }
+        Outcome::of(key, changed, Vec::new())
     }
 
     /// These are all objects of the kind.
@@ -117,9 +139,7 @@ impl Desired {
     /// These are objects of the kind, and there may be more: nothing goes.
     pub fn list(&mut self, kind: Kind, objects: &[Object]) -> Outcome {
         let mut outcome = Outcome::default();
-        let key = |name: &String| Key { kind, namespace: String::new(), name: name.clone() };
-        let known: Vec<Key> = self.names(kind).map(key).collect();
-        self.unconfirmed.extend(known);
+        self.unconfirmed.extend(self.keys(kind));
         for object in objects.iter().filter(|object| object.kind() == kind) {
             outcome.extend(self.apply(object));
         }
@@ -128,8 +148,9 @@ impl Desired {
 
     /// The source has said all about the kind: what it did not confirm goes.
     pub fn complete(&mut self, kind: Kind) -> Outcome {
-        let mut outcome = Outcome { changed: self.listed.insert(kind), reports: Vec::new() };
-        let gone: Vec<Key> = self.unconfirmed.iter().filter(|key| key.kind == kind).cloned().collect();
+        let first = self.listed.insert(kind);
+        let mut outcome = Outcome { changed: first, mesh: first && is_mesh(kind), reports: Vec::new() };
+        let gone: Vec<Key> = self.unconfirmed_keys(kind).cloned().collect();
         for key in gone {
             outcome.extend(self.delete(&key));
         }
@@ -143,7 +164,12 @@ impl Desired {
 
     /// The names of the objects of a kind that are in force without the source's word.
     pub fn unconfirmed(&self, kind: Kind) -> impl Iterator<Item = &str> {
-        self.unconfirmed.iter().filter(move |key| key.kind == kind).map(|key| key.name.as_str())
+        self.unconfirmed_keys(kind).map(|key| key.name.as_str())
+    }
+
+    fn unconfirmed_keys(&self, kind: Kind) -> impl Iterator<Item = &Key> {
+        let first = Key { kind, namespace: String::new(), name: String::new() };
+        self.unconfirmed.range(first..).take_while(move |key| key.kind == kind)
     }
 
     /// Whether a complete list of that kind has arrived.
@@ -183,12 +209,23 @@ impl Desired {
         nodes.chain(cidrs).collect()
     }
 
-    /// The names of all objects of a kind.
-    fn names(&self, kind: Kind) -> Box<dyn Iterator<Item = &String> + '_> {
+    /// Services and their slices.
+    pub fn services(&self) -> &ServiceStore {
+        &self.services
+    }
+
+    /// The keys of all objects of a kind.
+    fn keys(&self, kind: Kind) -> Vec<Key> {
+        let alone = |name: &String| Key { kind, namespace: String::new(), name: name.clone() };
+        let split = |name: &Arc<str>| {
+            let (namespace, name) = name.split_once('/').unwrap_or_default();
+            Key { kind, namespace: namespace.to_owned(), name: name.to_owned() }
+        };
         match kind {
-            Kind::Node => Box::new(self.by_name.keys()),
-            Kind::ServiceCidr => Box::new(self.service_cidrs.keys()),
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => Box::new(std::iter::empty()),
+            Kind::Node => self.by_name.keys().map(alone).collect(),
+            Kind::ServiceCidr => self.service_cidrs.keys().map(alone).collect(),
+            Kind::Service | Kind::EndpointSlice => self.services.names(kind).map(split).collect(),
+            Kind::Pod => Vec::new(),
         }
     }
 
@@ -206,6 +243,14 @@ impl Desired {
     fn take_node(&mut self, name: &str) -> bool {
         let before = self.by_name.remove(name);
         before.and_then(|precedence| self.nodes.remove(&precedence)).is_some()
+    }
+}
+
+/// Whether the mesh is made from objects of this kind.
+fn is_mesh(kind: Kind) -> bool {
+    match kind {
+        Kind::Node | Kind::ServiceCidr => true,
+        Kind::Service | Kind::EndpointSlice | Kind::Pod => false,
     }
 }
 

@@ -9,7 +9,7 @@
 //!    wrong is reported ([`problem`]) and costs that one value.
 //! 3. [`desired`]: the store of what should be; nothing leaves it before a first full list came.
 //! 4. [`ownership`] and [`compile`]: who owns which range, address and key, then the snapshot and the
-//!    [`HostPlan`](compile::HostPlan).
+//!    [`HostPlan`](compile::HostPlan). [`services`]: the same for Services, one by one as they change.
 //! 5. [`run`]: turns the handle: events in, snapshots, plans, checkpoints and our own announcement out.
 //! 6. [`publish`]: what this node tells the others. [`checkpoint`], [`keys`]: what survives a restart.
 
@@ -25,4 +25,5 @@ pub mod ownership;
 pub mod problem;
 pub mod publish;
 pub mod run;
+pub mod services;
 pub mod source;

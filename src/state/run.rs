@@ -50,6 +50,10 @@ pub struct StateReport {
     pub from_checkpoint: Option<u64>,
     /// How many Nodes there are, this one included.
     pub nodes: usize,
+    /// How many Services are served.
+    pub services: usize,
+    /// How many endpoints their ports have.
+    pub endpoints: usize,
     /// The snapshot's generation.
     pub generation: u64,
     /// What is wrong now.
@@ -85,6 +89,8 @@ pub struct StateLine {
     heard: BTreeMap<Kind, bool>,
     /// Whether what is in force would do for a restart.
     savable: bool,
+    /// Whether more than Services changed since the last compile.
+    mesh_changed: bool,
     snapshot: Arc<ArcSwap<Snapshot>>,
     plan: watch::Sender<Option<Arc<HostPlan>>>,
     report: watch::Sender<Arc<StateReport>>,
@@ -118,6 +124,7 @@ impl StateLine {
             from_checkpoint,
             heard: BTreeMap::new(),
             savable: false,
+            mesh_changed: true,
             snapshot: snapshot.clone(),
             plan,
             report,
@@ -137,11 +144,13 @@ impl StateLine {
             SourceEvent::Delete(key) => self.desired.delete(&key),
             SourceEvent::Reset { kind, objects, complete } => {
                 let mut outcome = self.desired.list(kind, &objects);
-                outcome.changed |= self.heard.insert(kind, complete) != Some(complete);
+                let news = self.heard.insert(kind, complete) != Some(complete);
+                outcome.changed |= news;
+                outcome.mesh |= news;
                 outcome
             }
             SourceEvent::Problems { origin, problems } => {
-                Outcome { changed: false, reports: vec![(origin, problems)] }
+                Outcome { reports: vec![(origin, problems)], ..Outcome::default() }
             }
         };
         let changed = self.take_in(outcome);
@@ -165,8 +174,11 @@ impl StateLine {
     /// Compiles and hands over, once there is a saved state or the source has spoken.
     pub fn compile(&mut self) {
         if self.is_heard() || self.from_checkpoint.is_some() {
-            let compiled = self.compiler.compile(&self.desired, &self.settings);
-            let Compiled { snapshot, plan, problems, held } = compiled;
+            let compiled = match std::mem::take(&mut self.mesh_changed) {
+                true => self.compiler.compile(&self.desired, &self.settings),
+                false => self.compiler.compile_services(&self.desired, &self.settings),
+            };
+            let Compiled { snapshot, plan, problems, service_reports, held } = compiled;
             // What the source has not shown is saved along: it is in force, and would be after a restart.
             self.savable =
                 self.is_heard() && !held && !plan.pod_ranges.is_empty() && !self.is_own_node_missing();
@@ -175,6 +187,9 @@ impl StateLine {
             }
             self.snapshot.store(snapshot);
             self.note("compile", problems);
+            for (origin, problems) in service_reports {
+                self.note(&origin, problems);
+            }
             self.plan.send_if_modified(|last| {
                 let changed = last.as_ref() != Some(&plan);
                 *last = Some(plan);
@@ -225,6 +240,7 @@ impl StateLine {
                 result = settings.changed(), if settings_open => {
                     settings_open = result.is_ok();
                     self.settings = settings.borrow_and_update().clone();
+                    self.mesh_changed = true;
                     self.compile();
                     publish = true;
                 }
@@ -300,6 +316,7 @@ impl StateLine {
         for (origin, problems) in outcome.reports {
             self.note(&origin, problems);
         }
+        self.mesh_changed |= outcome.mesh;
         outcome.changed
     }
 
@@ -313,10 +330,13 @@ impl StateLine {
     fn tell(&mut self) {
         self.note("source", self.incomplete().into_iter().collect());
         let plan = self.plan.borrow().clone();
+        let (services, endpoints) = self.compiler.service_counts();
         let report = StateReport {
             listed: self.is_listed(),
             from_checkpoint: self.from_checkpoint,
             nodes: self.desired.nodes().count(),
+            services,
+            endpoints,
             generation: self.snapshot.load().generation,
             problems: self.board.list(),
             problems_seen: self.board.seen().collect(),
@@ -395,6 +415,7 @@ mod tests {
     use crate::state::checkpoint::CheckpointFiles;
     use crate::state::compile::EncapPolicy;
     use crate::state::durable::Loaded;
+    use crate::state::services::ServiceSettings;
     use crate::state::source::dir::DirSource;
     use crate::state::source::folder::Folder;
     use crate::state::source::manifest;
@@ -419,6 +440,7 @@ mod tests {
             underlay_mtu: 1500,
             cluster_ranges: Vec::new(),
             service_ranges: Vec::new(),
+            services: ServiceSettings::default(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! This node as one end of every link: encapsulation, MTU, its own place in the mesh, the host plan.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -11,6 +11,7 @@ use crate::state::convert::NodeInfo;
 use crate::state::desired::Desired;
 use crate::state::ownership::{ClusterRanges, Grant};
 use crate::state::problem::{Problem, ProblemKind};
+use crate::state::services::{RangeSet, ServicePlan, Surroundings};
 use crate::state::source::Kind;
 
 /// This node among the others.
@@ -143,7 +144,13 @@ impl<'a> Local<'a> {
         }
     }
 
-    pub(super) fn plan(&self, mesh: &Mesh, cluster: ClusterRanges, settings: &Settings) -> HostPlan {
+    pub(super) fn plan(
+        &self,
+        mesh: &Mesh,
+        cluster: ClusterRanges,
+        services: Arc<ServicePlan>,
+        settings: &Settings,
+    ) -> HostPlan {
         let peers = || mesh.peers.iter().flatten();
         let of_peer = |peer: &Arc<Peer>| {
             let (name, ranges) = (peer.name.clone(), peer.pod_ranges.clone());
@@ -169,6 +176,29 @@ impl<'a> Local<'a> {
             service_ranges: IpNet::aggregate(&cluster.services),
             pod_mtu: self.pod_mtu(settings),
             encrypted: settings.encap != EncapPolicy::Vxlan,
+            services,
+        }
+    }
+
+    /// What Services are judged by.
+    pub(super) fn surroundings(&self, mesh: &Mesh, plan: &HostPlan, settings: &Settings) -> Surroundings {
+        let of_peer = |peer: &Arc<Peer>| -> Vec<IpAddr> {
+            let endpoints = peer.endpoints.iter().map(SocketAddr::ip);
+            peer.addresses.iter().copied().chain(endpoints).collect()
+        };
+        let mut nodes: Vec<IpAddr> = mesh.peers.iter().flatten().flat_map(of_peer).collect();
+        nodes.extend(&self.grant.addresses);
+        nodes.extend(self.grant.endpoints.iter().map(SocketAddr::ip));
+        nodes.extend(settings.announcement.endpoints.iter().map(SocketAddr::ip));
+        nodes.sort();
+        nodes.dedup();
+        Surroundings {
+            node: settings.node.clone(),
+            zone: self.info.and_then(|info| info.zone.clone()),
+            pods: RangeSet::new(&plan.cluster_ranges),
+            services: RangeSet::new(&plan.service_ranges),
+            nodes,
+            settings: settings.services.clone(),
         }
     }
 

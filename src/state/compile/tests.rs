@@ -6,6 +6,7 @@ use super::*;
 use crate::snapshot::PeerVxlan;
 use crate::snapshot::SourceOwner;
 use crate::state::annotations::{key_text, special};
+use crate::state::services::ServiceSettings;
 use crate::state::source::{Object, manifest};
 
 fn settings(encap: EncapPolicy) -> Settings {
@@ -19,6 +20,7 @@ fn settings(encap: EncapPolicy) -> Settings {
         underlay_mtu: 1500,
         cluster_ranges: Vec::new(),
         service_ranges: Vec::new(),
+        services: ServiceSettings::default(),
     }
 }
 

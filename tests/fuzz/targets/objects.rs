@@ -7,6 +7,7 @@ use warren::snapshot::{Owner, Snapshot};
 use warren::state::annotations::Announcement;
 use warren::state::compile::{Compiler, EncapPolicy, Settings};
 use warren::state::desired::Desired;
+use warren::state::services::ServiceSettings;
 use warren::state::source::{Kind, Object, manifest};
 
 pub(crate) fn run(data: &[u8]) {
@@ -34,7 +35,7 @@ pub(crate) fn run(data: &[u8]) {
 
 fn compile(objects: &[Object]) -> Snapshot {
     let mut desired = Desired::default();
-    for kind in [Kind::Node, Kind::ServiceCidr] {
+    for kind in [Kind::Node, Kind::ServiceCidr, Kind::Service, Kind::EndpointSlice] {
         for (key, problems) in desired.reset(kind, objects).reports {
             assert!(!key.is_empty());
             for problem in problems {
@@ -55,8 +56,13 @@ fn compile(objects: &[Object]) -> Snapshot {
         underlay_mtu: 1500,
         cluster_ranges: Vec::new(),
         service_ranges: Vec::new(),
+        services: ServiceSettings { enabled: true, ..ServiceSettings::default() },
     };
     let compiled = Compiler::default().compile(&desired, &settings);
+    for (_, problems) in &compiled.service_reports {
+        let said = problems.iter().map(ToString::to_string);
+        assert!(!said.collect::<String>().chars().any(char::is_control), "control characters: {problems:?}");
+    }
     (*compiled.snapshot).clone()
 }
 

@@ -1,0 +1,377 @@
+//! The Services that changed, into the table of all.
+//!
+//! A change of one Service costs what that Service costs, however many there are: the store tells which
+//! changed, claims tell whom that touches, and the table shares everything else with the one before.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::Surroundings;
+use super::build::{Builder, Built};
+use super::claims::{Claim, Claims};
+use super::judge::judge;
+use super::loops::LoopPorts;
+use super::plan::{MAX_OUTSIDE, ServicePlan};
+use super::service::{Problems, ServiceInfo};
+use super::store::ServiceStore;
+use crate::snapshot::service::ServiceTable;
+use crate::state::problem::Problem;
+
+/// What a compile gives. What did not change is the same `Arc` as before.
+#[derive(Clone, Debug)]
+pub struct CompiledServices {
+    /// For the packet line.
+    pub table: Arc<ServiceTable>,
+    /// For the host.
+    pub plan: Arc<ServicePlan>,
+    /// By origin: what is wrong now with Services that were looked at.
+    pub reports: Vec<(String, Vec<Problem>)>,
+}
+
+/// Compiles, and remembers what it compiled. It follows one store.
+#[derive(Debug, Default)]
+pub struct ServiceCompiler {
+    revision: u64,
+    around: Surroundings,
+    entries: HashMap<Arc<str>, Entry>,
+    claims: Claims,
+    loops: LoopPorts,
+    ids: HashSet<u32>,
+    /// ClusterIPs in no Service range.
+    outside: BTreeSet<IpAddr>,
+    /// Whether the Service ranges are others than those that `outside` was found by.
+    ranges_changed: bool,
+    endpoints: usize,
+    rebuilt: u64,
+    /// What was changed since the last hand-over, if anything was.
+    table: ServiceTable,
+    table_changed: bool,
+    plan: ServicePlan,
+    plan_changed: bool,
+    last_table: Arc<ServiceTable>,
+    last_plan: Arc<ServicePlan>,
+}
+
+/// A Service as it was compiled.
+#[derive(Debug, Default)]
+struct Entry {
+    /// What the claims were made from.
+    info: Option<Arc<ServiceInfo>>,
+    claims: Box<[Claim]>,
+    built: Built,
+}
+
+type Dirty = BTreeSet<Arc<str>>;
+
+impl ServiceCompiler {
+    /// Compiles what changed. `around`: if that may have changed. `complete`: the source has said all.
+    pub fn compile(
+        &mut self,
+        store: &ServiceStore,
+        around: Option<Surroundings>,
+        complete: bool,
+    ) -> CompiledServices {
+        let mut dirty = match store.changed_since(self.revision) {
+            Some(dirty) => dirty,
+            None => self.everything(store),
+        };
+        self.revision = store.revision();
+        let mut reports = Vec::new();
+        if let Some(around) = around.filter(|around| *around != self.around) {
+            reports = self.move_to(around, store, &mut dirty);
+        }
+        if self.around.settings.enabled {
+            self.settle(store, &mut dirty);
+            reports = self.rebuild(store, dirty);
+        }
+        if complete && !self.table.is_complete() {
+            self.table.set_complete();
+            self.table_changed = true;
+        }
+        let (table, plan) = self.hand_over();
+        CompiledServices { table, plan, reports }
+    }
+
+    /// How many Services there are.
+    pub fn services(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// How many endpoints their ports have.
+    pub fn endpoints(&self) -> usize {
+        self.endpoints
+    }
+
+    /// How many times a Service was ever compiled: what a change costs.
+    pub fn rebuilt(&self) -> u64 {
+        self.rebuilt
+    }
+
+    fn everything(&self, store: &ServiceStore) -> Dirty {
+        let known = self.entries.keys().cloned();
+        store.services().map(|info| Arc::clone(&info.name)).chain(known).collect()
+    }
+
+    /// Marks the Services that what is around them may treat differently now; what there is to report already.
+    fn move_to(
+        &mut self,
+        around: Surroundings,
+        store: &ServiceStore,
+        dirty: &mut Dirty,
+    ) -> Vec<(String, Vec<Problem>)> {
+        let before = std::mem::replace(&mut self.around, around);
+        let around = &self.around;
+        if !around.settings.enabled {
+            return self.forget();
+        }
+        let elsewhere = before.node != around.node || before.zone != around.zone;
+        if elsewhere || before.settings != around.settings || before.services != around.services {
+            dirty.extend(self.everything(store));
+            self.ranges_changed = true;
+            return Vec::new();
+        }
+        let judged = |address: &IpAddr| {
+            before.pods.holds(*address) != around.pods.holds(*address)
+                || before.is_node(*address) != around.is_node(*address)
+        };
+        for info in self.entries.values().filter_map(|entry| entry.info.as_ref()) {
+            let addresses = info.cluster_ips.iter().chain(&info.external_ips).chain(&info.load_balancers);
+            if addresses.into_iter().any(judged) {
+                dirty.insert(Arc::clone(&info.name));
+            }
+        }
+        Vec::new()
+    }
+
+    /// Services are not ours to serve any more.
+    fn forget(&mut self) -> Vec<(String, Vec<Problem>)> {
+        let troubled = self.entries.iter().filter(|(_, entry)| !entry.built.problems.is_empty());
+        let reports = troubled.map(|(name, _)| (origin(name), Vec::new())).collect();
+        let mut empty = ServiceCompiler {
+            revision: self.revision,
+            around: self.around.clone(),
+            rebuilt: self.rebuilt,
+            table_changed: !self.entries.is_empty(),
+            plan_changed: !self.entries.is_empty(),
+            last_table: Arc::clone(&self.last_table),
+            last_plan: Arc::clone(&self.last_plan),
+            ..ServiceCompiler::default()
+        };
+        if self.table.is_complete() {
+            empty.table.set_complete();
+        }
+        *self = empty;
+        reports
+    }
+
+    /// Enters what the dirty Services claim, and marks whom that touches.
+    fn settle(&mut self, store: &ServiceStore, dirty: &mut Dirty) {
+        // Who had each claim that somebody makes or gives up.
+        let mut touched: BTreeMap<Claim, Option<Arc<str>>> = BTreeMap::new();
+        for name in dirty.iter() {
+            let info = store.service(name);
+            let claims = match info {
+                Some(info) => judge(info, &self.around, &mut Problems::of("", "", "")).claims(),
+                None => Box::default(),
+            };
+            let same = |entry: &Entry| {
+                let before = entry.info.as_ref();
+                entry.claims == claims && before.map(Arc::as_ptr) == info.map(Arc::as_ptr)
+            };
+            if self.entries.get(name).is_some_and(same)
+                || (info.is_none() && !self.entries.contains_key(name))
+            {
+                continue;
+            }
+            let entry = self.entries.entry(Arc::clone(name)).or_default();
+            for claim in entry.claims.iter().chain(&claims) {
+                let winner = || self.claims.winner(claim).map(|winner| Arc::clone(&winner.name));
+                touched.entry(*claim).or_insert_with(winner);
+            }
+            entry.claims.iter().for_each(|claim| self.claims.remove(claim, name));
+            if let Some(info) = info {
+                claims.iter().for_each(|claim| self.claims.add(*claim, info));
+            }
+            entry.claims = claims;
+            entry.info = info.cloned();
+        }
+        let mut moved = HashSet::new();
+        if std::mem::take(&mut self.ranges_changed) {
+            let holds = |address: &IpAddr| self.around.services.holds(*address);
+            self.outside = self.claims.cluster_ips().filter(|address| !holds(address)).collect();
+            moved.extend(self.outside.iter().copied());
+        }
+        for (claim, before) in touched {
+            let after = self.claims.winner(&claim).map(|winner| Arc::clone(&winner.name));
+            if before == after {
+                continue;
+            }
+            dirty.extend(self.claims.claimants(&claim).map(|info| Arc::clone(&info.name)));
+            match claim {
+                Claim::ClusterIp(address) if before.is_some() != after.is_some() => {
+                    let touched = self.claims.external_claimants(address);
+                    dirty.extend(touched.map(|info| Arc::clone(&info.name)));
+                    if !self.around.services.holds(address) {
+                        match after {
+                            Some(_) => self.outside.insert(address),
+                            None => self.outside.remove(&address),
+                        };
+                        moved.insert(address);
+                    }
+                }
+                Claim::NodePort(protocol, port) if before.is_none() => {
+                    for evicted in self.loops.evict(protocol, port) {
+                        let evicted = Claim::External(evicted);
+                        let claimants = self.claims.claimants(&evicted);
+                        dirty.extend(claimants.map(|info| Arc::clone(&info.name)));
+                    }
+                }
+                Claim::External(listen) if after.is_none() => self.loops.free(&listen),
+                Claim::ClusterIp(_) | Claim::External(_) | Claim::NodePort(..) => {}
+            }
+        }
+        if !moved.is_empty() {
+            let holds = |endpoint: &super::slice::SliceEndpoint| moved.contains(&endpoint.address);
+            dirty.extend(store.services_with(|slice| slice.endpoints.iter().any(holds)));
+        }
+        let outside = self.outside.iter().take(MAX_OUTSIDE);
+        if !outside.clone().eq(self.plan.cluster_ips_outside.iter()) {
+            self.plan.cluster_ips_outside = Arc::new(outside.copied().collect());
+            self.plan_changed = true;
+        }
+    }
+
+    /// Builds the dirty Services anew: first all that goes, then all that comes, as one Service may get
+    /// what another one loses.
+    fn rebuild(&mut self, store: &ServiceStore, dirty: Dirty) -> Vec<(String, Vec<Problem>)> {
+        let mut built = Vec::with_capacity(dirty.len());
+        for name in dirty {
+            let before = self.entries.get_mut(&name).map(|entry| std::mem::take(&mut entry.built));
+            let before = before.unwrap_or_default();
+            let mut builder = Builder {
+                store,
+                around: &self.around,
+                claims: &self.claims,
+                outside: &self.outside,
+                loops: &mut self.loops,
+                ids: &mut self.ids,
+            };
+            let after = store.service(&name).map(|info| builder.build(info, &before));
+            self.rebuilt += u64::from(after.is_some());
+            built.push((name, before, after));
+        }
+        let nothing = Built::default();
+        for (_, before, after) in &built {
+            self.remove(before, after.as_ref().unwrap_or(&nothing));
+        }
+        let mut reports = Vec::new();
+        for (name, before, after) in built {
+            let problems = after.as_ref().map(|after| after.problems.clone()).unwrap_or_default();
+            if !(before.problems.is_empty() && problems.is_empty()) {
+                reports.push((origin(&name), problems));
+            }
+            match after {
+                Some(after) => {
+                    self.enter(&before, &after);
+                    self.entries.entry(name).or_default().built = after;
+                }
+                None => drop(self.entries.remove(&name)),
+            }
+        }
+        reports
+    }
+
+    /// Takes out what is in `before` and not in `after`.
+    fn remove(&mut self, before: &Built, after: &Built) {
+        for (listen, _) in &before.frontends {
+            if after.frontends.binary_search_by_key(listen, |(listen, _)| *listen).is_err() {
+                self.table.unlisten(listen);
+                self.table_changed = true;
+            }
+        }
+        for built in &before.ports {
+            let id = built.port.id;
+            if !after.ports.iter().any(|other| other.port.id == id) {
+                self.table.take_port(id);
+                self.ids.remove(&id);
+                self.table_changed = true;
+            }
+        }
+        for listen in before.exposed.iter().filter(|listen| after.exposed.binary_search(listen).is_err()) {
+            self.table.hide(listen);
+            self.table_changed = true;
+        }
+        for external in before.externals.iter().filter(|one| after.externals.binary_search(one).is_err()) {
+            Arc::make_mut(&mut self.plan.externals).remove(&external.0);
+            self.plan_changed = true;
+        }
+        for port in before.node_ports.iter().filter(|port| after.node_ports.binary_search(port).is_err()) {
+            Arc::make_mut(&mut self.plan.node_ports).remove(port);
+            self.plan_changed = true;
+        }
+        if let Some((port, _)) = &before.health_check
+            && before.health_check != after.health_check
+        {
+            Arc::make_mut(&mut self.plan.health_checks).remove(port);
+            self.plan_changed = true;
+        }
+        self.endpoints -= before.endpoints;
+    }
+
+    /// Enters what is in `after` and was not in `before`.
+    fn enter(&mut self, before: &Built, after: &Built) {
+        for built in &after.ports {
+            let same = |other: &super::build::BuiltPort| Arc::ptr_eq(&other.port, &built.port);
+            if !before.ports.iter().any(same) {
+                self.table.put_port(Arc::clone(&built.port));
+                self.table_changed = true;
+            }
+        }
+        for (listen, frontend) in &after.frontends {
+            let there = before.frontends.binary_search_by_key(listen, |(listen, _)| *listen);
+            let same = there.is_ok_and(|at| {
+                let (_, before) = &before.frontends[at];
+                before.way == frontend.way && Arc::ptr_eq(&before.port, &frontend.port)
+            });
+            if !same {
+                self.table.listen(*listen, frontend.clone());
+                self.table_changed = true;
+            }
+        }
+        for listen in after.exposed.iter().filter(|listen| before.exposed.binary_search(listen).is_err()) {
+            self.table.expose(*listen);
+            self.table_changed = true;
+        }
+        for external in after.externals.iter().filter(|one| before.externals.binary_search(one).is_err()) {
+            Arc::make_mut(&mut self.plan.externals).insert(external.0, external.1);
+            self.plan_changed = true;
+        }
+        for port in after.node_ports.iter().filter(|port| before.node_ports.binary_search(port).is_err()) {
+            Arc::make_mut(&mut self.plan.node_ports).insert(*port);
+            self.plan_changed = true;
+        }
+        if let Some((port, health)) = &after.health_check
+            && before.health_check != after.health_check
+        {
+            Arc::make_mut(&mut self.plan.health_checks).insert(*port, health.clone());
+            self.plan_changed = true;
+        }
+        self.endpoints += after.endpoints;
+    }
+
+    fn hand_over(&mut self) -> (Arc<ServiceTable>, Arc<ServicePlan>) {
+        if std::mem::take(&mut self.table_changed) {
+            self.last_table = Arc::new(self.table.clone());
+        }
+        if std::mem::take(&mut self.plan_changed) && *self.last_plan != self.plan {
+            self.last_plan = Arc::new(self.plan.clone());
+        }
+        (Arc::clone(&self.last_table), Arc::clone(&self.last_plan))
+    }
+}
+
+/// Under which name problems of the compiled Service are kept: its object's own are under another.
+fn origin(service: &str) -> String {
+    format!("Service/{service} compiled")
+}

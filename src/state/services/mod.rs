@@ -1,0 +1,108 @@
+//! Services: from Service and EndpointSlice objects to the packet line's
+//! [`ServiceTable`](crate::snapshot::service::ServiceTable) and the host's [`ServicePlan`].
+//!
+//! 1. [`service`], [`slice`]: typed, bounded values
+//! 2. [`store`]: what should be, and a journal of which Services changed
+//! 3. `claims`: who has an address or a node port that several want
+//! 4. `topology`: which endpoints a client is led to
+//! 5. [`compile`]: only the Services that changed, into tables that share everything else with the last ones
+
+mod build;
+mod claims;
+pub mod compile;
+mod judge;
+mod loops;
+mod plan;
+pub mod service;
+pub mod slice;
+pub mod store;
+mod topology;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::annotations::is_reachable;
+use crate::snapshot::service::{Protocol, loop_address};
+
+pub use plan::{HealthCheck, MAX_OUTSIDE, ServicePlan};
+
+/// What this node's configuration says about Services.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceSettings {
+    /// Whether this agent serves Services at all.
+    pub enabled: bool,
+    /// Whether `spec.externalIPs` are honoured (CVE-2020-8554: whoever may write a Service takes any address).
+    pub external_ips: bool,
+    /// Ports that no Service may capture on a node's address: the tunnels', the kubelet's, the API server's.
+    pub protected_ports: BTreeSet<(Protocol, u16)>,
+}
+
+impl Default for ServiceSettings {
+    fn default() -> ServiceSettings {
+        ServiceSettings { enabled: false, external_ips: true, protected_ports: BTreeSet::new() }
+    }
+}
+
+/// What Services are judged by, besides themselves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// This node's name.
+    pub node: String,
+    /// Its zone.
+    pub zone: Option<String>,
+    /// Where the cluster's pods live.
+    pub pods: RangeSet,
+    /// The Service ranges.
+    pub services: RangeSet,
+    /// The addresses of nodes outside of the mesh, sorted.
+    pub nodes: Vec<IpAddr>,
+    /// The settings.
+    pub settings: ServiceSettings,
+}
+
+impl Surroundings {
+    /// Whether it is a node's address.
+    pub fn is_node(&self, address: IpAddr) -> bool {
+        self.nodes.binary_search(&address).is_ok()
+    }
+}
+
+/// Ranges to look an address up in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RangeSet {
+    /// First and last address of each; sorted, and none overlaps another.
+    spans: Vec<(IpAddr, IpAddr)>,
+}
+
+impl RangeSet {
+    /// Those ranges.
+    pub fn new(ranges: &[IpNet]) -> RangeSet {
+        let ranges = IpNet::aggregate(&ranges.to_vec());
+        let mut spans: Vec<_> = ranges.iter().map(|range| (range.network(), range.broadcast())).collect();
+        spans.sort();
+        RangeSet { spans }
+    }
+
+    /// Whether one of them holds the address.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        let after = self.spans.partition_point(|(first, _)| *first <= address);
+        let span = after.checked_sub(1).and_then(|at| self.spans.get(at));
+        span.is_some_and(|(_, last)| address <= *last)
+    }
+}
+
+/// Why the address can be no Service's and no endpoint's, whatever else there is.
+fn no_ones(address: IpAddr) -> Option<&'static str> {
+    if address == loop_address(address) {
+        Some("is this program's own")
+    } else if is_reachable(address) {
+        None
+    } else {
+        Some("is of this host, of one link, multicast or reserved")
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,588 @@
+//! From objects to the packet line's table and the host's plan.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::compile::{CompiledServices, ServiceCompiler};
+use super::store::ServiceStore;
+use super::*;
+use crate::snapshot::service::{
+    Endpoint, Frontend, LOOP_V4, LOOP_V6, Listen, ServicePort, ServiceTable, Way,
+};
+use crate::state::problem::{Problem, ProblemKind};
+use crate::state::source::{Key, Kind, Object, manifest};
+
+/// Objects, and what they compile to on the node `here`.
+struct World {
+    store: ServiceStore,
+    compiler: ServiceCompiler,
+    around: Surroundings,
+    last: Option<CompiledServices>,
+}
+
+impl World {
+    fn new() -> World {
+        let ranges = |texts: &[&str]| {
+            let ranges = texts.iter().map(|text| text.parse().expect("range"));
+            RangeSet::new(&ranges.collect::<Vec<IpNet>>())
+        };
+        let protected = [(Protocol::Tcp, 6443), (Protocol::Tcp, 10_250), (Protocol::Udp, 51_820)];
+        let around = Surroundings {
+            node: "here".to_owned(),
+            zone: Some("a".to_owned()),
+            pods: ranges(&["10.244.0.0/16", "fd00:244::/48"]),
+            services: ranges(&["10.96.0.0/16", "fd00:96::/112"]),
+            nodes: vec!["192.0.2.1".parse().expect("address"), "192.0.2.2".parse().expect("address")],
+            settings: ServiceSettings {
+                enabled: true,
+                protected_ports: protected.into(),
+                ..ServiceSettings::default()
+            },
+        };
+        World { store: ServiceStore::default(), compiler: ServiceCompiler::default(), around, last: None }
+    }
+
+    fn with(objects: &[&str]) -> World {
+        let mut world = World::new();
+        objects.iter().for_each(|object| world.apply(object));
+        world.compile();
+        world
+    }
+
+    fn apply(&mut self, text: &str) {
+        let parsed = manifest::parse(text.as_bytes(), false);
+        assert_eq!(parsed.problems, [], "{text}");
+        for object in parsed.objects {
+            let key = object.key();
+            let (_, problems) = match &object {
+                Object::Service(service) => self.store.put_service(&key, service),
+                Object::EndpointSlice(slice) => self.store.put_slice(&key, slice),
+                Object::Node(_) | Object::Pod(_) | Object::ServiceCidr(_) => panic!("{key}"),
+            };
+            assert_eq!(problems, [], "{text}");
+        }
+    }
+
+    fn delete(&mut self, kind: Kind, name: &str) {
+        let (namespace, name) = ("default".to_owned(), name.to_owned());
+        assert!(self.store.take(&Key { kind, namespace, name }));
+    }
+
+    /// Compiles; returns how many Services that took.
+    fn compile(&mut self) -> u64 {
+        let before = self.compiler.rebuilt();
+        let around = self.around.clone();
+        self.last = Some(self.compiler.compile(&self.store, Some(around), true));
+        self.compiler.rebuilt() - before
+    }
+
+    fn table(&self) -> &ServiceTable {
+        &self.last.as_ref().expect("compiled").table
+    }
+
+    fn plan(&self) -> &ServicePlan {
+        &self.last.as_ref().expect("compiled").plan
+    }
+
+    fn said(&self) -> String {
+        let reports = self.last.as_ref().expect("compiled").reports.iter();
+        let lines = reports.flat_map(|(_, problems)| problems.iter().map(Problem::to_string));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    fn frontend(&self, at: &str) -> Option<&Frontend> {
+        self.table().frontend(&listen(at))
+    }
+
+    fn port(&self, at: &str) -> &Arc<ServicePort> {
+        &self.frontend(at).unwrap_or_else(|| panic!("nobody listens on {at}")).port
+    }
+
+    /// What is behind an external address.
+    fn external(&self, at: &str) -> Option<&Frontend> {
+        let listen = listen(at);
+        let port = *self.plan().externals.get(&listen)?;
+        self.table().frontend(&Listen { address: loop_address(listen.address), port, ..listen })
+    }
+
+    /// Everything that may be observed, to compare two worlds.
+    fn view(&self) -> String {
+        let mut ways: Vec<String> = Vec::new();
+        for info in self.store.services() {
+            for port in &info.ports {
+                let mut listens: Vec<Listen> = Vec::new();
+                let at = |address, port: u16, protocol| Listen { address, protocol, port };
+                listens.extend(info.cluster_ips.iter().map(|ip| at(*ip, port.port, port.protocol)));
+                let loops = [LOOP_V4.into(), LOOP_V6.into()];
+                listens.extend(loops.map(|ip| at(ip, port.node_port, port.protocol)));
+                let externals = info.external_ips.iter().chain(&info.load_balancers);
+                for address in externals {
+                    let listen = at(*address, port.port, port.protocol);
+                    if let Some(port) = self.plan().externals.get(&listen) {
+                        ways.push(format!("{listen:?} by {port}"));
+                        listens.push(Listen { address: loop_address(*address), port: *port, ..listen });
+                    }
+                }
+                for listen in listens {
+                    ways.push(format!("{listen:?} {:?}", self.table().frontend(&listen)));
+                }
+            }
+        }
+        ways.sort();
+        ways.dedup();
+        format!("{} {} {:?}\n{}", self.table().len(), self.compiler.endpoints(), self.plan(), ways.join("\n"))
+    }
+}
+
+/// `10.96.0.1:80/UDP`; TCP if it says nothing.
+fn listen(text: &str) -> Listen {
+    let (at, protocol) = text.split_once('/').unwrap_or((text, "TCP"));
+    let at: std::net::SocketAddr = at.parse().expect("address");
+    let protocol = Protocol::ALL.into_iter().find(|one| one.name() == protocol).expect("protocol");
+    Listen { address: at.ip(), protocol, port: at.port() }
+}
+
+fn service(name: &str, ip: &str, more: &str) -> String {
+    let ports = if more.contains("ports:") { "" } else { ", ports: [{port: 80}]" };
+    format!(
+        "{{apiVersion: v1, kind: Service, metadata: {{name: {name}}}, spec: {{clusterIP: '{ip}'{ports}{more}}}}}"
+    )
+}
+
+/// A slice of IPv4 endpoints for port 8080; each with what else it says.
+fn slice(name: &str, service: &str, endpoints: &[(&str, &str)]) -> String {
+    let endpoint = |(address, more): &(&str, &str)| format!("{{addresses: [{address}]{more}}}");
+    let endpoints: Vec<String> = endpoints.iter().map(endpoint).collect();
+    format!(
+        "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, ports: [{{port: 8080}}],\n\
+         metadata: {{name: {name}, labels: {{kubernetes.io/service-name: {service}}}}}, endpoints: [{}]}}",
+        endpoints.join(", ")
+    )
+}
+
+const HERE: &str = ", nodeName: here";
+const UNREADY: &str = ", conditions: {ready: false, serving: false}";
+
+fn addresses(list: &[Endpoint]) -> Vec<String> {
+    list.iter().map(|endpoint| format!("{}:{}", endpoint.address, endpoint.port)).collect()
+}
+
+#[test]
+fn a_service_of_both_families_with_every_way_in() {
+    let world = World::with(&[
+        "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {type: LoadBalancer,\n\
+         clusterIPs: [10.96.0.5, 'fd00:96::5'], externalIPs: [203.0.113.9], externalTrafficPolicy: Local,\n\
+         healthCheckNodePort: 31000, sessionAffinity: ClientIP, loadBalancerSourceRanges: [192.0.2.0/24],\n\
+         ports: [{name: http, port: 80, nodePort: 30080, targetPort: web}, {name: dns, protocol: UDP, port: 53}]},\n\
+         status: {loadBalancer: {ingress: [{ip: 198.51.100.1}, {ip: '2001:db8::1'}]}}}",
+        "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4,\n\
+         metadata: {name: web-4, labels: {kubernetes.io/service-name: web}},\n\
+         ports: [{name: http, port: 8080}, {name: dns, protocol: UDP, port: 5353}, {name: dns, port: 9}],\n\
+         endpoints: [{addresses: [10.244.1.5], nodeName: here}, {addresses: [10.244.2.5], nodeName: there}]}",
+        "{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv6,\n\
+         metadata: {name: web-6, labels: {kubernetes.io/service-name: web}}, ports: [{name: http, port: 8080}],\n\
+         endpoints: [{addresses: ['fd00:244:1::5'], nodeName: here}]}",
+    ]);
+    assert_eq!(world.said(), "");
+    let port = world.port("10.96.0.5:80");
+    assert_eq!((&*port.name, port.affinity, port.external_local), ("default/web:http", 10_800, true));
+    assert_eq!(addresses(&port.cluster), ["10.244.1.5:8080", "10.244.2.5:8080"]);
+    assert_eq!(addresses(&port.local), ["10.244.1.5:8080"]);
+    assert_eq!((port.known.len(), port.sources.len(), port.anywhere), (2, 1, true));
+    assert_eq!(addresses(&world.port("10.96.0.5:53/UDP").cluster), ["10.244.1.5:5353", "10.244.2.5:5353"]);
+    assert_eq!(
+        addresses(&world.port("[fd00:96::5]:80").cluster),
+        ["[fd00:244:1::5]:8080".replace(['[', ']'], "")]
+    );
+    assert!(world.port("[fd00:96::5]:80").sources.is_empty());
+    assert!(world.port("[fd00:96::5]:53/UDP").cluster.is_empty());
+
+    for (at, v6) in [("169.254.87.87:30080", false), ("[fd57:4152:5245:4e00::1]:30080", true)] {
+        let frontend = world.frontend(at).expect(at);
+        assert_eq!(frontend.way, Way::NodePort);
+        assert_eq!(Arc::ptr_eq(&frontend.port, port), !v6);
+    }
+    for (at, way) in [
+        ("198.51.100.1:80", Way::LoadBalancer),
+        ("198.51.100.1:53/UDP", Way::LoadBalancer),
+        ("[2001:db8::1]:80", Way::LoadBalancer),
+        ("203.0.113.9:80", Way::ExternalIp),
+    ] {
+        assert_eq!(world.external(at).expect(at).way, way, "{at}");
+    }
+    let plan = world.plan();
+    assert_eq!((plan.externals.len(), plan.node_ports.len()), (6, 1));
+    assert!(plan.node_ports.contains(&(Protocol::Tcp, 30080)) && plan.cluster_ips_outside.is_empty());
+    let health = &plan.health_checks[&31000];
+    assert_eq!((&*health.name, health.local_endpoints), ("default/web", 1));
+    for (at, exposed) in [
+        ("10.244.1.5:8080", true),
+        ("10.244.1.5:5353/UDP", true),
+        ("10.244.2.5:8080", false),
+        ("[fd00:244:1::5]:8080", true),
+    ] {
+        assert_eq!(world.table().is_exposed(&listen(at)), exposed, "{at}");
+    }
+    let table = world.table();
+    assert!(table.is_complete() && table.is_cluster_ip("10.96.0.5".parse().expect("address")));
+    assert_eq!(table.port(port.id).map(|port| &*port.name), Some("default/web:http"));
+    assert_eq!((world.compiler.services(), world.compiler.endpoints()), (1, 5));
+}
+
+#[test]
+fn everything_goes_with_its_service() {
+    let mut world = World::with(&[
+        &service("web", "10.96.0.5", ", externalIPs: [203.0.113.9], ports: [{port: 80, nodePort: 30080}]"),
+        &slice("web-1", "web", &[("10.244.1.5", HERE)]),
+    ]);
+    let id = world.port("10.96.0.5:80").id;
+    assert!(world.table().is_exposed(&listen("10.244.1.5:8080")));
+    world.delete(Kind::EndpointSlice, "web-1");
+    assert_eq!(world.compile(), 1);
+    let port = world.port("10.96.0.5:80");
+    assert!(port.cluster.is_empty() && !port.anywhere && port.id == id);
+    assert!(!world.table().is_exposed(&listen("10.244.1.5:8080")));
+    world.delete(Kind::Service, "web");
+    world.compile();
+    assert!(world.table().is_empty() && world.table().port(id).is_none());
+    assert_eq!(*world.plan(), ServicePlan::default());
+    assert_eq!((world.compiler.services(), world.compiler.endpoints()), (0, 0));
+    // A slice that is there first waits for its Service; the id is the same again.
+    world.apply(&slice("web-1", "web", &[("10.244.1.5", HERE)]));
+    assert_eq!(world.compile(), 0);
+    world.apply(&service("web", "10.96.0.5", ""));
+    assert_eq!(world.compile(), 1);
+    assert_eq!(world.port("10.96.0.5:80").id, id);
+}
+
+#[test]
+fn slices_are_merged() {
+    let world = World::with(&[
+        &service("web", "10.96.0.5", ", internalTrafficPolicy: Local"),
+        &slice("web-1", "web", &[("10.244.1.5", UNREADY), ("10.244.1.6", ""), ("10.244.1.7", UNREADY)]),
+        &slice("web-2", "web", &[("10.244.1.5", ""), ("10.244.1.6", HERE), ("10.244.1.8", "")]),
+        &slice("other-1", "other", &[("10.244.1.9", "")]),
+    ]);
+    let port = world.port("10.96.0.5:80");
+    let known: Vec<_> =
+        port.known.iter().map(|known| (known.endpoint.address.to_string(), known.serving)).collect();
+    let known: Vec<_> = known.iter().map(|(address, serving)| (address.as_str(), *serving)).collect();
+    assert_eq!(
+        known,
+        [("10.244.1.5", true), ("10.244.1.6", true), ("10.244.1.7", false), ("10.244.1.8", true)]
+    );
+    assert_eq!(addresses(&port.local), ["10.244.1.6:8080"]);
+    assert!(port.cluster.is_empty(), "nothing leads there");
+}
+
+#[test]
+fn unready_endpoints_that_are_published_serve() {
+    let unready = slice("web-1", "web", &[("10.244.1.5", UNREADY)]);
+    let mut world = World::with(&[&service("web", "10.96.0.5", ""), &unready]);
+    assert!(world.port("10.96.0.5:80").cluster.is_empty());
+    world.apply(&service("web", "10.96.0.5", ", publishNotReadyAddresses: true"));
+    world.compile();
+    assert_eq!(world.port("10.96.0.5:80").cluster.len(), 1);
+}
+
+#[test]
+fn a_slice_that_moves_to_another_service_leaves_the_first() {
+    let mut world = World::with(&[
+        &service("one", "10.96.0.1", ""),
+        &service("two", "10.96.0.2", ""),
+        &slice("x", "one", &[("10.244.1.5", "")]),
+    ]);
+    world.apply(&slice("x", "two", &[("10.244.1.5", "")]));
+    assert_eq!(world.compile(), 2);
+    assert_eq!(world.port("10.96.0.1:80").cluster.len() + 1, world.port("10.96.0.2:80").cluster.len());
+}
+
+#[test]
+fn bad_addresses_cost_themselves() {
+    for (bad, reason) in [
+        ("127.0.0.1", "of this host"),
+        ("169.254.1.1", "of one link"),
+        ("224.0.0.5", "multicast"),
+        ("0.0.0.0", "of this host"),
+        ("169.254.87.87", "this program's own"),
+        ("10.244.1.5", "pod range"),
+        ("192.0.2.1", "a node's address"),
+    ] {
+        let world = World::with(&[&service("web", bad, ", ports: [{port: 80, nodePort: 30080}]")]);
+        assert!(world.said().contains(reason), "{bad}: {}", world.said());
+        assert!(
+            world.frontend(&format!("{bad}:80")).is_none() && world.plan().cluster_ips_outside.is_empty()
+        );
+        assert!(world.frontend("169.254.87.87:30080").is_some(), "{bad}: the node port is not at fault");
+    }
+    for (bad, reason) in [
+        ("127.0.0.1", "of this host"),
+        ("10.244.1.5", "pod range"),
+        ("10.96.0.9", "Service range"),
+        ("169.254.87.87", "this program's own"),
+    ] {
+        let world =
+            World::with(&[&service("web", "10.96.0.5", &format!(", externalIPs: [{bad}, 203.0.113.9]"))]);
+        assert!(world.said().contains(reason), "{bad}: {}", world.said());
+        assert_eq!(world.plan().externals.len(), 1, "{bad}");
+        assert!(world.frontend("10.96.0.5:80").is_some());
+    }
+}
+
+#[test]
+fn a_nodes_address_may_be_external_but_not_with_the_nodes_own_ports() {
+    let ports = "ports: [{name: a, port: 443}, {name: b, port: 10250}, {name: c, port: 6443}, {name: d, port: 51820, protocol: UDP}]";
+    let more = format!(", externalIPs: [192.0.2.2, 203.0.113.9], {ports}");
+    let mut world = World::with(&[&service("web", "10.96.0.5", &more)]);
+    assert!(world.external("192.0.2.2:443").is_some());
+    for refused in ["192.0.2.2:10250", "192.0.2.2:6443", "192.0.2.2:51820/UDP"] {
+        assert!(world.external(refused).is_none(), "{refused}");
+        assert!(world.external(&refused.replace("192.0.2.2", "203.0.113.9")).is_some(), "{refused}");
+    }
+    assert_eq!(world.said().matches("nodes need").count(), 3, "{}", world.said());
+    // A node that comes with such an address takes its ports back.
+    world.around.nodes.push("203.0.113.9".parse().expect("address"));
+    assert_eq!(world.compile(), 1);
+    assert!(world.external("203.0.113.9:10250").is_none() && world.external("203.0.113.9:443").is_some());
+    // Nor may a node port be one of them.
+    world.apply(&service("web", "10.96.0.5", ", ports: [{port: 80, nodePort: 10250}]"));
+    world.compile();
+    assert!(world.plan().node_ports.is_empty() && world.frontend("169.254.87.87:10250").is_none());
+}
+
+#[test]
+fn who_is_older_has_what_two_want_and_the_other_one_gets_it_later() {
+    let claim = |name: &str, ip: &str, made: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, creationTimestamp: '{made}'}}, spec: {{clusterIP: {ip},\n\
+             type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: 31000, externalIPs: [203.0.113.9],\n\
+             ports: [{{port: 80, nodePort: 30080}}]}}}}"
+        )
+    };
+    let old = claim("z-old", "10.96.0.5", "2026-01-01T00:00:00Z");
+    let young = claim("a-young", "10.96.0.5", "2026-01-02T00:00:00Z");
+    let owner = |world: &World, at: &str| world.frontend(at).map(|frontend| frontend.port.name.to_string());
+    for order in [[&old, &young], [&young, &old]] {
+        let mut world = World::new();
+        for object in order {
+            world.apply(object);
+            world.compile();
+        }
+        for at in ["10.96.0.5:80", "169.254.87.87:30080"] {
+            assert_eq!(owner(&world, at).as_deref(), Some("default/z-old"), "{at}");
+        }
+        assert_eq!(&*world.external("203.0.113.9:80").expect("external").port.name, "default/z-old");
+        assert_eq!(&*world.plan().health_checks[&31000].name, "default/z-old");
+        assert!(world.table().is_cluster_ip("10.96.0.5".parse().expect("address")));
+        let ports = world.plan().externals.clone();
+        world.delete(Kind::Service, "z-old");
+        world.compile();
+        assert_eq!(world.said(), "", "nothing is wrong any more");
+        for at in ["10.96.0.5:80", "169.254.87.87:30080"] {
+            assert_eq!(owner(&world, at).as_deref(), Some("default/a-young"), "{at}");
+        }
+        assert_eq!(&*world.external("203.0.113.9:80").expect("external").port.name, "default/a-young");
+        assert_eq!(&*world.plan().health_checks[&31000].name, "default/a-young");
+        assert_eq!(world.plan().externals, ports, "the loop's port goes on");
+    }
+    let mut world = World::with(&[&old, &young]);
+    assert_eq!(world.said().matches("belongs to Service/default/z-old").count(), 4, "{}", world.said());
+    assert!(
+        world
+            .last
+            .as_ref()
+            .expect("compiled")
+            .reports
+            .iter()
+            .all(|(_, problems)| { problems.iter().all(|problem| problem.kind == ProblemKind::Conflict) })
+    );
+    // Made anew under its name it is the younger one.
+    world.apply(&claim("z-old", "10.96.0.5", "2026-01-03T00:00:00Z"));
+    world.compile();
+    assert_eq!(owner(&world, "10.96.0.5:80").as_deref(), Some("default/a-young"));
+}
+
+#[test]
+fn endpoints_that_are_services_are_refused() {
+    let mut world = World::with(&[
+        &service("web", "10.96.0.5", ""),
+        &slice("web-1", "web", &[("10.96.7.7", ""), ("172.30.0.1", ""), ("10.244.1.5", "")]),
+    ]);
+    assert_eq!(addresses(&world.port("10.96.0.5:80").cluster), ["10.244.1.5:8080", "172.30.0.1:8080"]);
+    assert!(
+        world.said().contains("10.96.7.7 (EndpointSlice/default/web-1) is a Service's"),
+        "{}",
+        world.said()
+    );
+    // A ClusterIP outside of the known ranges: the host routes it by itself, and it is nobody's endpoint.
+    world.apply(&service("odd", "172.30.0.1", ""));
+    assert_eq!(world.compile(), 2);
+    assert_eq!(addresses(&world.port("10.96.0.5:80").cluster), ["10.244.1.5:8080"]);
+    assert_eq!(world.plan().cluster_ips_outside.len(), 1);
+    world.delete(Kind::Service, "odd");
+    world.compile();
+    assert_eq!(world.port("10.96.0.5:80").cluster.len(), 2);
+    assert!(world.plan().cluster_ips_outside.is_empty());
+    // Nor is it anybody's external address.
+    world.apply(&service("greedy", "10.96.0.6", ", externalIPs: [172.30.0.1]"));
+    world.compile();
+    assert!(world.external("172.30.0.1:80").is_some());
+    world.apply(&service("odd", "172.30.0.1", ""));
+    world.compile();
+    assert!(world.external("172.30.0.1:80").is_none() && world.said().contains("is the ClusterIP of"));
+    // Once the range is known, it needs no route of its own.
+    world.around.services =
+        RangeSet::new(&["10.96.0.0/16", "172.30.0.0/16"].map(|r| r.parse().expect("range")));
+    world.compile();
+    assert!(world.plan().cluster_ips_outside.is_empty());
+}
+
+#[test]
+fn a_switch_turns_external_ips_off_and_another_all() {
+    let more = ", externalIPs: [203.0.113.9], ports: [{port: 80, nodePort: 30080}]";
+    let mut world = World::with(&[&service("web", "10.96.0.5", more)]);
+    assert!(world.external("203.0.113.9:80").is_some());
+    world.around.settings.external_ips = false;
+    world.compile();
+    assert!(world.plan().externals.is_empty() && world.frontend("10.96.0.5:80").is_some());
+    world.around.settings.enabled = false;
+    world.compile();
+    assert!(
+        world.table().is_empty() && *world.plan() == ServicePlan::default() && world.table().is_complete()
+    );
+    world.apply(&service("web", "10.96.0.6", more));
+    world.compile();
+    world.around.settings = World::new().around.settings;
+    world.compile();
+    assert!(world.external("203.0.113.9:80").is_some() && world.frontend("10.96.0.6:80").is_some());
+}
+
+#[test]
+fn a_node_port_outside_of_the_usual_range_drives_a_loop_port_away() {
+    let mut world = World::with(&[&service("web", "10.96.0.5", ", externalIPs: [203.0.113.9]")]);
+    let port = *world.plan().externals.values().next().expect("one");
+    world.apply(&service("odd", "10.96.0.6", &format!(", ports: [{{port: 80, nodePort: {port}}}]")));
+    assert_eq!(world.compile(), 2);
+    assert_eq!(world.frontend(&format!("169.254.87.87:{port}")).expect("a node port").way, Way::NodePort);
+    assert_ne!(world.plan().externals.values().next(), Some(&port));
+    assert_eq!(world.external("203.0.113.9:80").expect("external").way, Way::ExternalIp);
+}
+
+#[test]
+fn only_what_changed_is_compiled_and_handed_over() {
+    let mut world = World::new();
+    for number in 0..500 {
+        let ip = format!("10.96.{}.{}", number / 250, number % 250 + 1);
+        let name = format!("s{number}");
+        world.apply(&service(&name, &ip, if number == 0 { ", externalIPs: [203.0.113.9]" } else { "" }));
+        world.apply(&slice(&format!("{name}-x"), &name, &[("10.244.1.5", ""), ("10.244.2.5", HERE)]));
+    }
+    assert_eq!(world.compile(), 500);
+    let (table, plan) = (Arc::clone(&world.last.as_ref().expect("compiled").table), world.plan().clone());
+    let same = |world: &World| {
+        let last = world.last.as_ref().expect("compiled");
+        let plans = Arc::ptr_eq(&last.plan.externals, &plan.externals);
+        (Arc::ptr_eq(&last.table, &table), plans && last.reports.is_empty())
+    };
+    assert_eq!((world.compile(), same(&world)), (0, (true, true)));
+    // The same once more, and what says nothing new.
+    world.apply(&slice("s7-x", "s7", &[("10.244.1.5", ""), ("10.244.2.5", HERE)]));
+    assert_eq!((world.compile(), same(&world)), (0, (true, true)));
+    let before = Arc::clone(world.port("10.96.0.9:80"));
+    world.apply(&slice("s7-x", "s7", &[("10.244.1.6", ""), ("10.244.2.5", HERE)]));
+    assert_eq!((world.compile(), same(&world)), (1, (false, true)));
+    assert!(Arc::ptr_eq(world.port("10.96.0.9:80"), &before), "others are shared");
+    assert_eq!(addresses(&world.port("10.96.0.8:80").cluster), ["10.244.1.6:8080", "10.244.2.5:8080"]);
+    // A pod range that touches nobody compiles nobody; one that does, whom it touches.
+    world.around.pods = RangeSet::new(&["10.244.0.0/15", "fd00:244::/48"].map(|r| r.parse().expect("range")));
+    assert_eq!(world.compile(), 0);
+    world.around.pods = RangeSet::new(&["203.0.113.0/24".parse().expect("range")]);
+    assert_eq!(world.compile(), 1);
+    assert!(world.plan().externals.is_empty());
+    world.around.zone = None;
+    assert_eq!(world.compile(), 500);
+}
+
+proptest! {
+    /// Whatever came in whatever order, what is in force is what the objects say now.
+    #[test]
+    fn step_by_step_comes_to_the_same_as_all_at_once(
+        steps in proptest::collection::vec((0..4_u8, 0..6_u8, any::<u32>(), any::<bool>()), 1..40),
+    ) {
+        let mut world = World::new();
+        for (what, which, dice, compile) in steps {
+            let name = format!("s{which}");
+            let pick = |shift: u32, most: u32| (dice >> shift) % most;
+            match what {
+                0 => {
+                    let ip = ["10.96.0.1", "10.96.0.2", "10.96.0.3", "172.30.0.1", "172.30.0.2", "10.244.9.9"];
+                    let external = ["203.0.113.1", "203.0.113.2", "172.30.0.1", "192.0.2.1"];
+                    world.apply(&service(&name, ip[pick(0, 6) as usize], &format!(
+                        ", externalIPs: [{}], externalTrafficPolicy: {}, type: LoadBalancer, healthCheckNodePort: {},\n\
+                         ports: [{{name: a, port: 80, nodePort: {}}}, {{name: b, port: {}, protocol: UDP}}]",
+                        external[pick(4, 4) as usize],
+                        ["Local", "Cluster"][pick(8, 2) as usize],
+                        31_000 + pick(9, 3),
+                        31_000 + pick(12, 3),
+                        [53, 51_820][pick(16, 2) as usize],
+                    )));
+                }
+                1 => {
+                    let address = ["10.244.1.5", "10.244.2.5", "172.30.0.1", "172.30.0.2", "10.96.0.1"];
+                    let state = ["", HERE, UNREADY];
+                    let one = |shift| (address[pick(shift, 5) as usize], state[pick(shift + 4, 3) as usize]);
+                    let text = slice(&format!("{name}-{}", pick(24, 2)), &name, &[one(0), one(8)]);
+                    let ports = "[{name: a, port: 8080}, {name: b, protocol: UDP, port: 53}]";
+                    world.apply(&text.replace("[{port: 8080}]", ports));
+                }
+                2 => {
+                    let (namespace, name) = ("default".to_owned(), name);
+                    world.store.take(&Key { kind: Kind::Service, namespace, name });
+                }
+                _ => {
+                    let (namespace, name) = ("default".to_owned(), format!("{name}-{}", pick(24, 2)));
+                    world.store.take(&Key { kind: Kind::EndpointSlice, namespace, name });
+                    world.around.nodes.truncate(1);
+                    world.around.nodes.extend((pick(0, 2) == 1).then(|| "203.0.113.2".parse::<IpAddr>().expect("address")));
+                    world.around.zone = (pick(4, 4) == 1).then(|| "b".to_owned());
+                }
+            }
+            if compile {
+                world.compile();
+            }
+        }
+        world.compile();
+        let mut fresh = World { store: world.store.clone(), around: world.around.clone(), ..World::new() };
+        fresh.compile();
+        prop_assert_eq!(world.view(), fresh.view());
+    }
+}
+
+#[test]
+fn a_compiler_that_missed_too_much_looks_at_everything() {
+    let mut world = World::with(&[&service("a", "10.96.0.1", ""), &service("b", "10.96.0.2", "")]);
+    world.delete(Kind::Service, "a");
+    for round in 0..40_000 {
+        world.apply_port_flip(round);
+    }
+    world.compile();
+    assert!(world.frontend("10.96.0.1:80").is_none());
+    assert!(world.frontend("10.96.0.2:81").is_some() && world.frontend("10.96.0.2:80").is_none());
+}
+
+impl World {
+    /// A change that costs little to make.
+    fn apply_port_flip(&mut self, round: u32) {
+        let key = Key { kind: Kind::Service, namespace: "default".to_owned(), name: "b".to_owned() };
+        for port in [80 + (round % 2) as i32, 81] {
+            let mut object = k8s_openapi::api::core::v1::Service::default();
+            object.metadata.name = Some("b".to_owned());
+            let ports = Some(vec![k8s_openapi::api::core::v1::ServicePort { port, ..Default::default() }]);
+            let cluster_ip = Some("10.96.0.2".to_owned());
+            object.spec =
+                Some(k8s_openapi::api::core::v1::ServiceSpec { cluster_ip, ports, ..Default::default() });
+            self.store.put_service(&key, &object);
+        }
+    }
+}
