@@ -11,9 +11,11 @@
 
 mod ends;
 mod error;
+mod health;
 mod presence;
 mod recent;
 mod serve;
+mod services;
 
 use std::fs;
 use std::io;
@@ -31,9 +33,9 @@ use tracing::{debug, error, info, warn};
 pub use error::AgentError;
 use error::reasons;
 
-use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
+use crate::config::{AgentConfig, Masquerade, ServicesArg, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
-use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
+use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
 use crate::snapshot::service::{LOOP_V4, LOOP_V6};
@@ -47,6 +49,7 @@ use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::state::source::dir::DirSource;
 use crate::status::{Handle, server};
 use ends::Ends;
+use health::Answers;
 use presence::{ReadyFile, make_dir};
 
 /// How long the first full list of the source may take before we say that we wait for it.
@@ -112,6 +115,9 @@ struct Running {
     host_wanted: watch::Sender<HostConfig>,
     host_news: mpsc::Receiver<HostEvent>,
     host_watch: JoinHandle<Result<(), HostError>>,
+    host_state: watch::Receiver<HostState>,
+    /// What is answered for load balancers.
+    answers: watch::Sender<Answers>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
@@ -199,8 +205,15 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
+    let mut host_state = host_network.state();
+    let kube_proxy = host_state.borrow_and_update().kube_proxy.clone();
+    if let Some(place) = &kube_proxy {
+        services::yielded(&config, place);
+    }
+    let (answers, wanted_answers) = watch::channel(services::answers(&config, &plan, kube_proxy.is_some()));
     let (host_wanted, host_reader) = watch::channel(wanted);
     let (host_events, host_news) = mpsc::channel(16);
+    tasks.0.push(tokio::spawn(health::serve(wanted_answers, host_state.clone())));
     let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
@@ -230,6 +243,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         host_wanted,
         host_news,
         host_watch,
+        host_state,
+        answers,
         settings_sender,
         handle,
         files,
@@ -265,6 +280,7 @@ impl Running {
                 }
                 ended = &mut self.host_watch => return Err(unwatched(ended)),
                 Some(news) = self.host_news.recv() => self.host_says(news),
+                Ok(()) = self.host_state.changed() => self.kube_proxy_comes_or_goes(),
                 _ = look.tick() => {
                     self.is_the_device_back()?;
                     self.look().await;
@@ -291,9 +307,25 @@ impl Running {
             live.pod_ranges.clone_from(&next.pod_ranges);
         });
         self.plan = next;
-        self.host_wanted.send_replace(host_config(&self.config, &self.plan));
+        let wanted = host_config(&self.config, &self.plan);
+        self.host_wanted.send_if_modified(|now| std::mem::replace(now, wanted) != *now);
+        self.answer();
         self.look().await;
         Ok(())
+    }
+
+    fn kube_proxy_comes_or_goes(&mut self) {
+        match &self.host_state.borrow_and_update().kube_proxy {
+            Some(place) => services::yielded(&self.config, place),
+            None => services::taken(&self.config),
+        }
+        self.answer();
+    }
+
+    fn answer(&self) {
+        let kube_proxy = self.host_state.borrow().kube_proxy.is_some();
+        let answers = services::answers(&self.config, &self.plan, kube_proxy);
+        self.answers.send_if_modified(|now| std::mem::replace(now, answers) != *now);
     }
 
     async fn look(&mut self) {
@@ -456,7 +488,13 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
             Masquerade::Off => false,
         },
         encrypted: plan.encrypted,
-        services: false,
+        services: config.services != ServicesArg::Off,
+        yield_services: config.services == ServicesArg::Auto,
+        service_routes: services::ranges(plan).into_iter().map(route).collect(),
+        node_ports: Arc::clone(&plan.services.node_ports),
+        externals: Arc::clone(&plan.services.externals),
+        nodeport_ranges: config.nodeport_ranges.clone(),
+        nodeport_localhost: config.nodeport_localhost,
     }
 }
 

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -33,11 +33,17 @@ mod file;
 mod flags;
 
 pub use file::environment_warnings;
-pub use flags::{AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, SourceSpec, UnderlayMtu};
+pub use flags::{
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
+    UnderlayMtu,
+};
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+/// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
+const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
+const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Where a kubelet and an API server listen on a node's own address.
 const KUBELET: u16 = 10_250;
 const API_SERVER: u16 = 6_443;
@@ -87,6 +93,18 @@ pub struct AgentConfig {
     pub keepalive: u16,
     /// MTU of the underlay.
     pub underlay_mtu: UnderlayMtu,
+    /// Who does Services.
+    pub services: ServicesArg,
+    /// Which local addresses have node ports; empty: all but loopback.
+    pub nodeport_ranges: Vec<IpNet>,
+    /// Whether 127.0.0.0/8 has them.
+    pub nodeport_localhost: bool,
+    /// Whether `spec.externalIPs` is obeyed.
+    pub external_ips: bool,
+    /// Where `/healthz` answers.
+    pub healthz: Option<SocketAddr>,
+    /// Where `/proxyMode` answers.
+    pub proxy_mode: Option<SocketAddr>,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -178,6 +196,12 @@ impl AgentConfig {
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
             underlay_mtu: args.underlay_mtu.unwrap_or(UnderlayMtu::Auto),
+            services: args.services.unwrap_or(ServicesArg::Auto),
+            nodeport_ranges: args.nodeport_addresses.unwrap_or_default(),
+            nodeport_localhost: args.nodeport_localhost.unwrap_or(false),
+            external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
+            healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
+            proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
@@ -219,8 +243,9 @@ impl AgentConfig {
             cluster_ranges: self.cluster_ranges.clone(),
             service_ranges: self.service_ranges.clone(),
             services: ServiceSettings {
+                enabled: self.services != ServicesArg::Off,
+                external_ips: self.external_ips,
                 protected_ports: self.protected_ports(),
-                ..ServiceSettings::default()
             },
         }
     }
@@ -229,7 +254,9 @@ impl AgentConfig {
     fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
         let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
         let vxlan = [(Protocol::Udp, self.vxlan_port)];
-        lanes.chain(vxlan).chain([KUBELET, API_SERVER].map(|port| (Protocol::Tcp, port))).collect()
+        let answers = [self.healthz, self.proxy_mode].into_iter().flatten().map(|at| at.port());
+        let tcp = [KUBELET, API_SERVER].into_iter().chain(answers).map(|port| (Protocol::Tcp, port));
+        lanes.chain(vxlan).chain(tcp).collect()
     }
 
     fn check(&self) -> Result<(), ConfigError> {

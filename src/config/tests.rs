@@ -196,3 +196,46 @@ fn settings_for_the_state_line() {
     let read = annotations::parse(&annotations::render(&settings.announcement));
     assert_eq!(read, (settings.announcement, Vec::new()));
 }
+
+#[test]
+fn services_are_automatic_and_answered_for_as_kube_proxy_does() {
+    let config = |arguments: &[&str]| {
+        let all = [&["--source", "dir:/x", "--node", "a"], arguments].concat();
+        AgentConfig::resolve(agent(&all)).unwrap()
+    };
+    let plain = config(&[]);
+    assert_eq!(
+        (plain.services, plain.external_ips, plain.nodeport_localhost),
+        (ServicesArg::Auto, true, false)
+    );
+    assert_eq!(plain.nodeport_ranges, []);
+    let ports = [plain.healthz, plain.proxy_mode].map(|at| at.unwrap().to_string());
+    assert_eq!(ports, ["[::]:10256", "127.0.0.1:10249"]);
+    let all = config(&[
+        "--services=off",
+        "--external-ips=off",
+        "--nodeport-localhost",
+        "--nodeport-addresses=192.0.2.0/24,2001:db8::1",
+        "--healthz-bind-address=",
+        "--proxy-mode-bind-address=127.0.0.1:1",
+    ]);
+    assert_eq!((all.services, all.external_ips, all.nodeport_localhost), (ServicesArg::Off, false, true));
+    let ranges: Vec<String> = all.nodeport_ranges.iter().map(ToString::to_string).collect();
+    assert_eq!(ranges, ["192.0.2.0/24", "2001:db8::1/128"]);
+    assert_eq!((all.healthz, all.proxy_mode), (None, "127.0.0.1:1".parse().ok()));
+    for (arguments, reason) in [
+        (&["--services", "maybe"][..], "maybe"),
+        (&["--nodeport-addresses", "192.0.2.1/24"], "did you mean 192.0.2.0/24"),
+        (&["--nodeport-addresses", "eth0"], "not a range"),
+        (&["--healthz-bind-address", "10256"], "ADDRESS:PORT"),
+        (&["--healthz-bind-address", "[::]:0"], "ADDRESS:PORT"),
+    ] {
+        let said = refusal(arguments);
+        assert!(said.contains(reason), "{said}");
+    }
+    let text =
+        "services: on\nnodeport-addresses: [192.0.2.0/24]\nhealthz-bind-address: ''\nexternal-ips: off\n";
+    let file = parse_file("x", text).unwrap();
+    assert_eq!((file.services, file.external_ips), (Some(ServicesArg::On), Some(Switch::Off)));
+    assert_eq!(file.healthz_bind_address, Some(BindArg(None)));
+}

@@ -4,6 +4,7 @@
 #![cfg(feature = "agent")]
 
 mod packets;
+mod services;
 mod stage;
 
 use std::time::Duration;

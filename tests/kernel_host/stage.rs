@@ -95,6 +95,12 @@ pub(crate) fn config() -> HostConfig {
         masquerade: true,
         encrypted: true,
         services: true,
+        yield_services: false,
+        service_routes: vec![route("10.96.0.0/16", "10.244.1.0"), route("fd96::/108", "fd00:1::")],
+        node_ports: Default::default(),
+        externals: Default::default(),
+        nodeport_ranges: Vec::new(),
+        nodeport_localhost: false,
     }
 }
 
@@ -104,6 +110,7 @@ pub(crate) fn config_v4() -> HostConfig {
     config.pod_ranges.retain(|range| range.addr().is_ipv4());
     config.tunnel_routes.retain(|route| route.range.addr().is_ipv4());
     config.cluster_ranges.retain(|range| range.addr().is_ipv4());
+    config.service_routes.retain(|route| route.range.addr().is_ipv4());
     config
 }
 
@@ -112,7 +119,14 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 }
 
 pub(crate) fn watched(network: HostNetwork) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
-    let (config, receiver) = watch::channel(config());
+    watched_with(network, config())
+}
+
+pub(crate) fn watched_with(
+    network: HostNetwork,
+    config: HostConfig,
+) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
+    let (config, receiver) = watch::channel(config);
     let (sender, events) = mpsc::channel(16);
     tokio::spawn(network.watch(receiver, sender));
     (config, events)

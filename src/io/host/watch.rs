@@ -1,5 +1,6 @@
 //! Keeping it so: the kernel's notifications, and a look every second for what they miss.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -9,7 +10,7 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, Sleep};
 
 use super::{HostConfig, HostError, HostNetwork, Report};
 
@@ -52,18 +53,24 @@ impl HostNetwork {
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
+        let mut burst = None;
         loop {
             let mut routes = false;
+            let mut asked = false;
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.generation = None;
+                    asked = true;
                     routes = true;
                 }
-                () = notifications.next() => {
-                    tokio::time::sleep(SETTLE).await;
+                () = notifications.next(), if burst.is_none() => {
+                    burst = Some(Box::pin(tokio::time::sleep(SETTLE)));
+                    continue;
+                }
+                () = ended(&mut burst) => {
+                    burst = None;
                     notifications.drain();
                     routes = true;
                 }
@@ -78,12 +85,24 @@ impl HostNetwork {
                 () = events.closed() => return Ok(()),
             }
             let wanted = config.borrow_and_update().clone();
+            // Services come and go all the time: where it is only that, nothing else waits to be looked at.
+            if self.change_elements(&wanted).await && asked {
+                continue;
+            }
             let outcome = self.reconcile(&wanted, routes).await;
             let Some(event) = quiet.event(outcome) else { continue };
             if events.send(event).await.is_err() {
                 return Ok(());
             }
         }
+    }
+}
+
+/// Waits for the end of a burst, if there is one.
+async fn ended(burst: &mut Option<Pin<Box<Sleep>>>) {
+    match burst {
+        Some(sleep) => sleep.await,
+        None => std::future::pending().await,
     }
 }
 
