@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::conntrack::FlowKey;
 use super::fragments::Datagram;
-use super::route::{self, Entrance, untranslated};
+use super::route::{Entrance, untranslated};
 use super::service::Passage;
 use super::{Arrival, Exit, Lane, Output, Total};
 use crate::packet::checksum::complete_owed;
@@ -325,16 +325,10 @@ impl Lane {
         let raw = self.routes.inbound(peer, headers.source, headers.destination);
         let plain = raw.and_then(|exit| untranslated(Entrance::Peer, exit));
         if let Some(about) = about {
-            let destination = about.change.and_then(|change| change.destination);
-            let destination = destination.map_or(headers.destination, |(address, _)| address);
             // Whoever is on the way may speak about a flow that this peer has with us.
             return match plain {
-                Ok(exit) => Ok(Passage { change: about.change, exit }),
-                Err(_) if about.tracked.peer == Some(peer) => {
-                    let exit = route::exit(&snapshot.mesh, destination);
-                    Ok(Passage { change: about.change, exit })
-                }
-                Err(reason) => Err(reason),
+                Err(reason) if about.tracked.peer != Some(peer) => Err(reason),
+                Ok(_) | Err(_) => Ok(Passage { change: about.change, exit: about.exit(snapshot, headers) }),
             };
         }
         let entry = match plain {
@@ -344,9 +338,8 @@ impl Lane {
             Err(reason) => return Err(reason),
         };
         let change = self.track_from_peer(now, headers, 1, peer, entry == Entry::Translated)?;
-        let destination = change.and_then(|change| change.destination).map(|(address, _)| address);
-        let exit = route::exit(&snapshot.mesh, destination.unwrap_or(headers.destination));
-        Ok(Passage { change, exit })
+        // For the kernel, as the joined frames.
+        Ok(Passage { change, exit: Exit::LocalNode })
     }
 
     /// From one peer's tunnel into another's, as a router.

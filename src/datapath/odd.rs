@@ -20,6 +20,16 @@ pub(super) struct About {
     pub(super) change: Option<Rewrite>,
 }
 
+impl About {
+    /// The way of the error.
+    pub(super) fn exit(&self, snapshot: &Snapshot, headers: &Headers) -> Exit {
+        match &self.tracked.rewrite {
+            Some(rewrite) => route::exit_translated(&snapshot.mesh, &rewrite.to),
+            None => route::exit(&snapshot.mesh, headers.destination),
+        }
+    }
+}
+
 impl Lane {
     /// Finds the flow that an ICMP error is about, and translates what it quotes: to what its receiver sent.
     pub(super) fn about(
@@ -59,8 +69,8 @@ impl Lane {
             return Ok(answers_a_stranger(snapshot, &about.tracked, headers.destination)
                 .map(|peer| Passage { change: None, exit: Exit::Peer(peer) }));
         };
-        let destination = change.destination.map_or(headers.destination, |(address, _)| address);
-        Ok(Some(Passage { change: Some(change), exit: route::exit(&snapshot.mesh, destination) }))
+        let exit = about.exit(snapshot, headers);
+        Ok(Some(Passage { change: Some(change), exit }))
     }
 
     /// Turns an error of our own about a translated packet into one about the packet that was sent.

@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::conntrack::FlowKey;
 use crate::packet::DropReason;
+use crate::snapshot::service::loop_address;
 use crate::snapshot::{Mesh, Owner, PeerId, SourceOwner};
 
 /// The three ways out of the packet loop.
@@ -114,6 +116,15 @@ pub(super) fn exit(mesh: &Mesh, destination: IpAddr) -> Exit {
         Some(Owner::PeerPod(peer) | Owner::PeerNode(peer)) => Exit::Peer(peer),
         None => Exit::Outside,
     }
+}
+
+/// The way of a translated packet. What has the loop's source is an answer to a client that the kernel led
+/// here, wherever he is: it must see the answer too.
+pub(super) fn exit_translated(mesh: &Mesh, to: &FlowKey) -> Exit {
+    if to.source == loop_address(to.source) && exit(mesh, to.destination) != Exit::LocalNode {
+        return Exit::Outside;
+    }
+    exit(mesh, to.destination)
 }
 
 fn is_multicast(address: IpAddr) -> bool {

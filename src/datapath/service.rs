@@ -99,7 +99,7 @@ impl Lane {
                 None => self.as_it_is(snapshot, headers),
             };
         };
-        let exit = route::exit(&snapshot.mesh, rewrite.to.destination);
+        let exit = route::exit_translated(&snapshot.mesh, &rewrite.to);
         Ok(Passage { change: Some(to(&rewrite.to)), exit })
     }
 

@@ -13,8 +13,8 @@ use socket2::{Domain, Socket, Type};
 use super::Lab;
 use super::netns::Netns;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long an answer may take: no longer, so that whoever asks too early asks again from another port.
+const PATIENCE: Duration = Duration::from_millis(1500);
 /// How often a waiting server looks whether it should stop.
 const GLANCE: Duration = Duration::from_millis(50);
 /// Where servers listen, whatever the Service's own port is.
