@@ -229,7 +229,7 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         let handles =
             || sh("nft -a list table inet warren-services | grep handle | sed 's/packets.*bytes [0-9]*//'");
         let before = handles();
-        let mut worst = Duration::ZERO;
+        let mut took = Vec::new();
         for round in 1..=20_u16 {
             let next = many(PORTS - round, EXTERNALS + round % 2);
             let generation = generation();
@@ -239,10 +239,12 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
                 assert!(clock::now().duration_since(begun) < Duration::from_secs(5), "round {round}");
                 tokio::task::yield_now().await;
             }
-            worst = worst.max(clock::now().duration_since(begun));
+            took.push(clock::now().duration_since(begun));
             tokio::time::sleep(Duration::from_millis(u64::from(round) * 10)).await;
         }
-        println!("one change at that size: at most {worst:?}");
+        took.sort();
+        let (middle, worst) = (took[took.len() / 2], took[took.len() - 1]);
+        println!("one change at that size: {middle:?}, at most {worst:?}");
         assert!(worst < Duration::from_millis(250), "{worst:?}");
         until(
             "the last one",

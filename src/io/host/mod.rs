@@ -407,6 +407,11 @@ impl HostNetwork {
         Ok(())
     }
 
+    /// Whether nobody but us has touched nftables since our last look.
+    async fn knows_generation(&self) -> bool {
+        self.generation.is_some() && self.nft_generation().await.ok() == self.generation
+    }
+
     async fn nft_generation(&self) -> Result<u32, HostError> {
         self.nft.generation().await.map_err(|e| {
             if nft::unsupported(&e) {
