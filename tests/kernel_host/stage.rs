@@ -200,6 +200,15 @@ pub(crate) fn read_only_proc_sys() {
     mount(none, "/proc/sys", none, read_only, none).unwrap();
 }
 
+/// Lets this thread alone read `what` at the place of a file of the kernel.
+pub(crate) fn pretend(file: &str, what: &std::path::Path) {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(Some(what), file, none, MsFlags::MS_BIND, none).unwrap();
+}
+
 /// Runs a command line in this thread's namespace; it must succeed.
 pub(crate) fn sh(line: &str) -> String {
     let output = Command::new("sh").args(["-c", line]).output().unwrap();

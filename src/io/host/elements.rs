@@ -55,7 +55,8 @@ pub(super) async fn change(
     let gone = from.node_ports.difference(&to.node_ports).map(node_port).collect();
     let new = to.node_ports.difference(&from.node_ports).map(node_port).collect();
     let mut writes = vec![Write { set: node_ports_set(), gone, new }];
-    for v6 in [false, true].into_iter().filter(|v6| !v6 || to.v6) {
+    let same = Arc::ptr_eq(&from.externals, &to.externals);
+    for v6 in [false, true].into_iter().filter(|v6| !same && (!v6 || to.v6)) {
         let differing = |one: &BTreeMap<Listen, u16>, other: &BTreeMap<Listen, u16>| -> Vec<SetElement> {
             let different = |(at, to): &(&Listen, &u16)| other.get(at) != Some(to);
             of_family(one, v6).filter(different).map(external).collect()

@@ -228,8 +228,8 @@ pub struct HostNetwork {
     /// The pod bridges and the wanted state at that time.
     bridges: Vec<PodBridge>,
     applied: Option<HostConfig>,
-    /// Cleared when the kernel turned out not to count flows by source.
-    flow_quota: bool,
+    /// Whether the kernel's connection table was nearly full at that time.
+    pressed: bool,
     /// How many routes the node had at the last look.
     routes: usize,
     proxy: proxy::Look,
@@ -261,7 +261,7 @@ impl HostNetwork {
             generation: None,
             bridges: Vec::new(),
             applied: None,
-            flow_quota: true,
+            pressed: false,
             routes: 0,
             proxy: proxy::Look::default(),
             news: latest::channel(HostState::default()).0,
@@ -349,7 +349,15 @@ impl HostNetwork {
         bridges: Vec<PodBridge>,
         report: &mut Report,
     ) -> Result<(), HostError> {
-        let seen = self.generation == Some(generation) && self.bridges == bridges;
+        let pressed = sysctl::conntrack_pressed(self.pressed);
+        if pressed && !self.pressed && config.services {
+            report.changed(
+                "the kernel's connection table is nearly full (nf_conntrack_count, nf_conntrack_max): flows of \
+                 pods to ClusterIPs are kept out of it until it is half empty",
+            );
+        }
+        let same = std::mem::replace(&mut self.pressed, pressed) == pressed;
+        let seen = same && self.generation == Some(generation) && self.bridges == bridges;
         if seen && self.applied.as_ref() == Some(config) {
             return Ok(());
         }
@@ -386,19 +394,8 @@ impl HostNetwork {
         report: &mut Report,
     ) -> Result<(), HostError> {
         let doing = || format!("write nft table inet {}", services::NAME);
-        let quota = sysctl::conntrack_max().filter(|_| self.flow_quota).map(services::quota);
-        match nft::apply(&self.nft, &services::table(config, quota), report).await {
-            Err(e) if quota.is_some() && (nft::unsupported(&e) || e.errno() == Some(libc::ENOENT)) => {
-                self.flow_quota = false;
-                report.warn(
-                    "the kernel cannot count connections by pod (CONFIG_NFT_CONNLIMIT): one pod can fill its \
-                     connection table and so keep others from opening connections",
-                );
-                let without = services::table(config, None);
-                nft::apply(&self.nft, &without, report).await.map_err(|e| HostError::nft(doing(), e))?;
-            }
-            outcome => outcome.map_err(|e| HostError::nft(doing(), e))?,
-        }
+        let table = services::table(config, self.pressed);
+        nft::apply(&self.nft, &table, report).await.map_err(|e| HostError::nft(doing(), e))?;
         if !config.services {
             return Ok(());
         }
@@ -408,6 +405,11 @@ impl HostNetwork {
             report.changed(format!("nft table inet {}: {wrong} elements", services::NAME));
         }
         Ok(())
+    }
+
+    /// Whether nobody but us has touched nftables since our last look.
+    async fn knows_generation(&self) -> bool {
+        self.generation.is_some() && self.nft_generation().await.ok() == self.generation
     }
 
     async fn nft_generation(&self) -> Result<u32, HostError> {

@@ -6,7 +6,7 @@
 //! | `prerouting` | nat, dstnat - 5 | what comes in from outside and from pods |
 //! | `output` | nat output, dstnat - 5 | what the node's own processes send |
 //! | `services` | (both jump there) | exact external addresses first, then node ports on local addresses |
-//! | `share` | filter prerouting, dstnat + 5 | no pod fills the kernel's connection table with Service flows |
+//! | `untracked` | filter prerouting, raw | while the connection table is nearly full: pods' flows to ClusterIPs stay out of it |
 //! | `loopback` | filter input, filter | 127/8 is answered out of the tunnel, never called (`--nodeport-localhost`) |
 //!
 //! Before dstnat, because within one hook the first chain that binds a destination wins: kube-proxy puts
@@ -17,15 +17,15 @@
 //! A table of its own: its sets hold tens of thousands of elements, and comparing `table inet warren`
 //! must not list them. `elements` fills them.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig, SetElementMode};
 use nlink::netlink::nftables::{
-    BaseChain, ChainName, CtDirection, CtState, DynsetExpr, DynsetOp, ElementStatement, Expr, Family,
-    FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey, NFTA_NAT_FAMILY, NFTA_NAT_FLAGS,
-    NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX, NFTA_NAT_REG_PROTO_MIN,
-    NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority, RawExpr, Register, Rule, SetDataType, SetKeyType,
+    BaseChain, ChainName, CtDirection, Expr, Family, FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey,
+    NFTA_NAT_FAMILY, NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX,
+    NFTA_NAT_REG_PROTO_MIN, NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority, RawExpr, Register, Rule,
+    SetDataType, SetKeyType,
 };
 use nlink::netlink::types::route::RouteType;
 
@@ -38,26 +38,16 @@ pub(super) const NAME: &str = "warren-services";
 /// Its set of node ports.
 pub(super) const NODE_PORTS: &str = "nodeports";
 
-/// Sources that are counted: more than a node has pods, so that pods which make addresses up cannot
-/// take the place of those that do not... unless they use all of these.
-const SOURCES: u32 = 65_535;
-/// A pod's share of the kernel's connection table for Service flows. Each may take two entries (into
-/// the tunnel device and out of it), so one pod leaves three quarters of the table to others.
-const SHARE: u32 = 8;
-
-/// `table inet warren-services`, complete, or its absence. `share`: flows of one pod; `None` where the
-/// kernel cannot count them.
-pub(super) fn table(config: &HostConfig, quota: Option<u32>) -> NftablesConfig {
+/// `table inet warren-services`, complete, or its absence. `pressed`: the kernel's connection table is
+/// nearly full.
+pub(super) fn table(config: &HostConfig, pressed: bool) -> NftablesConfig {
     if !config.services {
         return NftablesConfig::new().absent_table(NAME, Family::Inet);
     }
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = chains(sets(table, config), config);
         let table = families(config).fold(table, |table, v6| translations(table, config, v6));
-        let table = match quota {
-            Some(flows) => limits(table, config, flows),
-            None => table,
-        };
+        let table = if pressed { untracked(table, config) } else { table };
         if config.nodeport_localhost { loopback(table, config) } else { table }
     })
 }
@@ -72,9 +62,7 @@ fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
             set.element_mode(SetElementMode::Ensure)
         });
     }
-    let services = config.service_routes.iter().map(|route| route.range);
-    let services: Vec<IpNet> =
-        services.chain([IpAddr::V4(config.loop_v4).into(), IpAddr::V6(config.loop_v6).into()]).collect();
+    let services: Vec<IpNet> = config.service_routes.iter().map(|route| route.range).collect();
     let ranges = node_ranges(config);
     let table = address_set(table, ("pods4", "pods6"), &config.pod_ranges);
     let table = address_set(table, ("services4", "services6"), &services);
@@ -174,43 +162,28 @@ fn port_key(rule: Rule, [protocol, port]: [Register; 2]) -> Rule {
     })
 }
 
-/// Counted when they are new, after translation: one place sees all ways into the loop. The kernel
-/// forgets a TCP flow there when it is closed, not when its entry is gone.
-fn limits(table: DeclaredTableBuilder, config: &HostConfig, flows: u32) -> DeclaredTableBuilder {
-    let late = Priority::Custom(Priority::DstNat.to_i32() + 5);
-    let mut table = table.chain("share", |chain| {
-        chain.base(BaseChain::filter(FilterHook::Prerouting, late).policy(Policy::Accept)).exclusive()
+/// What a pod sends to a ClusterIP needs no entry in the kernel's connection table: nothing is translated
+/// before the loop, and its replies go nowhere but out of the tunnel device. It has one all the same, because
+/// others' rules ask for it (`ct state established`), unless the table is filling up: then a pod that floods
+/// a Service leaves it to others, and the loop's own quota deals with the flood.
+fn untracked(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
+    let mut table = table.chain("untracked", |chain| {
+        let base = BaseChain::filter(FilterHook::Prerouting, Priority::Raw);
+        chain.base(base.policy(Policy::Accept)).exclusive()
     });
     for v6 in families(config) {
         let (saddr, daddr) = addresses(v6);
-        let [pods, services, counts] = match v6 {
-            false => ["pods4", "services4", "flows4"],
-            true => ["pods6", "services6", "flows6"],
-        };
-        let (offset, len) = if v6 { (8, 16) } else { (12, 4) };
-        table = table.set(counts, |set| set.key_type(saddr.key_type()).dynamic().size(SOURCES)).rule(
-            "share",
-            |rule| {
-                rule.match_ct_state(CtState::NEW)
-                    .match_in_set(saddr, pods)
-                    .match_in_set(daddr, services)
-                    .expr(Expr::Payload { dreg: Register::R0, base: PayloadBase::Network, offset, len })
-                    .expr(
-                        DynsetExpr::new(DynsetOp::Add, counts, Register::R0)
-                            .statement(ElementStatement::Connlimit { count: flows, over: true }),
-                    )
-                    .counter()
-                    .drop()
-                    .comment("more Service flows of one pod than its share")
-            },
-        );
+        let [pods, services] = if v6 { ["pods6", "services6"] } else { ["pods4", "services4"] };
+        table = table
+            .rule("untracked", |rule| {
+                rule.match_in_set(saddr, pods).match_in_set(daddr, services).counter().notrack()
+            })
+            .rule("untracked", |rule| {
+                let replies = rule.match_iif(&config.tun).match_in_set(saddr, services);
+                replies.match_in_set(daddr, pods).counter().notrack()
+            });
     }
     table
-}
-
-/// How many flows to Services a pod may have.
-pub(super) fn quota(conntrack_max: u32) -> u32 {
-    (conntrack_max / SHARE).max(1024)
 }
 
 /// With `route_localnet` a packet out of the tunnel could reach what listens on 127.0.0.1 only.

@@ -115,9 +115,21 @@ pub(super) async fn apply_node(
 
 const CONNTRACK_MAX: &str = "net/netfilter/nf_conntrack_max";
 
-/// The size of the kernel's connection table, if it has one.
-pub(super) fn conntrack_max() -> Option<u32> {
-    read(CONNTRACK_MAX)?.parse().ok()
+/// Whether the kernel's connection table is so full that what needs no place should have none.
+pub(super) fn conntrack_pressed(before: bool) -> bool {
+    const COUNT: &str = "net/netfilter/nf_conntrack_count";
+    let number = |key: &str| read(key)?.parse::<u64>().ok();
+    match (number(COUNT), number(CONNTRACK_MAX)) {
+        (Some(count), Some(max)) => is_pressed(before, count, max),
+        (_, _) => false,
+    }
+}
+
+/// From three quarters on, until it is half empty. The kernel itself begins to throw out closing
+/// connections at 95 % (gc_worker, net/netfilter/nf_conntrack_core.c), and unanswered ones when full.
+fn is_pressed(before: bool, count: u64, max: u64) -> bool {
+    let enough = if before { max / 2 } else { max / 4 * 3 };
+    count >= enough.max(1)
 }
 
 /// What kube-proxy sees to elsewhere, with its defaults (`--conntrack-max-per-core`, `--conntrack-min`,
@@ -130,7 +142,7 @@ fn apply_conntrack(saved: &mut Saved, report: &mut Report) {
     const CLOSE_WAIT_SECONDS: &str = "3600";
     let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
     let wanted = PER_CORE.saturating_mul(cores).max(AT_LEAST);
-    if conntrack_max().is_some_and(|max| max < wanted)
+    if read(CONNTRACK_MAX).and_then(|max| max.parse::<u32>().ok()).is_some_and(|max| max < wanted)
         && let Err(error) = set_and_save(CONNTRACK_MAX, &wanted.to_string(), saved, report)
     {
         once(&format!("sysctl {} stays as it is: {error}", dotted(CONNTRACK_MAX)));
@@ -379,6 +391,20 @@ fn refused(key: &str, value: &str, source: io::Error) -> HostError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pressure_begins_high_and_ends_low() {
+        for (before, count, expected) in [
+            (false, 0, false),
+            (false, 749, false),
+            (false, 750, true),
+            (true, 500, true),
+            (true, 499, false),
+        ] {
+            assert_eq!(is_pressed(before, count, 1000), expected, "{before} {count}");
+        }
+        assert!(!is_pressed(true, 0, 0), "no table, no pressure");
+    }
 
     #[test]
     fn the_first_value_is_the_one_remembered() {

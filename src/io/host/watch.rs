@@ -65,13 +65,17 @@ impl HostNetwork {
                     asked = true;
                     routes = true;
                 }
-                () = notifications.next(), if burst.is_none() => {
-                    burst = Some(Box::pin(tokio::time::sleep(SETTLE)));
+                kind = notifications.next(), if burst.is_none() => {
+                    burst = Some((kind, Box::pin(tokio::time::sleep(SETTLE))));
                     continue;
                 }
-                () = ended(&mut burst) => {
+                kind = ended(&mut burst) => {
                     burst = None;
-                    notifications.drain();
+                    let more = notifications.drain();
+                    // Our own commits are announced to us too.
+                    if kind.max(more) == Kind::Nft && self.knows_generation().await {
+                        continue;
+                    }
                     routes = true;
                 }
                 _ = poll.tick() => {
@@ -98,12 +102,24 @@ impl HostNetwork {
     }
 }
 
-/// Waits for the end of a burst, if there is one.
-async fn ended(burst: &mut Option<Pin<Box<Sleep>>>) {
+/// Waits for the end of a burst, if there is one; says what it began with.
+async fn ended(burst: &mut Option<(Kind, Pin<Box<Sleep>>)>) -> Kind {
     match burst {
-        Some(sleep) => sleep.await,
+        Some((kind, sleep)) => {
+            sleep.await;
+            *kind
+        }
         None => std::future::pending().await,
     }
+}
+
+/// What a notification was about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// nftables: its generation says whether we know.
+    Nft,
+    /// Links, addresses, routes, rules.
+    Route,
 }
 
 /// What was said last, so that a lasting trouble is said once.
@@ -173,16 +189,16 @@ impl Notifications {
     }
 
     /// Waits until something that may concern us has changed.
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Kind {
         while !self.lost {
             tokio::select! {
                 message = self.route.next() => match message {
-                    Some(message) if concerns_us(&message) => return,
+                    Some(message) if concerns_us(&message) => return Kind::Route,
                     Some(_) => {}
                     None => self.lost = true,
                 },
                 event = self.nft.next() => match event {
-                    Some(Ok(_)) => return,
+                    Some(Ok(_)) => return Kind::Nft,
                     Some(Err(_)) | None => self.lost = true,
                 },
             }
@@ -191,9 +207,13 @@ impl Notifications {
     }
 
     /// Forgets what has arrived already: the look that follows sees its result.
-    fn drain(&mut self) {
+    fn drain(&mut self) -> Kind {
         use futures_util::FutureExt;
-        while self.next().now_or_never().is_some() {}
+        let mut all = Kind::Nft;
+        while let Some(kind) = self.next().now_or_never() {
+            all = all.max(kind);
+        }
+        all
     }
 }
 
