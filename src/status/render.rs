@@ -127,7 +127,7 @@ fn head(out: &mut String, view: &pb::NodeView) {
 
 fn peer_summary(peers: &[pb::PeerView]) -> String {
     if peers.is_empty() {
-        return "none known yet".to_owned();
+        return "none known".to_owned();
     }
     let parts: Vec<String> = ["up", "idle", "connecting", "silent", "unusable"]
         .iter()
@@ -164,7 +164,8 @@ fn cluster_summary(state: &pb::StateView) -> String {
     }
     let guessed = match state.cluster_ranges_guessed {
         true => {
-            ", GUESSED from the nodes seen: to pods of other nodes packets leave outside the tunnel; set --cluster-cidr"
+            ", GUESSED from the nodes seen so far; to pods of nodes that are not in this folder packets leave outside \
+             the tunnel: set --cluster-cidr"
         }
         false => "",
     };

@@ -143,7 +143,14 @@ impl<'a> Local<'a> {
         }
     }
 
-    pub(super) fn plan(&self, mesh: &Mesh, cluster: ClusterRanges, settings: &Settings) -> HostPlan {
+    /// `guarded`: the ranges of all peers that there ever were.
+    pub(super) fn plan(
+        &self,
+        mesh: &Mesh,
+        cluster: ClusterRanges,
+        guarded: &[IpNet],
+        settings: &Settings,
+    ) -> HostPlan {
         let peers = || mesh.peers.iter().flatten();
         let of_peer = |peer: &Arc<Peer>| {
             let (name, ranges) = (peer.name.clone(), peer.pod_ranges.clone());
@@ -153,8 +160,7 @@ impl<'a> Local<'a> {
         peer_ranges.sort();
         let guessed = cluster.pods.is_empty();
         let cluster_ranges = if guessed {
-            let seen = peer_ranges.iter().map(|peer| peer.range).chain(self.grant.ranges.iter().copied());
-            IpNet::aggregate(&seen.collect())
+            IpNet::aggregate(&[guarded, &self.grant.ranges].concat())
         } else {
             IpNet::aggregate(&cluster.pods)
         };
