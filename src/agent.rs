@@ -85,7 +85,7 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
     };
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
-        presence::nobody_has(&Ends::open(config)?.netlink, &config.tun_name).await?;
+        presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
         Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
     })?;
     for file in ["ready", "flows"] {
@@ -131,7 +131,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
     let mut ends = Ends::open(&config)?;
-    presence::nobody_has(&ends.netlink, &config.tun_name).await?;
+    presence::nobody_is_here(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());

@@ -28,10 +28,11 @@ pub enum AgentError {
     /// The status socket, which is also what makes sure that there is only one of us.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// Two agents would share one device's queues.
+    /// Two agents would share one device's queues, or one set of routes, rules and nft tables.
     #[error(
-        "another agent is running in this network: it has the interface {0}; stop it first (to run two on one machine, \
-         give each its own --run-dir, --state-dir, --tun-name and --port)"
+        "another agent is running in this network namespace: it has the interface {0}; stop it first. There is one \
+         agent for each network namespace; for a second one on this machine run it in a namespace of its own (`ip \
+         netns exec NAME warren agent ...`), with its own --run-dir and --state-dir"
     )]
     DeviceInUse(String),
     /// Not in the source.

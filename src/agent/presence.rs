@@ -1,4 +1,4 @@
-//! One agent per device, and the files that say it is there.
+//! One agent per network namespace, and the files that say it is there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,17 +8,23 @@ use rtnetlink::Handle;
 use super::AgentError;
 use crate::io::underlay;
 
-/// Fails if another agent runs the device. Its run directory's lock does not tell when that is another one; the
-/// kernel knows, and only who may administrate the network can make it say so.
-pub(super) async fn nobody_has(netlink: &Handle, tun: &str) -> Result<(), AgentError> {
-    only_we_have(netlink, tun, 0).await
+/// Fails if another agent runs in this network namespace, with this device or with another one: routes, rules and
+/// the nft table are one for all, and two would undo each other's. The lock in the run directory does not tell
+/// when theirs is another one; the kernel knows, and only who may administrate the network can make it say so.
+pub(super) async fn nobody_is_here(netlink: &Handle, tun: &str) -> Result<(), AgentError> {
+    only_we_have(netlink, tun, 0).await?;
+    match underlay::other_agents_tunnel(netlink, tun).await? {
+        Some(other) => Err(AgentError::DeviceInUse(other)),
+        None => Ok(()),
+    }
 }
 
 /// Fails if anybody but us has queues of the device, of which we have `ours`.
 pub(super) async fn only_we_have(netlink: &Handle, tun: &str, ours: usize) -> Result<(), AgentError> {
-    match underlay::tun_queues(netlink, tun).await? {
-        Some(queues) if queues as usize > ours => Err(AgentError::DeviceInUse(tun.to_owned())),
-        Some(_) | None => Ok(()),
+    let tunnels = underlay::tunnels(netlink).await?;
+    match tunnels.iter().any(|tunnel| tunnel.name == tun && tunnel.queues as usize > ours) {
+        true => Err(AgentError::DeviceInUse(tun.to_owned())),
+        false => Ok(()),
     }
 }
 
