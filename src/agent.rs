@@ -78,10 +78,14 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         .enable_all()
         .build()
         .map_err(|source| AgentError::Io { what: "cannot start the runtime", source })?;
-    make_dir(&config.run_dir, "--run-dir")?;
-    let _only_one = {
-        let _runtime = runtime.enter();
-        server::bind(&config.run_dir)?
+    presence::may_administrate()?;
+    // Where there is no such folder, there is no agent in it: none is made just for that.
+    let _only_one = match config.run_dir.exists() {
+        true => {
+            let _runtime = runtime.enter();
+            Some(server::bind(&config.run_dir)?)
+        }
+        false => None,
     };
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
@@ -127,6 +131,7 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
 
 async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     // 1 what there is
+    presence::may_administrate()?;
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;

@@ -15,6 +15,9 @@ use crate::status::socket::SocketError;
 /// Why the agent ended, and what to do.
 #[derive(Debug, Error)]
 pub enum AgentError {
+    /// An ordinary user, or a container without the capability.
+    #[error("run this as root: it makes an interface, routes and rules (a container needs CAP_NET_ADMIN)")]
+    NotRoot,
     /// A directory.
     #[error("cannot use the directory {path}: {source}; make it, or choose another with {flag}")]
     Directory {
