@@ -323,6 +323,11 @@ impl Running {
                 report.changes.iter().for_each(|change| info!("repaired: {change}"));
                 report.warnings.iter().for_each(|warning| warn!("{warning}"));
             }
+            HostEvent::Changed(report) => {
+                self.tun_gone = None;
+                report.changes.iter().for_each(|change| info!("changed: {change}"));
+                report.warnings.iter().for_each(|warning| warn!("{warning}"));
+            }
             HostEvent::TunGone { name } => {
                 warn!("the interface {name} is gone; its lanes make it again");
                 self.tun_gone = Some(clock::now());

@@ -29,6 +29,8 @@ pub enum HostEvent {
     /// Something was missing or wrong and is right again; the report is empty where the tunnel device is
     /// back and nothing had to be done.
     Repaired(Report),
+    /// The wanted state is another one, and is reached.
+    Changed(Report),
     /// The tunnel device is gone, and its queues with it: the agent must open them again. The rest
     /// comes back by itself once the device is there. Said once each time.
     TunGone {
@@ -53,14 +55,14 @@ impl HostNetwork {
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
         loop {
-            let mut routes = false;
+            let (mut routes, mut new) = (false, false);
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
                     self.generation = None;
-                    routes = true;
+                    (routes, new) = (true, true);
                 }
                 () = notifications.next() => {
                     tokio::time::sleep(SETTLE).await;
@@ -79,7 +81,11 @@ impl HostNetwork {
             }
             let wanted = config.borrow_and_update().clone();
             let outcome = self.reconcile(&wanted, routes).await;
-            let Some(event) = quiet.event(outcome) else { continue };
+            let event = match quiet.event(outcome) {
+                Some(HostEvent::Repaired(report)) if new => HostEvent::Changed(report),
+                Some(event) => event,
+                None => continue,
+            };
             if events.send(event).await.is_err() {
                 return Ok(());
             }
