@@ -11,9 +11,11 @@
 
 mod ends;
 mod error;
+mod health;
 mod presence;
 mod recent;
 mod serve;
+mod services;
 
 use std::fs;
 use std::io;
@@ -31,9 +33,9 @@ use tracing::{debug, error, info, warn};
 pub use error::AgentError;
 use error::reasons;
 
-use crate::config::{AgentConfig, Masquerade, SourceSpec, UnderlayMtu};
+use crate::config::{AgentConfig, Masquerade, ServicesArg, SourceSpec, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
-use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, TunnelRoute};
+use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
 use crate::snapshot::service::{LOOP_V4, LOOP_V6};
@@ -47,6 +49,7 @@ use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::state::source::dir::DirSource;
 use crate::status::{Handle, server};
 use ends::Ends;
+use health::Answers;
 use presence::{ReadyFile, make_dir};
 
 /// How long the first full list of the source may take before we say that we wait for it.
@@ -78,17 +81,21 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         .enable_all()
         .build()
         .map_err(|source| AgentError::Io { what: "cannot start the runtime", source })?;
-    make_dir(&config.run_dir, "--run-dir")?;
-    let _only_one = {
-        let _runtime = runtime.enter();
-        server::bind(&config.run_dir)?
+    presence::may_administrate()?;
+    // Where there is no such folder, there is no agent in it: none is made just for that.
+    let _only_one = match config.run_dir.exists() {
+        true => {
+            let _runtime = runtime.enter();
+            Some(server::bind(&config.run_dir)?)
+        }
+        false => None,
     };
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
-        presence::nobody_has(&Ends::open(config)?.netlink, &config.tun_name).await?;
+        presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
         Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
     })?;
-    for file in ["ready", "flows"] {
+    for file in ["ready", "flows", "affinity"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
             removed.push(format!("file {}", config.run_dir.join(file).display()));
         }
@@ -112,6 +119,9 @@ struct Running {
     host_wanted: watch::Sender<HostConfig>,
     host_news: mpsc::Receiver<HostEvent>,
     host_watch: JoinHandle<Result<(), HostError>>,
+    host_state: watch::Receiver<HostState>,
+    /// What is answered for load balancers.
+    answers: watch::Sender<Answers>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
@@ -127,11 +137,12 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
 
 async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     // 1 what there is
+    presence::may_administrate()?;
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
     let mut ends = Ends::open(&config)?;
-    presence::nobody_has(&ends.netlink, &config.tun_name).await?;
+    presence::nobody_is_here(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
@@ -172,6 +183,9 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         what: "cannot open the flow table in the run directory",
         source,
     })?;
+    let affinity = flows::open_affinity(&config.run_dir.join("affinity"), seed).map_err(|source| {
+        AgentError::Io { what: "cannot open the table of session affinity in the run directory", source }
+    })?;
     let (ended, lane_ends) = mpsc::unbounded_channel();
     let fleet = Fleet::start(
         FleetConfig {
@@ -181,6 +195,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
             keys: keys.iter().map(|key| key.secret().to_bytes()).collect(),
             offloads: lane_offloads(&config),
             flows: Arc::new(table),
+            affinity: Arc::new(affinity),
             snapshot: Arc::clone(&outputs.snapshot),
         },
         move |lane, reason| {
@@ -195,8 +210,15 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
+    let mut host_state = host_network.state();
+    let kube_proxy = host_state.borrow_and_update().kube_proxy.clone();
+    if let Some(place) = &kube_proxy {
+        services::yielded(&config, place);
+    }
+    let (answers, wanted_answers) = watch::channel(services::answers(&config, &plan, kube_proxy.is_some()));
     let (host_wanted, host_reader) = watch::channel(wanted);
     let (host_events, host_news) = mpsc::channel(16);
+    tasks.0.push(tokio::spawn(health::serve(wanted_answers, host_state.clone())));
     let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
@@ -226,6 +248,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         host_wanted,
         host_news,
         host_watch,
+        host_state,
+        answers,
         settings_sender,
         handle,
         files,
@@ -261,6 +285,7 @@ impl Running {
                 }
                 ended = &mut self.host_watch => return Err(unwatched(ended)),
                 Some(news) = self.host_news.recv() => self.host_says(news),
+                Ok(()) = self.host_state.changed() => self.kube_proxy_comes_or_goes(),
                 _ = look.tick() => {
                     self.is_the_device_back()?;
                     self.look().await;
@@ -287,9 +312,25 @@ impl Running {
             live.pod_ranges.clone_from(&next.pod_ranges);
         });
         self.plan = next;
-        self.host_wanted.send_replace(host_config(&self.config, &self.plan));
+        let wanted = host_config(&self.config, &self.plan);
+        self.host_wanted.send_if_modified(|now| std::mem::replace(now, wanted) != *now);
+        self.answer();
         self.look().await;
         Ok(())
+    }
+
+    fn kube_proxy_comes_or_goes(&mut self) {
+        match &self.host_state.borrow_and_update().kube_proxy {
+            Some(place) => services::yielded(&self.config, place),
+            None => services::taken(&self.config),
+        }
+        self.answer();
+    }
+
+    fn answer(&self) {
+        let kube_proxy = self.host_state.borrow().kube_proxy.is_some();
+        let answers = services::answers(&self.config, &self.plan, kube_proxy);
+        self.answers.send_if_modified(|now| std::mem::replace(now, answers) != *now);
     }
 
     async fn look(&mut self) {
@@ -316,6 +357,11 @@ impl Running {
             HostEvent::Repaired(report) => {
                 self.tun_gone = None;
                 report.changes.iter().for_each(|change| info!("repaired: {change}"));
+                report.warnings.iter().for_each(|warning| warn!("{warning}"));
+            }
+            HostEvent::Changed(report) => {
+                self.tun_gone = None;
+                report.changes.iter().for_each(|change| info!("changed: {change}"));
                 report.warnings.iter().for_each(|warning| warn!("{warning}"));
             }
             HostEvent::TunGone { name } => {
@@ -452,7 +498,13 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
             Masquerade::Off => false,
         },
         encrypted: plan.encrypted,
-        services: false,
+        services: config.services != ServicesArg::Off,
+        yield_services: config.services == ServicesArg::Auto,
+        service_routes: services::ranges(plan).into_iter().map(route).collect(),
+        node_ports: Arc::clone(&plan.services.node_ports),
+        externals: Arc::clone(&plan.services.externals),
+        nodeport_ranges: config.nodeport_ranges.clone(),
+        nodeport_localhost: config.nodeport_localhost,
     }
 }
 

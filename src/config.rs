@@ -13,7 +13,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -33,11 +33,17 @@ mod file;
 mod flags;
 
 pub use file::environment_warnings;
-pub use flags::{AgentArgs, Cli, Command, EncapArg, EndpointArg, Masquerade, SourceSpec, UnderlayMtu};
+pub use flags::{
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
+    UnderlayMtu,
+};
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+/// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
+const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
+const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Where a kubelet and an API server listen on a node's own address.
 const KUBELET: u16 = 10_250;
 const API_SERVER: u16 = 6_443;
@@ -87,6 +93,18 @@ pub struct AgentConfig {
     pub keepalive: u16,
     /// MTU of the underlay.
     pub underlay_mtu: UnderlayMtu,
+    /// Who does Services.
+    pub services: ServicesArg,
+    /// Which local addresses have node ports; empty: all but loopback.
+    pub nodeport_ranges: Vec<IpNet>,
+    /// Whether 127.0.0.0/8 has them.
+    pub nodeport_localhost: bool,
+    /// Whether `spec.externalIPs` is obeyed.
+    pub external_ips: bool,
+    /// Where `/healthz` answers.
+    pub healthz: Option<SocketAddr>,
+    /// Where `/proxyMode` answers.
+    pub proxy_mode: Option<SocketAddr>,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -132,6 +150,12 @@ pub enum ConfigError {
         /// What was probably meant.
         hint: String,
     },
+    /// No name was given, and the machine's does not serve.
+    #[error("{reason}; give this machine's Node with --node")]
+    HostName {
+        /// Why not.
+        reason: String,
+    },
     /// A setting has a value that it cannot have.
     #[error("{setting}: {reason}")]
     Value {
@@ -142,6 +166,17 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether what was written makes no sense, so that trying again would not help. A file may still come (its
+    /// disk is not mounted yet), and a host name too.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            ConfigError::Syntax { .. } | ConfigError::UnknownKey { .. } | ConfigError::Value { .. } => true,
+            ConfigError::Read { .. } | ConfigError::HostName { .. } => false,
+        }
+    }
+}
+
 impl AgentConfig {
     /// Takes flags and environment (`args`), the file and the defaults together.
     pub fn resolve(args: AgentArgs) -> Result<AgentConfig, ConfigError> {
@@ -150,13 +185,9 @@ impl AgentConfig {
             None => args,
         };
         let node = match args.node {
-            Some(node) => node,
+            Some(node) => given_name(node)?,
             None => host_name()?,
         };
-        if !is_dns_name(&node) {
-            let reason = format!("{} is no Node's name; give it with --node", quote(&node));
-            return Err(ConfigError::Value { setting: "node".to_owned(), reason });
-        }
         if args.source.is_none() && !args.cleanup {
             let reason = "where do the cluster's objects come from? Give --source dir:PATH".to_owned();
             return Err(ConfigError::Value { setting: "source".to_owned(), reason });
@@ -178,6 +209,12 @@ impl AgentConfig {
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
             underlay_mtu: args.underlay_mtu.unwrap_or(UnderlayMtu::Auto),
+            services: args.services.unwrap_or(ServicesArg::Auto),
+            nodeport_ranges: args.nodeport_addresses.unwrap_or_default(),
+            nodeport_localhost: args.nodeport_localhost.unwrap_or(false),
+            external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
+            healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
+            proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
@@ -219,8 +256,9 @@ impl AgentConfig {
             cluster_ranges: self.cluster_ranges.clone(),
             service_ranges: self.service_ranges.clone(),
             services: ServiceSettings {
+                enabled: self.services != ServicesArg::Off,
+                external_ips: self.external_ips,
                 protected_ports: self.protected_ports(),
-                ..ServiceSettings::default()
             },
         }
     }
@@ -229,7 +267,9 @@ impl AgentConfig {
     fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
         let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
         let vxlan = [(Protocol::Udp, self.vxlan_port)];
-        lanes.chain(vxlan).chain([KUBELET, API_SERVER].map(|port| (Protocol::Tcp, port))).collect()
+        let answers = [self.healthz, self.proxy_mode].into_iter().flatten().map(|at| at.port());
+        let tcp = [KUBELET, API_SERVER].into_iter().chain(answers).map(|port| (Protocol::Tcp, port));
+        lanes.chain(vxlan).chain(tcp).collect()
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -260,13 +300,28 @@ impl AgentConfig {
     }
 }
 
+fn given_name(name: String) -> Result<String, ConfigError> {
+    let lower = name.to_lowercase();
+    let reason = match (is_dns_name(&name), is_dns_name(&lower)) {
+        (true, _) => return Ok(name),
+        (false, true) => format!("{} is no Node's name: these are in lower case; {lower}?", quote(&name)),
+        (false, false) => {
+            format!("{} is no Node's name: these have letters, digits, hyphens and dots", quote(&name))
+        }
+    };
+    Err(ConfigError::Value { setting: "node".to_owned(), reason })
+}
+
 /// The host name, in lower case as the kubelet registers it.
 fn host_name() -> Result<String, ConfigError> {
     let read = std::fs::read_to_string("/proc/sys/kernel/hostname");
-    read.map(|name| name.trim().to_lowercase()).map_err(|error| ConfigError::Value {
-        setting: "node".to_owned(),
-        reason: format!("the host name cannot be read ({error}); give --node"),
-    })
+    let wrong = |reason| ConfigError::HostName { reason };
+    let name = read.map_err(|error| wrong(format!("the host name cannot be read ({error})")))?;
+    let name = name.trim().to_lowercase();
+    match is_dns_name(&name) {
+        true => Ok(name),
+        false => Err(wrong(format!("the host name {} is no Node's name", quote(&name)))),
+    }
 }
 
 #[cfg(test)]

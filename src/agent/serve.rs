@@ -36,6 +36,7 @@ pub(super) fn handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> 
             ("lanes".to_owned(), config.lanes.to_string()),
             ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
             ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
+            ("services".to_owned(), config.services.name().to_owned()),
             ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
         ],
         started: clock::now(),

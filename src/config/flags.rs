@@ -7,13 +7,14 @@ use std::str::FromStr;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use tracing_subscriber::EnvFilter;
 
 use crate::demo::DemoArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
-use crate::state::problem::quote;
+use crate::state::problem::{nearest, one_line, quote};
 use crate::status::client::{PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
@@ -124,6 +125,36 @@ pub struct AgentArgs {
     #[arg(long, value_name = "auto|N", env = "WARREN_UNDERLAY_MTU", help_heading = "Tunnel")]
     pub underlay_mtu: Option<UnderlayMtu>,
 
+    /// Who does Services: Warren (on), kube-proxy (off), or Warren where no kube-proxy has its rules (auto)
+    /// [default: auto]
+    #[arg(long, env = "WARREN_SERVICES", help_heading = "Services")]
+    pub services: Option<ServicesArg>,
+    /// Ranges of the node's addresses that have node ports [default: all its addresses but loopback]
+    #[arg(long, value_name = "RANGE,...", env = "WARREN_NODEPORT_ADDRESSES", value_delimiter = ',',
+          value_parser = nodeport_range, help_heading = "Services")]
+    pub nodeport_addresses: Option<Vec<IpNet>>,
+    /// Let 127.0.0.1 have node ports too, for programs on this machine; ::1 cannot
+    #[arg(long, env = "WARREN_NODEPORT_LOCALHOST", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = "Services")]
+    pub nodeport_localhost: Option<bool>,
+    /// Whether spec.externalIPs of Services is obeyed. Whoever may write Services can take over the traffic of
+    /// any address with it (CVE-2020-8554): off, unless you know who may [default: on]
+    #[arg(long, value_name = "on|off", env = "WARREN_EXTERNAL_IPS", help_heading = "Services")]
+    pub external_ips: Option<Switch>,
+    /// Where /healthz and /livez answer, as kube-proxy's do; empty: nowhere [default: [::]:10256, which takes
+    /// IPv4 too]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_HEALTHZ_BIND_ADDRESS", help_heading = "Services")]
+    pub healthz_bind_address: Option<BindArg>,
+    /// Where /proxyMode answers, as kube-proxy's does; empty: nowhere [default: 127.0.0.1:10249]
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "WARREN_PROXY_MODE_BIND_ADDRESS",
+        help_heading = "Services"
+    )]
+    pub proxy_mode_bind_address: Option<BindArg>,
+
     /// Name of the tunnel device [default: warren0]
     #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
           help_heading = "Host")]
@@ -140,7 +171,7 @@ pub struct AgentArgs {
     pub run_dir: Option<PathBuf>,
     /// What to log: error, warn, info, debug, trace, or a filter like info,warren::state=debug
     /// [default: info]
-    #[arg(long, value_name = "FILTER", env = "WARREN_LOG", help_heading = "Host")]
+    #[arg(long, value_name = "FILTER", env = "WARREN_LOG", value_parser = log_filter, help_heading = "Host")]
     pub log: Option<String>,
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
@@ -202,6 +233,69 @@ pub enum Masquerade {
     On,
     /// Not by Warren: another program does it, or the network outside routes pods
     Off,
+}
+
+/// `--services`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ServicesArg {
+    /// Warren, unless kube-proxy has its rules on this machine
+    Auto,
+    /// Warren, whoever else does
+    On,
+    /// Somebody else: only pods and nodes are connected
+    Off,
+}
+
+impl ServicesArg {
+    /// Its name in flags and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ServicesArg::Auto => "auto",
+            ServicesArg::On => "on",
+            ServicesArg::Off => "off",
+        }
+    }
+}
+
+/// A setting that is on or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// Obeyed
+    On,
+    /// Not obeyed
+    Off,
+}
+
+/// An address to listen on, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BindArg(pub(super) Option<SocketAddr>);
+
+impl FromStr for BindArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<BindArg, String> {
+        if text.is_empty() {
+            return Ok(BindArg(None));
+        }
+        let address: Option<SocketAddr> = text.parse().ok();
+        let address = address.filter(|address| address.port() != 0);
+        address.map(|address| BindArg(Some(address))).ok_or_else(|| {
+            format!("{} is not ADDRESS:PORT like 0.0.0.0:10256 or [::]:10256, nor empty", quote(text))
+        })
+    }
+}
+
+/// Unlike a range of the cluster it may be a single address, or all.
+fn nodeport_range(text: &str) -> Result<IpNet, String> {
+    let single = || text.parse::<IpAddr>().map(IpNet::from);
+    let range: IpNet = text
+        .parse()
+        .or_else(|_| single())
+        .map_err(|_| format!("{} is not a range like 192.0.2.0/24, nor an address", quote(text)))?;
+    match range.trunc() == range {
+        true => Ok(range),
+        false => Err(format!("{range} is not the beginning of its range; did you mean {}?", range.trunc())),
+    }
 }
 
 /// `--source`.
@@ -278,4 +372,23 @@ fn device_name(text: &str) -> Result<String, String> {
     } else {
         Err("not a device name of at most 15 letters, digits and -_.".to_owned())
     }
+}
+
+/// The filter's own parser takes every word that is no level for the name of a module.
+fn log_filter(text: &str) -> Result<String, String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let level = match part.rsplit_once('=') {
+            // A value inside of a span's fields: `[span{field=value}]`.
+            Some((_, value)) if value.contains([']', '}']) => continue,
+            Some((_, level)) => level,
+            None => part,
+        };
+        if !LEVELS.contains(&level.to_ascii_lowercase().as_str()) {
+            let meant = nearest(level, LEVELS).map(|meant| format!("; did you mean {meant}?"));
+            let meant = meant.unwrap_or_default();
+            return Err(format!("{} is no level; there are: {}{meant}", quote(level), LEVELS.join(", ")));
+        }
+    }
+    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|error| one_line(&error.to_string()))
 }

@@ -11,8 +11,8 @@ use warren::io::host::{self, HostConfig, HostNetwork};
 use crate::stage::{Namespace, Node, config, ip, sh, shell};
 
 /// Long enough for a packet that comes, short enough to wait for one that must not.
-const SOON: Duration = Duration::from_millis(1500);
-const NEVER: Duration = Duration::from_millis(400);
+pub(crate) const SOON: Duration = Duration::from_millis(1500);
+pub(crate) const NEVER: Duration = Duration::from_millis(400);
 
 #[test]
 fn pods_keep_their_address_in_the_cluster_and_lose_it_to_the_world() {
@@ -83,7 +83,7 @@ fn cluster_packets_do_not_arrive_in_clear() {
             sh(&format!("sysctl -w net.ipv4.conf.all.rp_filter={rp_filter}"));
             sh(&format!("sysctl -w net.ipv4.conf.eth0.rp_filter={rp_filter}"));
         });
-        stage.apply(&HostConfig { encrypted, ..config() });
+        stage.apply(&HostConfig { encrypted, services: false, ..config() });
         stage.world.enter(|| {
             sh("ip route add 10.244.1.0/24 via 192.0.2.1; ip route add fd00:1::/64 via 2001:db8::1")
         });
@@ -248,19 +248,19 @@ fn a_dropping_forward_policy_does_not_stop_pods() {
 
 // ---- the stage: a node with two pods and a neighbour outside -----------------------------------------
 
-struct Family {
-    pods: [&'static str; 2],
+pub(crate) struct Family {
+    pub(crate) pods: [&'static str; 2],
     /// The node on its uplink, and on the tunnel device.
-    node: &'static str,
-    node_address: &'static str,
+    pub(crate) node: &'static str,
+    pub(crate) node_address: &'static str,
     /// Outside: on the link, and an owner of an address that belongs to another node's pod.
-    world: &'static str,
-    remote_pod: &'static str,
+    pub(crate) world: &'static str,
+    pub(crate) remote_pod: &'static str,
     /// Somewhere behind the tunnel, in no range of the cluster.
-    client: &'static str,
+    pub(crate) client: &'static str,
 }
 
-const FAMILIES: [Family; 2] = [
+pub(crate) const FAMILIES: [Family; 2] = [
     Family {
         pods: ["10.244.1.5", "10.244.1.6"],
         node: "192.0.2.1",
@@ -279,22 +279,22 @@ const FAMILIES: [Family; 2] = [
     },
 ];
 
-struct Stage {
-    node: Node,
-    pods: [Namespace; 2],
-    world: Namespace,
+pub(crate) struct Stage {
+    pub(crate) node: Node,
+    pub(crate) pods: [Namespace; 2],
+    pub(crate) world: Namespace,
     tun: tun::Device,
 }
 
 /// A UDP packet as it stands in the tunnel device.
 #[derive(Debug)]
-struct Packet {
-    from: SocketAddr,
-    to: SocketAddr,
+pub(crate) struct Packet {
+    pub(crate) from: SocketAddr,
+    pub(crate) to: SocketAddr,
 }
 
 impl Stage {
-    fn new(uplink: bool) -> Self {
+    pub(crate) fn new(uplink: bool) -> Self {
         let stage_node = Node::new();
         let node = &stage_node.0.name;
         let pods = [Namespace::new(), Namespace::new()];
@@ -331,14 +331,14 @@ impl Stage {
         Self { node: stage_node, pods, world, tun }
     }
 
-    fn apply(&self, config: &HostConfig) {
+    pub(crate) fn apply(&self, config: &HostConfig) {
         self.node.run(async {
             HostNetwork::open(None).unwrap().apply(config).await.unwrap();
         });
     }
 
     /// The next UDP packet that the node sends into the tunnel.
-    fn next_in_tunnel(&self, within: Duration) -> Option<Packet> {
+    pub(crate) fn next_in_tunnel(&self, within: Duration) -> Option<Packet> {
         let mut buffer = [0; 2048];
         // What else comes (a multicast report of a socket) is read over; it is never much.
         for _ in 0..32 {
@@ -350,7 +350,7 @@ impl Stage {
         None
     }
 
-    fn inject(&self, from: SocketAddr, to: SocketAddr) {
+    pub(crate) fn inject(&self, from: SocketAddr, to: SocketAddr) {
         let mut bytes = Vec::new();
         let builder = match (from.ip(), to.ip()) {
             (IpAddr::V4(a), IpAddr::V4(b)) => PacketBuilder::ipv4(a.octets(), b.octets(), 63),
@@ -381,16 +381,16 @@ fn parse(bytes: &[u8]) -> Option<Packet> {
 }
 
 impl Namespace {
-    fn udp(&self, address: &str, port: u16) -> UdpSocket {
+    pub(crate) fn udp(&self, address: &str, port: u16) -> UdpSocket {
         self.enter(|| UdpSocket::bind((ip(address), port)).unwrap())
     }
 }
 
-fn receive(socket: &UdpSocket) -> Option<(Vec<u8>, SocketAddr)> {
+pub(crate) fn receive(socket: &UdpSocket) -> Option<(Vec<u8>, SocketAddr)> {
     receive_within(socket, SOON)
 }
 
-fn receive_within(socket: &UdpSocket, within: Duration) -> Option<(Vec<u8>, SocketAddr)> {
+pub(crate) fn receive_within(socket: &UdpSocket, within: Duration) -> Option<(Vec<u8>, SocketAddr)> {
     socket.set_read_timeout(Some(within)).unwrap();
     let mut buffer = [0; 2048];
     match socket.recv_from(&mut buffer) {

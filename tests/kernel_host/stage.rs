@@ -95,6 +95,12 @@ pub(crate) fn config() -> HostConfig {
         masquerade: true,
         encrypted: true,
         services: true,
+        yield_services: false,
+        service_routes: vec![route("10.96.0.0/16", "10.244.1.0"), route("fd96::/108", "fd00:1::")],
+        node_ports: Default::default(),
+        externals: Default::default(),
+        nodeport_ranges: Vec::new(),
+        nodeport_localhost: false,
     }
 }
 
@@ -104,6 +110,7 @@ pub(crate) fn config_v4() -> HostConfig {
     config.pod_ranges.retain(|range| range.addr().is_ipv4());
     config.tunnel_routes.retain(|route| route.range.addr().is_ipv4());
     config.cluster_ranges.retain(|range| range.addr().is_ipv4());
+    config.service_routes.retain(|route| route.range.addr().is_ipv4());
     config
 }
 
@@ -112,7 +119,14 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 }
 
 pub(crate) fn watched(network: HostNetwork) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
-    let (config, receiver) = watch::channel(config());
+    watched_with(network, config())
+}
+
+pub(crate) fn watched_with(
+    network: HostNetwork,
+    config: HostConfig,
+) -> (watch::Sender<HostConfig>, mpsc::Receiver<HostEvent>) {
+    let (config, receiver) = watch::channel(config);
     let (sender, events) = mpsc::channel(16);
     tokio::spawn(network.watch(receiver, sender));
     (config, events)
@@ -121,7 +135,7 @@ pub(crate) fn watched(network: HostNetwork) -> (watch::Sender<HostConfig>, mpsc:
 /// Waits until the watcher has had nothing to say for a while.
 pub(crate) async fn settle(events: &mut mpsc::Receiver<HostEvent>) {
     while let Ok(event) = tokio::time::timeout(Duration::from_millis(400), events.recv()).await {
-        assert!(matches!(event, Some(HostEvent::Repaired(_))), "{event:?}");
+        assert!(matches!(event, Some(HostEvent::Repaired(_) | HostEvent::Changed(_))), "{event:?}");
     }
 }
 
@@ -184,6 +198,15 @@ pub(crate) fn read_only_proc_sys() {
     mount(Some("/proc/sys"), "/proc/sys", none, MsFlags::MS_BIND, none).unwrap();
     let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     mount(none, "/proc/sys", none, read_only, none).unwrap();
+}
+
+/// Lets this thread alone read `what` at the place of a file of the kernel.
+pub(crate) fn pretend(file: &str, what: &std::path::Path) {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(Some(what), file, none, MsFlags::MS_BIND, none).unwrap();
 }
 
 /// Runs a command line in this thread's namespace; it must succeed.

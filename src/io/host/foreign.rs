@@ -24,7 +24,7 @@ use nlink::netlink::{Connection, Nftables};
 use super::links::PodBridge;
 use super::nft::NAME;
 use super::nla::{attribute, nested, string};
-use super::{HostConfig, HostError, Report};
+use super::{HostConfig, HostError, Report, services};
 
 /// How every comment of ours begins.
 const TAG: &str = "warren: ";
@@ -45,7 +45,7 @@ const NFTA_MATCH_REV: u16 = 2;
 const NFTA_MATCH_INFO: u16 = 3;
 
 /// Tables that never drop by default and may be huge; listing them at every change would cost.
-const KNOWN_TO_ACCEPT: [&str; 2] = [NAME, "kube-proxy"];
+const KNOWN_TO_ACCEPT: [&str; 3] = [NAME, services::NAME, "kube-proxy"];
 
 /// One accept rule, identified by its comment.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -4,34 +4,47 @@
 //! 1. `links`: the tunnel device's MTU, addresses, and that it is up; where the pod bridges are.
 //! 2. `sysctl`: forwarding, reverse-path filter, router advertisements.
 //! 3. `routes`: what is routed into the tunnel, and the rule that sends marked replies there.
-//! 4. `nft`: marks, masquerade, the filters against clear text; `foreign`: accepts in chains that drop.
+//! 4. `nft`: marks, masquerade, the filters against clear text; `services`: the ways in from outside;
+//!    `foreign`: accepts in chains that drop.
 //! 5. [`watch`](HostNetwork::watch): somebody removed something, it comes back.
 //!
-//! [`HostNetwork::apply`] walks 1 to 4, compares before it writes, and says what it changed. The
+//! Before all, `proxy` looks whether kube-proxy has its rules here. [`HostNetwork::apply`] walks 1 to 4, compares before it writes, and says what it changed. The
 //! socket belongs to the network namespace of the thread that called [`HostNetwork::open`], and so
 //! do the sysctls of the thread that runs the futures: in a namespace, use a current-thread runtime.
 
+mod elements;
 mod error;
 mod foreign;
+mod legacy;
 mod links;
 mod nft;
 mod nla;
+mod proxy;
 mod routes;
+mod services;
 mod sysctl;
 mod watch;
 
-use std::collections::HashSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 use nlink::netlink::{Connection, Nftables};
 use rtnetlink::packet_route::link::InfoKind;
+use tokio::sync::watch as latest;
+use tracing::debug;
 
 pub use error::HostError;
 pub use watch::HostEvent;
 
+use crate::io::clock;
+use crate::snapshot::service::{Listen, Protocol};
+use elements::Elements;
 use links::{Interfaces, PodBridge};
 
 /// The bit of `ct mark` and packet mark that says: this flow came out of the tunnel.
@@ -81,8 +94,8 @@ pub struct HostConfig {
     pub pod_ranges: Vec<IpNet>,
     /// What is routed into the device.
     pub tunnel_routes: Vec<TunnelRoute>,
-    /// All ranges of the cluster (pods, and Services where they go through the loop): never
-    /// masqueraded, never let out by another interface in encrypted mode.
+    /// All pod ranges of the cluster: never masqueraded, never let out by another interface in encrypted
+    /// mode. With `services` so are the ranges of `service_routes`.
     pub cluster_ranges: Vec<IpNet>,
     /// Whether pods are masqueraded when they talk to the world.
     pub masquerade: bool,
@@ -91,6 +104,19 @@ pub struct HostConfig {
     /// Whether Services are translated in the loop: then replies between two pods of this node must
     /// come up from the bridge to be reversed (`table bridge warren`).
     pub services: bool,
+    /// Whether that is left to kube-proxy where its rules are found.
+    pub yield_services: bool,
+    /// The Service ranges, and ClusterIPs in none of them: routed into the device.
+    pub service_routes: Vec<TunnelRoute>,
+    /// Ports on every local address that lead into the loop, to the same port there.
+    pub node_ports: Arc<BTreeSet<(Protocol, u16)>>,
+    /// Addresses of load balancers and external ones, local or not, that lead into the loop: to which port
+    /// of its own address.
+    pub externals: Arc<BTreeMap<Listen, u16>>,
+    /// The local addresses that have node ports; a family that is not named has them on all.
+    pub nodeport_ranges: Vec<IpNet>,
+    /// Whether 127.0.0.0/8 has them too.
+    pub nodeport_localhost: bool,
 }
 
 impl HostConfig {
@@ -99,6 +125,31 @@ impl HostConfig {
         self.node_addresses.iter().any(IpAddr::is_ipv6)
             || self.pod_ranges.iter().any(|range| range.addr().is_ipv6())
             || self.tunnel_routes.iter().any(|route| route.range.addr().is_ipv6())
+    }
+
+    /// What is to be done while Services are (`proxied`) somebody else's, or ours.
+    fn effective(&self, proxied: bool) -> Cow<'_, HostConfig> {
+        let mut config = self.clone();
+        if !self.services || (self.yield_services && proxied) {
+            config.services = false;
+            config.nodeport_localhost = false;
+            config.service_routes.clear();
+            config.node_ports = Arc::default();
+            config.externals = Arc::default();
+            return Cow::Owned(config);
+        }
+        if self.service_routes.is_empty() {
+            return Cow::Borrowed(self);
+        }
+        config.tunnel_routes.extend_from_slice(&self.service_routes);
+        config.cluster_ranges.extend(self.service_routes.iter().map(|route| route.range));
+        Cow::Owned(config)
+    }
+
+    /// Whether nothing differs but what stands in the sets of Services.
+    fn same_but_elements(&self, other: &HostConfig) -> bool {
+        let elements = (Arc::clone(&other.node_ports), Arc::clone(&other.externals));
+        *other == HostConfig { node_ports: elements.0, externals: elements.1, ..self.clone() }
     }
 
     fn check(&self) -> Result<(), HostError> {
@@ -174,10 +225,24 @@ pub struct HostNetwork {
     bridge_family: bool,
     /// The ruleset generation after our last look: unchanged means nobody touched nftables since.
     generation: Option<u32>,
-    /// The pod bridges at that time.
+    /// The pod bridges and the wanted state at that time.
     bridges: Vec<PodBridge>,
+    applied: Option<HostConfig>,
+    /// Whether the kernel's connection table was nearly full at that time.
+    pressed: bool,
     /// How many routes the node had at the last look.
     routes: usize,
+    proxy: proxy::Look,
+    news: latest::Sender<HostState>,
+}
+
+/// What others follow of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostState {
+    /// When all was last found or made right: every second, unless something is wrong.
+    pub right: Option<SystemTime>,
+    /// Where kube-proxy's rules were found: Services are then left to it if the settings say so.
+    pub kube_proxy: Option<String>,
 }
 
 impl HostNetwork {
@@ -195,8 +260,17 @@ impl HostNetwork {
             bridge_family: true,
             generation: None,
             bridges: Vec::new(),
+            applied: None,
+            pressed: false,
             routes: 0,
+            proxy: proxy::Look::default(),
+            news: latest::channel(HostState::default()).0,
         })
+    }
+
+    /// When all was last right, and whether kube-proxy is here; only news of the latter wake the reader.
+    pub fn state(&self) -> latest::Receiver<HostState> {
+        self.news.subscribe()
     }
 
     /// Brings the node to the wanted state. What is right already is not touched, so calling it
@@ -210,6 +284,9 @@ impl HostNetwork {
     /// generation moved, routes when `routes` says so.
     async fn reconcile(&mut self, config: &HostConfig, routes: bool) -> Result<Report, HostError> {
         config.check()?;
+        let generation = self.nft_generation().await?;
+        let kube_proxy = self.proxy.find(&self.nft, generation).await?;
+        let config = &*config.effective(kube_proxy.is_some());
         let mut report = Report::default();
         let interfaces = Interfaces::read(&self.route).await?;
         let tun = interfaces.by_name(&config.tun).ok_or_else(|| no_tun(&config.tun))?;
@@ -219,31 +296,76 @@ impl HostNetwork {
         sysctl::apply_device(&self.route, tun, config, &mut report).await?;
         links::apply(&self.route, &interfaces, tun, config, &mut report).await?;
         // A link or address that was wrong took routes with it.
-        if routes || report.changes.len() > before {
+        let other = self.applied.as_ref().is_none_or(|applied| applied.tunnel_routes != config.tunnel_routes);
+        if routes || other || report.changes.len() > before {
             self.routes = routes::apply_routes(&self.route, tun.index, config, &mut report).await?;
         }
         routes::apply_rules(&self.route, config, &mut report).await?;
         let bridges = interfaces.pod_bridges(&config.tun, &config.pod_ranges);
         sysctl::apply_bridges(&self.route, &interfaces, &bridges, &mut self.saved, &mut report).await?;
-        self.reconcile_nft(config, bridges, &mut report).await?;
+        self.reconcile_nft(generation, config, bridges, &mut report).await?;
         report.warnings.extend(foreign::legacy_warning(config));
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
+        // Who waits for news waits for kube-proxy; the time is there to be read.
+        self.news.send_if_modified(|state| {
+            let before = std::mem::replace(state, HostState { right: Some(clock::wall()), kube_proxy });
+            before.kube_proxy != state.kube_proxy
+        });
         Ok(report)
+    }
+
+    /// The short way, for what changes all the time: true if `config` differs from what stands in the
+    /// kernel by elements of sets alone and they are written now. Looks at nothing else.
+    async fn change_elements(&mut self, config: &HostConfig) -> bool {
+        let (Some(applied), Some(generation)) = (&self.applied, self.generation) else { return false };
+        let config = config.effective(self.proxy.found());
+        if !applied.same_but_elements(&config) {
+            return false;
+        }
+        let (from, to) = (Elements::of(applied), Elements::of(&config));
+        if from == to {
+            return true;
+        }
+        match elements::change(&self.nft, generation, &from, &to).await {
+            Ok((after, count)) => {
+                debug!("changed {count} elements of nft table inet {}", services::NAME);
+                self.generation = Some(after);
+                self.applied = Some(config.into_owned());
+                true
+            }
+            // Somebody else has changed something, perhaps just this; the long way looks.
+            Err(error) => {
+                debug!("nft table inet {} is looked at as a whole: {error}", services::NAME);
+                self.generation = None;
+                false
+            }
+        }
     }
 
     async fn reconcile_nft(
         &mut self,
+        generation: u32,
         config: &HostConfig,
         bridges: Vec<PodBridge>,
         report: &mut Report,
     ) -> Result<(), HostError> {
-        let generation = self.nft_generation().await?;
-        if self.generation == Some(generation) && self.bridges == bridges {
+        let pressed = sysctl::conntrack_pressed(self.pressed);
+        if pressed && !self.pressed && config.services {
+            report.changed(
+                "the kernel's connection table is nearly full (nf_conntrack_count, nf_conntrack_max): flows of \
+                 pods to ClusterIPs are kept out of it until it is half empty",
+            );
+        }
+        let same = std::mem::replace(&mut self.pressed, pressed) == pressed;
+        let seen = same && self.generation == Some(generation) && self.bridges == bridges;
+        if seen && self.applied.as_ref() == Some(config) {
             return Ok(());
         }
+        self.generation = None;
         nft::apply(&self.nft, &nft::inet_table(config), report)
             .await
             .map_err(|e| HostError::nft("write nft table inet warren", e))?;
+        self.reconcile_services(config, report).await?;
         if self.bridge_family {
             match nft::apply(&self.nft, &nft::bridge_table(config, &bridges), report).await {
                 Ok(()) => {}
@@ -259,10 +381,35 @@ impl HostNetwork {
         }
         foreign::apply(&self.nft, config, &bridges, report).await?;
         self.bridges = bridges;
+        self.applied = Some(config.clone());
         // Read before: a change by somebody else in between moves it on and is looked at next time;
         // our own commits cost one more look that finds nothing.
         self.generation = Some(generation);
         Ok(())
+    }
+
+    async fn reconcile_services(
+        &mut self,
+        config: &HostConfig,
+        report: &mut Report,
+    ) -> Result<(), HostError> {
+        let doing = || format!("write nft table inet {}", services::NAME);
+        let table = services::table(config, self.pressed);
+        nft::apply(&self.nft, &table, report).await.map_err(|e| HostError::nft(doing(), e))?;
+        if !config.services {
+            return Ok(());
+        }
+        let outcome = elements::compare(&self.nft, config).await;
+        let wrong = outcome.map_err(|e| HostError::nft(doing(), e))?;
+        if wrong > 0 {
+            report.changed(format!("nft table inet {}: {wrong} elements", services::NAME));
+        }
+        Ok(())
+    }
+
+    /// Whether nobody but us has touched nftables since our last look.
+    async fn knows_generation(&self) -> bool {
+        self.generation.is_some() && self.nft_generation().await.ok() == self.generation
     }
 
     async fn nft_generation(&self) -> Result<u32, HostError> {
@@ -302,6 +449,11 @@ pub async fn cleanup(tun: &str, state: Option<&Path>) -> Result<Vec<String>, Hos
         sysctl::restore(&host.route, &interfaces, state, &mut removed).await?;
     }
     Ok(removed)
+}
+
+/// A commit moves the generation on by one; zero is left out (nf_tables_commit, net/netfilter/nf_tables_api.c).
+fn next_generation(generation: u32) -> u32 {
+    generation.checked_add(1).unwrap_or(1)
 }
 
 fn no_tun(name: &str) -> HostError {

@@ -5,7 +5,7 @@
 //! | `prerouting` | filter, mangle | remember flows that came out of the tunnel; mark their replies |
 //! | `output` | route, mangle | mark replies of the node's own processes, and route them again |
 //! | `redirects` | filter output | no ICMP redirect to a pod of this node |
-//! | `spoofed` | filter, raw | cluster packets arrive by the tunnel or not at all (encrypted mode) |
+//! | `spoofed` | filter, raw | cluster packets arrive by the tunnel or not at all (encrypted mode), the loop's own address never by another way |
 //! | `leak` | filter postrouting | and leave by the tunnel or not at all (encrypted mode) |
 //! | `pods` | nat postrouting, srcnat - 5 | pods keep their address in the cluster, are masqueraded to the world |
 //!
@@ -13,8 +13,7 @@
 //! |---|---|---|
 //! | `prerouting` | filter, -300 | same-node replies go up to the IP stack, so that the loop can reverse them |
 //!
-//! Services will add one map (`local address . proto . port` to loop address and port) with one rule
-//! each in a dnat chain of prerouting and output; nothing here has to move for that.
+//! What Services add to translation has a table of its own, see `services`.
 //!
 //! The kernel is compared with the wanted tables and changed in one transaction, at the generation
 //! that was compared: packets see the old rules or the new ones, never a mixture.
@@ -31,9 +30,9 @@ use nlink::netlink::{Connection, Nftables};
 
 use super::links::PodBridge;
 use super::nla::attribute;
-use super::{HostConfig, HostError, MARK, Report};
+use super::{HostConfig, HostError, MARK, Report, services};
 
-/// The name of both tables.
+/// The name of the tables here.
 pub(super) const NAME: &str = "warren";
 
 /// Packets that another program has already promised to masquerade: the portmap plugin's mark
@@ -41,8 +40,8 @@ pub(super) const NAME: &str = "warren";
 const FOREIGN_MASQUERADE: u64 = 0x6000;
 
 /// NFPROTO_IPV4 and NFPROTO_IPV6, include/uapi/linux/netfilter.h.
-const NFPROTO_IPV4: u8 = 2;
-const NFPROTO_IPV6: u8 = 10;
+pub(super) const NFPROTO_IPV4: u8 = 2;
+pub(super) const NFPROTO_IPV6: u8 = 10;
 /// Priority names of `nft`: dstnat of the bridge family (NF_BR_PRI_NAT_DST_BRIDGED,
 /// include/uapi/linux/netfilter_bridge.h). Before any bridge filter sees the frame.
 const BRIDGE_DSTNAT: i32 = -300;
@@ -90,17 +89,17 @@ pub(super) async fn apply(
     }
 }
 
-/// Removes both tables; says which were there.
+/// Removes all tables; says which were there.
 pub(super) async fn remove(
     connection: &Connection<Nftables>,
     removed: &mut Vec<String>,
 ) -> Result<(), HostError> {
-    for family in [Family::Bridge, Family::Inet] {
-        match connection.del_table_if_exists(NAME, family).await {
-            Ok(true) => removed.push(format!("nft table {family} {NAME}")),
+    for (family, name) in [(Family::Bridge, NAME), (Family::Inet, services::NAME), (Family::Inet, NAME)] {
+        match connection.del_table_if_exists(name, family).await {
+            Ok(true) => removed.push(format!("nft table {family} {name}")),
             Ok(false) => {}
             Err(e) if unsupported(&e) => {}
-            Err(e) => return Err(HostError::nft(format!("delete nft table {family} {NAME}"), e)),
+            Err(e) => return Err(HostError::nft(format!("delete nft table {family} {name}"), e)),
         }
     }
     Ok(())
@@ -135,10 +134,11 @@ pub(super) fn bridge_table(config: &HostConfig, bridges: &[PodBridge]) -> Nftabl
         return NftablesConfig::new().absent_table(NAME, Family::Bridge);
     }
     NftablesConfig::new().table(NAME, Family::Bridge, |table| {
-        let mut table = address_set(table, "pods", &config.pod_ranges).chain("prerouting", |chain| {
-            let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
-            chain.base(base.policy(Policy::Accept)).exclusive()
-        });
+        let mut table =
+            address_set(table, ("pods4", "pods6"), &config.pod_ranges).chain("prerouting", |chain| {
+                let base = BaseChain::filter(FilterHook::Prerouting, Priority::Custom(BRIDGE_DSTNAT));
+                chain.base(base.policy(Policy::Accept)).exclusive()
+            });
         if config.has_v6() {
             // Neighbours answer from pod to pod, unicast; a router in between would spoil it (hop
             // limit 255, RFC 4861 section 7.1).
@@ -190,10 +190,10 @@ fn take_up(rule: Rule, subnet: IpNet, mac: [u8; 6]) -> Rule {
 }
 
 fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilder {
-    let table = address_set(table, "pods", &config.pod_ranges);
+    let table = address_set(table, ("pods4", "pods6"), &config.pod_ranges);
     // This node's pods are of the cluster even if nobody said so yet.
     let cluster = [config.cluster_ranges.as_slice(), &config.pod_ranges].concat();
-    address_set(table, "cluster", &cluster)
+    address_set(table, ("cluster4", "cluster6"), &cluster)
 }
 
 /// A flow that came out of the tunnel is remembered in the connection's mark; its replies, and only
@@ -260,6 +260,9 @@ fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBui
             .base(BaseChain::filter(FilterHook::Prerouting, Priority::Raw).policy(Policy::Accept))
             .exclusive()
     });
+    if config.services {
+        table = families(config).fold(table, |table, v6| loop_address(table, config, v6));
+    }
     if !config.encrypted {
         return table;
     }
@@ -277,6 +280,27 @@ fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBui
         });
     }
     table
+}
+
+/// The loop's own address is nobody's: as a source it comes out of the tunnel device only, and as a
+/// destination from there and from this node's pods (they answer it). Anybody else would get at NodePorts
+/// past `--nodeport-addresses`.
+fn loop_address(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
+    let (saddr, _) = addresses(v6);
+    let elsewhere = |rule: Rule| rule.match_iif_not(&config.tun);
+    let dropped =
+        |rule: Rule| rule.counter().drop().comment("the loop's own address does not come from outside");
+    let from = |rule: Rule| match v6 {
+        false => rule.match_saddr_v4(config.loop_v4, 32),
+        true => rule.match_saddr_v6(config.loop_v6, 128),
+    };
+    let to = |rule: Rule| match v6 {
+        false => rule.match_daddr_v4(config.loop_v4, 32),
+        true => rule.match_daddr_v6(config.loop_v6, 128),
+    };
+    table
+        .rule("spoofed", |rule| dropped(elsewhere(from(rule))))
+        .rule("spoofed", |rule| dropped(elsewhere(to(rule).match_not_in_set(saddr, set_name("pods", v6)))))
 }
 
 /// A packet for another node's pods that finds no way into the tunnel (device gone, route gone) would
@@ -317,6 +341,9 @@ fn pods(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
             rule.match_in_set(saddr, set_name("pods", v6))
                 .then(Match::eq(Field::Mark, Value::Masked { value: 0, mask: FOREIGN_MASQUERADE }))
         };
+        if config.services {
+            table = table.rule("pods", |rule| from_loop(rule, config, v6).masquerade());
+        }
         table = table
             .rule("pods", |rule| keep_source(from_pod(rule).match_oif(&config.tun), v6))
             .rule("pods", |rule| {
@@ -327,6 +354,17 @@ fn pods(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
         }
     }
     table
+}
+
+/// What the loop sends as itself to an endpoint outside the mesh: nobody there could answer it. A pod of
+/// this node can.
+fn from_loop(rule: Rule, config: &HostConfig, v6: bool) -> Rule {
+    let (_, daddr) = addresses(v6);
+    let rule = match v6 {
+        false => rule.match_saddr_v4(config.loop_v4, 32),
+        true => rule.match_saddr_v6(config.loop_v6, 128),
+    };
+    rule.match_not_in_set(daddr, set_name("pods", v6)).match_oif_not(&config.tun).match_oif_not("lo")
 }
 
 /// Multicast keeps its sender's address, as the `bridge` plugin's own masquerade leaves it.
@@ -357,11 +395,11 @@ fn keep_source(rule: Rule, v6: bool) -> Rule {
 }
 
 /// IPv6 rules only where there is IPv6: a kernel built without it refuses them.
-fn families(config: &HostConfig) -> impl Iterator<Item = bool> {
+pub(super) fn families(config: &HostConfig) -> impl Iterator<Item = bool> {
     std::iter::once(false).chain(config.has_v6().then_some(true))
 }
 
-fn addresses(v6: bool) -> (PacketField, PacketField) {
+pub(super) fn addresses(v6: bool) -> (PacketField, PacketField) {
     if v6 {
         (PacketField::Ip6Saddr, PacketField::Ip6Daddr)
     } else {
@@ -380,7 +418,11 @@ fn set_name(base: &str, v6: bool) -> &'static str {
 
 /// Two interval sets, one per family. Ranges that overlap or touch are joined first: the kernel
 /// refuses an element that overlaps another.
-fn address_set(table: DeclaredTableBuilder, base: &str, ranges: &[IpNet]) -> DeclaredTableBuilder {
+pub(super) fn address_set(
+    table: DeclaredTableBuilder,
+    (four, six): (&str, &str),
+    ranges: &[IpNet],
+) -> DeclaredTableBuilder {
     let joined = IpNet::aggregate(&ranges.to_vec());
     let element = |range: &IpNet| match range {
         IpNet::V4(net) => SetElement::ipv4_prefix(net.network(), net.prefix_len()).ok(),
@@ -388,12 +430,10 @@ fn address_set(table: DeclaredTableBuilder, base: &str, ranges: &[IpNet]) -> Dec
     };
     let of = |v6: bool| joined.iter().filter(move |range| range.addr().is_ipv6() == v6).filter_map(element);
     table
-        .set(set_name(base, false), |set| {
+        .set(four, |set| {
             set.key_type(SetKeyType::Ipv4Addr).interval().elements(of(false).collect::<Vec<_>>())
         })
-        .set(set_name(base, true), |set| {
-            set.key_type(SetKeyType::Ipv6Addr).interval().elements(of(true).collect::<Vec<_>>())
-        })
+        .set(six, |set| set.key_type(SetKeyType::Ipv6Addr).interval().elements(of(true).collect::<Vec<_>>()))
 }
 
 #[cfg(test)]
@@ -426,6 +466,12 @@ mod tests {
             masquerade: true,
             encrypted: true,
             services: true,
+            yield_services: false,
+            service_routes: Vec::new(),
+            node_ports: Default::default(),
+            externals: Default::default(),
+            nodeport_ranges: Vec::new(),
+            nodeport_localhost: false,
         }
     }
 

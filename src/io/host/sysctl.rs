@@ -9,6 +9,8 @@ use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::link::{AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
+use tracing::debug;
+
 use super::links::{Interfaces, Link, PodBridge};
 use super::nla::attribute;
 use super::{HostConfig, HostError, Report, routes};
@@ -24,6 +26,7 @@ const ACCEPT_REDIRECTS: u16 = 4;
 const SEND_REDIRECTS: u16 = 6;
 const RP_FILTER: u16 = 8;
 const ACCEPT_LOCAL: u16 = 23;
+const ROUTE_LOCALNET: u16 = 26;
 
 /// What the tunnel device needs before it has addresses.
 ///
@@ -44,7 +47,10 @@ pub(super) async fn apply_device(
     config: &HostConfig,
     report: &mut Report,
 ) -> Result<(), HostError> {
-    for (name, value, number) in TUN_V4 {
+    // `127.0.0.1:nodePort` goes into the loop with its source, and the answer comes back to it.
+    let localnet = if config.nodeport_localhost { "1" } else { "0" };
+    let settings = TUN_V4.into_iter().chain([("route_localnet", localnet, ROUTE_LOCALNET)]);
+    for (name, value, number) in settings {
         let key = device_key(&tun.name, name);
         let Err(source) = set(&key, value, report) else { continue };
         let netlink = device_setting(handle, tun.index, number, value.parse().unwrap_or(0)).await;
@@ -85,6 +91,9 @@ pub(super) async fn apply_node(
                 .map_err(|_| refused("net/ipv4/ip_forward", "1", io::Error::from(source.kind())))?;
         }
     }
+    if config.services {
+        apply_conntrack(saved, report);
+    }
     if !config.has_v6() {
         return Ok(());
     }
@@ -102,6 +111,58 @@ pub(super) async fn apply_node(
         }
     }
     set_and_save(key, "1", saved, report).map_err(|e| refused(key, "1", e))
+}
+
+const CONNTRACK_MAX: &str = "net/netfilter/nf_conntrack_max";
+
+/// Whether the kernel's connection table is so full that what needs no place should have none.
+pub(super) fn conntrack_pressed(before: bool) -> bool {
+    const COUNT: &str = "net/netfilter/nf_conntrack_count";
+    let number = |key: &str| read(key)?.parse::<u64>().ok();
+    match (number(COUNT), number(CONNTRACK_MAX)) {
+        (Some(count), Some(max)) => is_pressed(before, count, max),
+        (_, _) => false,
+    }
+}
+
+/// From three quarters on, until it is half empty. The kernel itself begins to throw out closing
+/// connections at 95 % (gc_worker, net/netfilter/nf_conntrack_core.c), and unanswered ones when full.
+fn is_pressed(before: bool, count: u64, max: u64) -> bool {
+    let enough = if before { max / 2 } else { max / 4 * 3 };
+    count >= enough.max(1)
+}
+
+/// What kube-proxy sees to elsewhere, with its defaults (`--conntrack-max-per-core`, `--conntrack-min`,
+/// `--conntrack-tcp-timeout-close-wait`). Never lowered. Outside the first network namespace the table's
+/// size cannot be written (net/netfilter/nf_conntrack_standalone.c): no harm, the first one's is larger.
+fn apply_conntrack(saved: &mut Saved, report: &mut Report) {
+    const PER_CORE: u32 = 32_768;
+    const AT_LEAST: u32 = 131_072;
+    const CLOSE_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+    const CLOSE_WAIT_SECONDS: &str = "3600";
+    let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+    let wanted = PER_CORE.saturating_mul(cores).max(AT_LEAST);
+    if read(CONNTRACK_MAX).and_then(|max| max.parse::<u32>().ok()).is_some_and(|max| max < wanted)
+        && let Err(error) = set_and_save(CONNTRACK_MAX, &wanted.to_string(), saved, report)
+    {
+        once(&format!("sysctl {} stays as it is: {error}", dotted(CONNTRACK_MAX)));
+    }
+    if path(CLOSE_WAIT).exists()
+        && let Err(error) = set_and_save(CLOSE_WAIT, CLOSE_WAIT_SECONDS, saved, report)
+    {
+        once(&format!("sysctl {} stays as it is: {error}", dotted(CLOSE_WAIT)));
+    }
+}
+
+/// Said once per process: the next look comes in a second.
+fn once(text: &str) {
+    use std::sync::Mutex;
+    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !said.iter().any(|before| before == text) {
+        debug!("{text}");
+        said.push(text.to_owned());
+    }
 }
 
 /// The reverse-path filter where pods are.
@@ -330,6 +391,20 @@ fn refused(key: &str, value: &str, source: io::Error) -> HostError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pressure_begins_high_and_ends_low() {
+        for (before, count, expected) in [
+            (false, 0, false),
+            (false, 749, false),
+            (false, 750, true),
+            (true, 500, true),
+            (true, 499, false),
+        ] {
+            assert_eq!(is_pressed(before, count, 1000), expected, "{before} {count}");
+        }
+        assert!(!is_pressed(true, 0, 0), "no table, no pressure");
+    }
 
     #[test]
     fn the_first_value_is_the_one_remembered() {

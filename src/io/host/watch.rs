@@ -1,5 +1,6 @@
 //! Keeping it so: the kernel's notifications, and a look every second for what they miss.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -9,7 +10,7 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, Sleep};
 
 use super::{HostConfig, HostError, HostNetwork, Report};
 
@@ -29,6 +30,8 @@ pub enum HostEvent {
     /// Something was missing or wrong and is right again; the report is empty where the tunnel device is
     /// back and nothing had to be done.
     Repaired(Report),
+    /// The wanted state is another one, and is reached.
+    Changed(Report),
     /// The tunnel device is gone, and its queues with it: the agent must open them again. The rest
     /// comes back by itself once the device is there. Said once each time.
     TunGone {
@@ -52,19 +55,27 @@ impl HostNetwork {
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
+        let mut burst = None;
         loop {
-            let mut routes = false;
+            let (mut routes, mut asked) = (false, false);
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    self.generation = None;
-                    routes = true;
+                    (routes, asked) = (true, true);
                 }
-                () = notifications.next() => {
-                    tokio::time::sleep(SETTLE).await;
-                    notifications.drain();
+                kind = notifications.next(), if burst.is_none() => {
+                    burst = Some((kind, Box::pin(tokio::time::sleep(SETTLE))));
+                    continue;
+                }
+                kind = ended(&mut burst) => {
+                    burst = None;
+                    let more = notifications.drain();
+                    // Our own commits are announced to us too.
+                    if kind.max(more) == Kind::Nft && self.knows_generation().await {
+                        continue;
+                    }
                     routes = true;
                 }
                 _ = poll.tick() => {
@@ -78,13 +89,41 @@ impl HostNetwork {
                 () = events.closed() => return Ok(()),
             }
             let wanted = config.borrow_and_update().clone();
+            // Services come and go all the time: where it is only that, nothing else waits to be looked at.
+            if self.change_elements(&wanted).await && asked {
+                continue;
+            }
             let outcome = self.reconcile(&wanted, routes).await;
-            let Some(event) = quiet.event(outcome) else { continue };
+            let event = match quiet.event(outcome) {
+                Some(HostEvent::Repaired(report)) if asked => HostEvent::Changed(report),
+                Some(event) => event,
+                None => continue,
+            };
             if events.send(event).await.is_err() {
                 return Ok(());
             }
         }
     }
+}
+
+/// Waits for the end of a burst, if there is one; says what it began with.
+async fn ended(burst: &mut Option<(Kind, Pin<Box<Sleep>>)>) -> Kind {
+    match burst {
+        Some((kind, sleep)) => {
+            sleep.await;
+            *kind
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// What a notification was about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    /// nftables: its generation says whether we know.
+    Nft,
+    /// Links, addresses, routes, rules.
+    Route,
 }
 
 /// What was said last, so that a lasting trouble is said once.
@@ -154,16 +193,16 @@ impl Notifications {
     }
 
     /// Waits until something that may concern us has changed.
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Kind {
         while !self.lost {
             tokio::select! {
                 message = self.route.next() => match message {
-                    Some(message) if concerns_us(&message) => return,
+                    Some(message) if concerns_us(&message) => return Kind::Route,
                     Some(_) => {}
                     None => self.lost = true,
                 },
                 event = self.nft.next() => match event {
-                    Some(Ok(_)) => return,
+                    Some(Ok(_)) => return Kind::Nft,
                     Some(Err(_)) | None => self.lost = true,
                 },
             }
@@ -172,9 +211,13 @@ impl Notifications {
     }
 
     /// Forgets what has arrived already: the look that follows sees its result.
-    fn drain(&mut self) {
+    fn drain(&mut self) -> Kind {
         use futures_util::FutureExt;
-        while self.next().now_or_never().is_some() {}
+        let mut all = Kind::Nft;
+        while let Some(kind) = self.next().now_or_never() {
+            all = all.max(kind);
+        }
+        all
     }
 }
 

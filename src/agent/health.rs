@@ -1,0 +1,373 @@
+//! What kube-proxy answers over HTTP, for those who ask every node: cloud load balancers, monitoring and
+//! Kubernetes' own tests.
+//!
+//! | where | who asks | answer |
+//! |---|---|---|
+//! | `:10256/healthz`, `/livez` | load balancers (`externalTrafficPolicy: Cluster`), probes | 200 while the host is kept right |
+//! | `127.0.0.1:10249/proxyMode` | Kubernetes' end-to-end tests, scripts | `nftables` |
+//! | each `healthCheckNodePort` | load balancers (`externalTrafficPolicy: Local`) | 200 where the Service has endpoints here |
+//!
+//! Listeners come and go with the plan. One that cannot be opened is said and tried again; nothing waits
+//! for it. What an answer costs is bounded: so many connections, so long each, one request each.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
+use socket2::{Domain, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use crate::io::clock;
+use crate::io::host::HostState;
+use crate::state::services::HealthCheck;
+
+/// kube-proxy's: twice its sync period of 30 s. The host is looked at every second.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How soon a listener that could not be opened is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+/// How many connections one listener has at a time, and how long each lasts.
+const CONNECTIONS: usize = 32;
+const CONNECTION_TIME: Duration = Duration::from_secs(5);
+/// The smallest buffer that hyper takes: a request has no more to say.
+const REQUEST_BYTES: usize = 8192;
+const BACKLOG: i32 = 128;
+/// The names that are accepted are `iptables`, `ipvs`, `nftables` and `kernelspace`: who asks wants to know
+/// how Services behave (ClusterIPs answer no other port, node ports are not on 127.0.0.1 unless asked for),
+/// and that is as in kube-proxy's nftables mode.
+const PROXY_MODE: &str = "nftables";
+
+/// What is to be answered where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Answers {
+    /// `/healthz`.
+    pub(super) healthz: Option<SocketAddr>,
+    /// `/proxyMode`.
+    pub(super) proxy_mode: Option<SocketAddr>,
+    /// `healthCheckNodePort`s.
+    pub(super) checks: Arc<BTreeMap<u16, HealthCheck>>,
+}
+
+/// What one listener answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Page {
+    Health,
+    ProxyMode,
+    Check(u16),
+}
+
+/// Answers until `wanted`'s sender is gone.
+pub(super) async fn serve(mut wanted: watch::Receiver<Answers>, host: watch::Receiver<HostState>) {
+    let mut open: BTreeMap<(Page, SocketAddr), Listener> = BTreeMap::new();
+    let mut said = BTreeMap::new();
+    loop {
+        let now = listeners(&wanted.borrow_and_update());
+        open.retain(|at, _| now.contains(at));
+        said.retain(|at, _| now.contains(at));
+        for at @ (page, address) in
+            now.iter().copied().filter(|at| !open.contains_key(at)).collect::<Vec<_>>()
+        {
+            match bind(address) {
+                Ok(listener) => {
+                    if said.remove(&at).is_some() {
+                        info!("{} answers at {address} now", page.name());
+                    }
+                    let answering = answer(listener, page, wanted.clone(), host.clone());
+                    open.insert(at, Listener(tokio::spawn(answering)));
+                }
+                Err(error) => {
+                    let reason = error.to_string();
+                    if said.insert(at, reason.clone()).as_ref() != Some(&reason) {
+                        warn!("{} cannot answer at {address} and goes on trying: {reason}", page.name());
+                    }
+                }
+            }
+        }
+        let retry = open.len() < now.len();
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { return },
+            () = sleep(AGAIN), if retry => {}
+        }
+    }
+}
+
+/// A listener, closed when dropped.
+struct Listener(JoinHandle<()>);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn listeners(wanted: &Answers) -> Vec<(Page, SocketAddr)> {
+    let everywhere = |port: &u16| SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), *port);
+    let health = wanted.healthz.map(|at| (Page::Health, at));
+    let mode = wanted.proxy_mode.map(|at| (Page::ProxyMode, at));
+    let checks = wanted.checks.keys().map(|port| (Page::Check(*port), everywhere(port)));
+    health.into_iter().chain(mode).chain(checks).collect()
+}
+
+/// `[::]` takes IPv4 too; a kernel without IPv6 has `0.0.0.0`.
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let listen = |address: SocketAddr| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
+        // Connections of an agent that ended linger; another listener is refused all the same.
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    };
+    match listen(address) {
+        Err(e)
+            if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && e.kind() != io::ErrorKind::AddrInUse =>
+        {
+            listen(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port())).map_err(|_| e)
+        }
+        outcome => outcome,
+    }
+}
+
+async fn answer(
+    listener: TcpListener,
+    page: Page,
+    wanted: watch::Receiver<Answers>,
+    host: watch::Receiver<HostState>,
+) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            // Out of descriptors, or a client that has gone again.
+            Err(_) => {
+                sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (wanted, host) = (wanted.clone(), host.clone());
+        tokio::spawn(async move {
+            let _ = timeout(CONNECTION_TIME, converse(stream, page, wanted, host)).await;
+            drop(place);
+        });
+    }
+}
+
+async fn converse(
+    stream: TcpStream,
+    page: Page,
+    wanted: watch::Receiver<Answers>,
+    host: watch::Receiver<HostState>,
+) {
+    let respond = service_fn(move |request: Request<Incoming>| {
+        let healthy = is_healthy(host.borrow().right, clock::wall());
+        let checks = Arc::clone(&wanted.borrow().checks);
+        let response = page.response(request.uri().path(), healthy, host.borrow().right, &checks);
+        async move { Ok::<_, Infallible>(response) }
+    });
+    let mut connection = http1::Builder::new();
+    connection.keep_alive(false).max_buf_size(REQUEST_BYTES).timer(TokioTimer::new());
+    // A client that says nonsense or goes away is told so by hyper, and concerns nobody else.
+    let _ = connection.serve_connection(TokioIo::new(stream), respond).await;
+}
+
+fn is_healthy(right: Option<SystemTime>, now: SystemTime) -> bool {
+    // A clock that was set back says nothing against us.
+    right.is_some_and(|right| now.duration_since(right).unwrap_or_default() < PATIENCE)
+}
+
+impl Page {
+    fn name(self) -> String {
+        match self {
+            Page::Health => "/healthz".to_owned(),
+            Page::ProxyMode => "/proxyMode".to_owned(),
+            Page::Check(port) => format!("the health check node port {port}"),
+        }
+    }
+
+    fn response(
+        self,
+        path: &str,
+        healthy: bool,
+        right: Option<SystemTime>,
+        checks: &BTreeMap<u16, HealthCheck>,
+    ) -> Response<Full<Bytes>> {
+        match (self, path) {
+            (Page::Health, "/healthz") => {
+                json_response(healthy, &times(healthy, right, ", \"nodeEligible\": true"))
+            }
+            (Page::Health, "/livez") => json_response(healthy, &times(healthy, right, "")),
+            (Page::ProxyMode, "/proxyMode") => Response::new(Full::from(PROXY_MODE)),
+            (Page::Health | Page::ProxyMode, _) => not_found(),
+            (Page::Check(port), _) => {
+                checks.get(&port).map_or_else(not_found, |check| service(check, healthy))
+            }
+        }
+    }
+}
+
+/// `lastUpdated` is now as long as all is well: older kube-proxies gave the time of their last look.
+fn times(healthy: bool, right: Option<SystemTime>, more: &str) -> String {
+    let now = clock::wall();
+    let text = |time: SystemTime| {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
+        let timestamp = i64::try_from(since).ok().and_then(|since| Timestamp::from_millisecond(since).ok());
+        timestamp.unwrap_or_default().to_string()
+    };
+    let last = if healthy { now } else { right.unwrap_or(SystemTime::UNIX_EPOCH) };
+    format!("{{\"lastUpdated\": \"{}\",\"currentTime\": \"{}\"{more}}}", text(last), text(now))
+}
+
+fn service(check: &HealthCheck, healthy: bool) -> Response<Full<Bytes>> {
+    /// How much of the traffic this node should get.
+    const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
+    let (namespace, name) = check.name.split_once('/').unwrap_or(("", &check.name));
+    let body = json!({
+        "service": { "namespace": namespace, "name": name },
+        "localEndpoints": check.local_endpoints,
+        "serviceProxyHealthy": healthy,
+    });
+    let mut response = json_response(healthy && check.local_endpoints > 0, &body.to_string());
+    response.headers_mut().insert(WEIGHT, HeaderValue::from(check.local_endpoints));
+    response
+}
+
+fn json_response(good: bool, body: &str) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body.to_owned()));
+    *response.status_mut() = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(HeaderName::from_static("x-content-type-options"), HeaderValue::from_static("nosniff"));
+    response
+}
+
+fn not_found() -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from("404 page not found\n"));
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// A port that nobody has at the moment.
+    fn free() -> SocketAddr {
+        std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    }
+
+    fn right_now() -> watch::Sender<HostState> {
+        watch::channel(HostState { right: Some(clock::wall()), kube_proxy: None }).0
+    }
+
+    fn check(name: &str, local_endpoints: usize) -> HealthCheck {
+        HealthCheck { name: name.into(), local_endpoints }
+    }
+
+    /// The whole answer; waits for the listener as long as it takes.
+    async fn ask(port: u16, path: &str) -> String {
+        let answer = timeout(Duration::from_secs(20), async {
+            loop {
+                let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)).await else {
+                    sleep(Duration::from_millis(10)).await;
+                    continue;
+                };
+                stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+                let mut text = String::new();
+                stream.read_to_string(&mut text).await.unwrap();
+                return text;
+            }
+        });
+        answer.await.unwrap_or_else(|_| panic!("no answer at {port}{path}"))
+    }
+
+    #[tokio::test]
+    async fn health_is_answered_as_kube_proxy_does() {
+        let (healthz, mode) = (free(), free());
+        let wanted = Answers { healthz: Some(healthz), proxy_mode: Some(mode), ..Answers::default() };
+        let (_wanted, reader) = watch::channel(wanted);
+        let host = right_now();
+        let _server = Listener(tokio::spawn(serve(reader, host.subscribe())));
+        let text = ask(healthz.port(), "/healthz").await;
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        assert!(text.contains("content-type: application/json") && text.contains("nosniff"), "{text}");
+        let body: serde_json::Value = serde_json::from_str(text.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        assert_eq!((&body["nodeEligible"], body["lastUpdated"].is_string()), (&json!(true), true));
+        let live = ask(healthz.port(), "/livez").await;
+        assert!(live.starts_with("HTTP/1.1 200") && !live.contains("nodeEligible"), "{live}");
+        assert!(ask(healthz.port(), "/metrics").await.starts_with("HTTP/1.1 404"));
+        assert!(ask(mode.port(), "/proxyMode").await.ends_with("\r\n\r\nnftables"));
+        // The host has not been right for longer than is good.
+        host.send_replace(HostState { right: Some(clock::wall() - 2 * PATIENCE), kube_proxy: None });
+        assert!(ask(healthz.port(), "/healthz").await.starts_with("HTTP/1.1 503"));
+        assert!(ask(healthz.port(), "/livez").await.starts_with("HTTP/1.1 503"));
+    }
+
+    #[tokio::test]
+    async fn load_balancers_hear_of_local_endpoints() {
+        let port = free().port();
+        let plan = |count: usize| Answers {
+            checks: Arc::new([(port, check("default/web", count))].into()),
+            ..Answers::default()
+        };
+        let (wanted, reader) = watch::channel(plan(2));
+        let host = right_now();
+        let server = Listener(tokio::spawn(serve(reader, host.subscribe())));
+        let text = ask(port, "/").await;
+        assert!(
+            text.starts_with("HTTP/1.1 200") && text.contains("x-load-balancing-endpoint-weight: 2"),
+            "{text}"
+        );
+        let body: serde_json::Value = serde_json::from_str(text.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+        let expected = json!({
+            "service": { "namespace": "default", "name": "web" }, "localEndpoints": 2, "serviceProxyHealthy": true,
+        });
+        assert_eq!(body, expected);
+        wanted.send_replace(plan(0));
+        let text = ask(port, "/healthz").await;
+        assert!(text.starts_with("HTTP/1.1 503") && text.contains("weight: 0"), "{text}");
+        // Gone with the Service.
+        wanted.send_replace(Answers::default());
+        let closed = timeout(Duration::from_secs(10), async {
+            while TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+                sleep(Duration::from_millis(10)).await;
+            }
+        });
+        closed.await.expect("the listener is closed");
+        drop(server);
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_keeps_nothing_else_and_is_taken_later() {
+        let taken = std::net::TcpListener::bind("[::]:0").unwrap();
+        let (port, other) = (taken.local_addr().unwrap().port(), free());
+        let checks = Arc::new([(port, check("default/web", 1))].into());
+        let wanted = Answers { healthz: Some(other), checks, ..Answers::default() };
+        let (_wanted, reader) = watch::channel(wanted);
+        let host = right_now();
+        let _server = Listener(tokio::spawn(serve(reader, host.subscribe())));
+        assert!(ask(other.port(), "/healthz").await.starts_with("HTTP/1.1 200"));
+        drop(taken);
+        assert!(ask(port, "/").await.starts_with("HTTP/1.1 200"));
+    }
+}
