@@ -15,7 +15,7 @@ use super::convert::NodeInfo;
 use super::desired::Desired;
 use super::ownership::{self, ClusterRanges, Grant};
 use super::problem::{Problem, ProblemKind};
-use super::services::compile::ServiceCompiler;
+use super::services::compile::{Listed, ServiceCompiler};
 use super::services::{ServicePlan, ServiceSettings, Surroundings};
 use super::source::Kind;
 use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
@@ -292,8 +292,14 @@ impl Compiler {
         mut compiled: Compiled,
         around: Option<Surroundings>,
     ) -> Compiled {
-        let complete = desired.is_listed(Kind::Service) && desired.is_listed(Kind::EndpointSlice);
-        let services = self.services.compile(desired.services(), around, complete);
+        let both =
+            |is: fn(&Desired, Kind) -> bool| is(desired, Kind::Service) && is(desired, Kind::EndpointSlice);
+        let listed = match (both(Desired::is_listed), both(Desired::is_heard)) {
+            (true, _) => Listed::All,
+            (false, true) => Listed::Some,
+            (false, false) => Listed::Nothing,
+        };
+        let services = self.services.compile(desired.services(), around, listed);
         if !Arc::ptr_eq(&services.table, &compiled.snapshot.services) {
             let snapshot = &*compiled.snapshot;
             let last = self.last.as_ref();

@@ -30,11 +30,24 @@ pub struct CompiledServices {
     pub reports: Vec<(String, Vec<Problem>)>,
 }
 
+/// How much the source has said about Services and slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// Not both kinds were heard of: to serve Services without their endpoints would refuse every client.
+    Nothing,
+    /// Both, but maybe not all there is.
+    Some,
+    /// All there is.
+    All,
+}
+
 /// Compiles, and remembers what it compiled. It follows one store.
 #[derive(Debug, Default)]
 pub struct ServiceCompiler {
     revision: u64,
     around: Surroundings,
+    /// What is around us once Services are heard of.
+    waiting: Option<Surroundings>,
     entries: HashMap<Arc<str>, Entry>,
     claims: Claims,
     loops: LoopPorts,
@@ -66,13 +79,19 @@ struct Entry {
 type Dirty = BTreeSet<Arc<str>>;
 
 impl ServiceCompiler {
-    /// Compiles what changed. `around`: if that may have changed. `complete`: the source has said all.
+    /// Compiles what changed. `around`: if that may have changed.
     pub fn compile(
         &mut self,
         store: &ServiceStore,
         around: Option<Surroundings>,
-        complete: bool,
+        listed: Listed,
     ) -> CompiledServices {
+        let around = around.or(self.waiting.take());
+        if listed == Listed::Nothing {
+            self.waiting = around;
+            let (table, plan) = self.hand_over();
+            return CompiledServices { table, plan, reports: Vec::new() };
+        }
         let mut dirty = match store.changed_since(self.revision) {
             Some(dirty) => dirty,
             None => self.everything(store),
@@ -86,7 +105,7 @@ impl ServiceCompiler {
             self.settle(store, &mut dirty);
             reports = self.rebuild(store, dirty);
         }
-        if complete && !self.table.is_complete() {
+        if listed == Listed::All && !self.table.is_complete() {
             self.table.set_complete();
             self.table_changed = true;
         }
