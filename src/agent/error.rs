@@ -35,7 +35,7 @@ pub enum AgentError {
     #[error(
         "another agent is running in this network namespace: it has the interface {0}; stop it first. There is one \
          agent for each network namespace; for a second one on this machine run it in a namespace of its own (`ip \
-         netns exec NAME warren agent ...`), with its own --run-dir and --state-dir"
+         netns exec NAME warren agent ...`), with its own --run-dir, --state-dir and --tun-name"
     )]
     DeviceInUse(String),
     /// Not in the source.

@@ -13,7 +13,7 @@ pub enum SocketError {
     /// An agent has this run directory.
     #[error(
         "another agent is running: it has {}; stop it first (in another network namespace, and only there, a second \
-         one can run, with its own --run-dir and --state-dir)",
+         one can run, with its own --run-dir, --state-dir and --tun-name)",
         .path.display()
     )]
     InUse {
