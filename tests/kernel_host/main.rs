@@ -3,6 +3,7 @@
 
 #![cfg(feature = "agent")]
 
+mod agent;
 mod packets;
 mod services;
 mod stage;
