@@ -32,7 +32,8 @@
 //! 1. `state::source`: a folder of Kubernetes objects, watched; later the Kubernetes API
 //! 2. `state::convert`, `state::annotations`: typed, bounded values; what is wrong is reported
 //! 3. `state::desired`, `state::ownership`: what should be, and who owns which range, address and key
-//! 4. `state::compile`: the [`snapshot::Snapshot`] for the lanes and the plan for the host
+//! 4. `state::compile`: the [`snapshot::Snapshot`] for the lanes and the plan for the host;
+//!    `state::services`: the same for Services, of which only those are compiled that changed
 //!
 //! `agent` puts both together: it starts the lanes, keeps routes, rules and nftables as planned
 //! (`io::host`), and answers `warren status` and `wg show` (`status`).

@@ -211,6 +211,11 @@ impl Mesh {
         self.peers.get(id.0 as usize)?.as_ref()
     }
 
+    /// Whether the address is this node's or one of its pods'.
+    pub fn is_ours(&self, address: IpAddr) -> bool {
+        matches!(self.routes.lookup(address), Some(Owner::LocalPod | Owner::LocalNode))
+    }
+
     /// Whose address a packet from `peer` claims to come from: one function, three answers.
     pub fn source_owner(&self, peer: PeerId, source: IpAddr) -> SourceOwner {
         match self.routes.lookup(source) {

@@ -30,14 +30,14 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 pub use flow::{FlowCounters, FlowRecord, FlowRef, Rewrite, Sighting, Tracked, Translation, Untracked};
 pub use key::{FlowKey, Seed};
 pub use memory::{AttachError, BYTES_PER_FLOW, FlowMemory, MAX_CAPACITY};
 pub use state::{Direction, FlowState, Timeouts};
 
-use entry::{FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
+use entry::{FLAG_FROM_PEER, FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
 use key::PackedKey;
 use memory::{Entry, Layout, Slab, head, shard};
 use room::slot_index;
@@ -47,6 +47,8 @@ use state::Step;
 /// half-closed connection be silent (its --conntrack-tcp-timeout-close-wait, one hour).
 pub const IDLE_ENOUGH: u64 = 3_600_000;
 
+/// Of the whole table, how much one local pod may have: a quarter. Its flood then costs itself.
+const QUOTA_SHARE: u32 = 4;
 /// A UDP flow that is answered for this long is a stream. Linux says two seconds
 /// (net/netfilter/nf_conntrack_proto_udp.c); ours is counted in whole ones.
 const STREAM_AFTER: u64 = 3;
@@ -60,6 +62,9 @@ pub struct FlowTable {
     slab: Slab,
     seed: Seed,
     timeouts: Timeouts,
+    /// How many entries each owner has.
+    owned: Box<[AtomicU32]>,
+    quota: u32,
 }
 
 impl FlowTable {
@@ -82,7 +87,7 @@ impl FlowTable {
         seed: Seed,
         timeouts: Timeouts,
     ) -> Result<FlowTable, AttachError> {
-        Ok(FlowTable { slab: Slab::create(memory, capacity, epoch)?, seed, timeouts })
+        Ok(FlowTable::over(Slab::create(memory, capacity, epoch)?, seed, timeouts))
     }
 
     /// A table in memory of its own, for tests and simulations.
@@ -99,9 +104,15 @@ impl FlowTable {
         seed: Seed,
         timeouts: Timeouts,
     ) -> Result<FlowTable, AttachError> {
-        let table = FlowTable { slab: Slab::attach(memory, epoch)?, seed, timeouts };
+        let table = FlowTable::over(Slab::attach(memory, epoch)?, seed, timeouts);
         table.rebuild(now);
         Ok(table)
+    }
+
+    fn over(slab: Slab, seed: Seed, timeouts: Timeouts) -> FlowTable {
+        let quota = (slab.layout().capacity() / QUOTA_SHARE).max(1);
+        let owned = std::iter::repeat_with(AtomicU32::default).take(1 << 16).collect();
+        FlowTable { slab, seed, timeouts, owned, quota }
     }
 
     /// Finds or makes the flow of a burst and brings it up to date.
@@ -126,6 +137,18 @@ impl FlowTable {
         }
     }
 
+    /// What is known of the flow that a packet with this key belongs to, which is no sighting of it: the
+    /// packet is one that speaks about the flow, or one that is sighted later.
+    pub fn peek(&self, now: u64, key: &FlowKey) -> Option<Tracked> {
+        let key = PackedKey::new(key);
+        let Probe::Hit(hit) = self.probe(&key, key.hash(self.seed)) else { return None };
+        let state = StateWord::unpack(hit.state)?;
+        if self.life_end(&state, hit.protocol) <= now {
+            return None;
+        }
+        self.tracked(&hit, self.slab.entry(hit.flow.index)?, &state).ok()
+    }
+
     /// Makes the flow of a burst that [`FlowTable::lookup`] did not find. With a translation, which only a
     /// packet that opens a connection can have, its replies' key is taken too.
     pub fn insert(
@@ -140,15 +163,17 @@ impl FlowTable {
             Direction::Reply => PackedKey::new(&packet.key.reversed()),
         };
         let reply = translation.map_or(original.reversed(), |t| PackedKey::new(&t.reply));
+        if packet.owner != 0 && self.owned_by(packet.owner) >= self.quota {
+            return Err(Untracked::Quota);
+        }
         let (hash, reply_hash) = (original.hash(self.seed), reply.hash(self.seed));
         let (home, away) = (self.slab.bucket_of(hash), self.slab.bucket_of(reply_hash));
 
         let _home = self.lock(home)?;
         let _away = if away == home { None } else { Some(self.lock(away)?) };
+        // Also the reply key of a plain flow, whose hash is the same: a translated one may have it.
         self.vacant(now, &original, hash)?;
-        if reply_hash != hash {
-            self.vacant(now, &reply, reply_hash)?;
-        }
+        self.vacant(now, &reply, reply_hash)?;
 
         let shard = self.slab.shard_of_bucket(home);
         let full = || {
@@ -160,6 +185,7 @@ impl FlowTable {
         // Counted first: as soon as it is written, another lane in need of room may take it away again.
         self.slab.shard(shard, shard::LIVE).fetch_add(1, Ordering::Relaxed);
         self.slab.shard(shard, shard::CREATED).fetch_add(1, Ordering::Relaxed);
+        self.count_owned(packet.owner);
         let sequence = write(entry, now, &original, &reply, packet, translation, state, direction);
 
         let flow = FlowRef { index, sequence };
@@ -176,7 +202,8 @@ impl FlowTable {
         }
         let rewrite =
             translation.map(|t| Rewrite { to: t.reply.reversed(), service: t.service, endpoint: t.endpoint });
-        Ok(Tracked { flow, direction, state, new: true, peer: packet.peer, rewrite })
+        let from_peer = entry::is_from_peer(packet, direction);
+        Ok(Tracked { flow, direction, state, new: true, peer: packet.peer, from_peer, rewrite })
     }
 
     /// Removes a flow; whether it was still there.
@@ -202,6 +229,19 @@ impl FlowTable {
             }
         }
         None
+    }
+
+    /// How many flows a local pod has, by its number.
+    pub fn owned_by(&self, owner: u16) -> u32 {
+        self.owned[usize::from(owner)].load(Ordering::Relaxed)
+    }
+
+    fn count_owned(&self, owner: u16) {
+        self.owned[usize::from(owner)].fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_disowned(&self, owner: u16) {
+        self.owned[usize::from(owner)].fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The counters, summed over the shards.
@@ -260,7 +300,7 @@ impl FlowTable {
                     self.forget(hit.flow, |_| true);
                     return Ok(None);
                 }
-                Step::Invalid => return Err(self.invalid()),
+                Step::Invalid => return Err(self.invalid(old.flags & FLAG_TRANSLATED != 0)),
             };
             match exchange(&entry[entry::STATE], word, new.pack()) {
                 Ok(()) => {
@@ -310,6 +350,7 @@ impl FlowTable {
             state: state.state,
             new: false,
             peer,
+            from_peer: state.flags & FLAG_FROM_PEER != 0,
             rewrite,
         })
     }
@@ -329,7 +370,7 @@ impl FlowTable {
             Some(opening) if !translated || opening.state == FlowState::SynSent => {
                 Ok((opening.state, opening.direction))
             }
-            Some(_) | None => Err(self.invalid()),
+            Some(_) | None => Err(self.invalid(translated)),
         }
     }
 
@@ -376,9 +417,9 @@ impl FlowTable {
         Untracked::Busy
     }
 
-    fn invalid(&self) -> Untracked {
+    fn invalid(&self, translated: bool) -> Untracked {
         self.slab.head(head::INVALID).fetch_add(1, Ordering::Relaxed);
-        Untracked::Invalid
+        Untracked::Invalid { translated }
     }
 }
 

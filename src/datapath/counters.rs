@@ -52,6 +52,16 @@ totals! {
     Fragmented => "fragmented",
     /// ARP requests and neighbour solicitations answered inside VXLAN.
     NeighboursAnswered => "neighbours-answered",
+    /// ICMP errors about translated packets that were translated with them.
+    IcmpTranslated => "icmp-translated",
+    /// TCP resets sent for Services that cannot answer.
+    ResetsSent => "resets-sent",
+    /// Flows to a Service whose source was rewritten, because no reply would have found back.
+    SourcesRewritten => "sources-rewritten",
+    /// Flows that got another source port, because another flow would have been taken for theirs.
+    SourcePortsChanged => "source-ports-changed",
+    /// Flows that were found to have lost their endpoint.
+    StaleFlows => "stale-flows",
     /// Times an offload was refused by the kernel and given up.
     OffloadFallbacks => "offload-fallbacks",
 }

@@ -2,15 +2,35 @@
 
 use std::time::Instant;
 
+use super::conntrack::FlowKey;
+use super::fragments::Datagram;
+use super::route::{Entrance, untranslated};
+use super::service::Passage;
 use super::{Arrival, Exit, Lane, Output, Total};
 use crate::packet::checksum::complete_owed;
 use crate::packet::coalesce::{Memory, Region};
 use crate::packet::icmp::{IcmpError, MAX_ANSWER};
 use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::vnet::VnetHdr;
-use crate::packet::{DropReason, parse};
-use crate::snapshot::{Encap, PeerId, Snapshot};
+use crate::packet::{DropReason, Fragment, Headers, L4, parse};
+use crate::snapshot::service::{Listen, Protocol, loop_address};
+use crate::snapshot::{Encap, Owner, PeerId, Snapshot};
 use crate::tunnel::{vxlan_link, wireguard};
+
+/// The tag of frames that need nothing more: of our own making, or translated already. Others have their peer's
+/// number + 1.
+const OWN: u32 = 0;
+/// In a tag: only as packets of a flow that is translated here may they pass.
+const MUST_TRANSLATE: u32 = 1 << 31;
+
+/// How a packet of a peer may come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    /// As it is.
+    AsItIs,
+    /// Only as a packet of a flow that is translated here.
+    Translated,
+}
 
 /// A packet that came out of a tunnel, and where it stands.
 #[derive(Clone, Copy)]
@@ -27,6 +47,14 @@ impl Inner {
         match self.region {
             Region::Plain => &plain[range],
             Region::Receive => &receive[range],
+        }
+    }
+
+    fn bytes_mut<'a>(&self, receive: &'a mut [u8], plain: &'a mut [u8]) -> &'a mut [u8] {
+        let range = self.offset..self.offset + self.len;
+        match self.region {
+            Region::Plain => &mut plain[range],
+            Region::Receive => &mut receive[range],
         }
     }
 }
@@ -129,41 +157,189 @@ impl Lane {
         receive: &mut [u8],
         out: &mut Output,
     ) -> Result<(), DropReason> {
-        let packet = match inner.region {
-            Region::Plain => &mut out.plain[inner.offset..inner.offset + inner.len],
-            Region::Receive => &mut receive[inner.offset..inner.offset + inner.len],
-        };
         // 2 parse
-        let headers = parse(packet)?;
+        let packet = inner.bytes_mut(receive, &mut out.plain);
+        let mut headers = parse(packet)?;
 
         // 3 admit
-        let exit = self.routes.inbound(inner.peer, headers.source, headers.destination)?;
+        if headers.fragment != Fragment::None || matches!(headers.l4, L4::Icmp { .. }) {
+            return self.deliver_oddly(now, snapshot, inner, headers, receive, out);
+        }
+        let exit = self.routes.inbound(inner.peer, headers.source, headers.destination);
+        let entry = match exit.and_then(|exit| untranslated(Entrance::Peer, exit)) {
+            Ok(_) => Entry::AsItIs,
+            Err(DropReason::NotOurs) => self.entry_of_answer(now, &headers)?,
+            Err(DropReason::SpoofedSource) => self.entry_of_stranger(now, snapshot, inner.peer, &headers)?,
+            Err(reason) => return Err(reason),
+        };
 
         // 4 hop: a node is one hop. The kernel takes it where it forwards from the TUN, and tells the sender
         // when none is left; what goes out again by a tunnel never passes there.
-        match exit {
-            Exit::LocalPod | Exit::LocalNode | Exit::Outside => {}
-            Exit::Peer(to) => return self.pass_on(now, snapshot, inner, to, receive, out),
-        }
-        // What another kernel's VXLAN sends within one host may still owe its checksum.
-        if inner.region == Region::Receive {
-            complete_owed(packet, &headers);
-        }
-        if let Some(peer) = snapshot.mesh.peer(inner.peer) {
-            self.clamp(packet, &headers, peer.mtu, ChecksumState::Complete);
-        }
+        self.make_ready(snapshot, inner, packet, &headers);
 
         // 5 join
+        let tag = (inner.peer.0 + 1) | if entry == Entry::Translated { MUST_TRANSLATE } else { 0 };
+        self.join(now, inner, &mut headers, tag, receive, out)
+    }
+
+    /// What another kernel's VXLAN sends within one host may still owe its checksum; and what our peers
+    /// offer must fit our way to them.
+    fn make_ready(&self, snapshot: &Snapshot, inner: Inner, packet: &mut [u8], headers: &Headers) {
+        if inner.region == Region::Receive {
+            complete_owed(packet, headers);
+        }
+        if let Some(peer) = snapshot.mesh.peer(inner.peer) {
+            self.clamp(packet, headers, peer.mtu, ChecksumState::Complete);
+        }
+    }
+
+    fn join(
+        &mut self,
+        now: Instant,
+        inner: Inner,
+        headers: &mut Headers,
+        tag: u32,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
         let used = if inner.region == Region::Plain { inner.len } else { 0 };
         let memory = &Memory { receive, plain: &mut out.plain };
-        let joined = out.tun.push(inner.region, inner.offset as u32, &headers, memory)?;
+        let joined = out.tun.push_tagged(inner.region, inner.offset as u32, headers, memory, tag)?;
         out.plain_used += used;
         self.count_received(now, inner.peer, headers.total_len);
         // The head of a frame is tracked with the frame; what opens or ends a connection may stand behind it.
         if joined {
-            self.track_control(now, &headers, inner.peer);
+            self.track_control(now, headers, inner.peer);
         }
         Ok(())
+    }
+
+    /// A packet to an address outside: the answer to a client of ours, if it is one.
+    fn entry_of_answer(&mut self, now: Instant, headers: &Headers) -> Result<Entry, DropReason> {
+        let key = FlowKey::of(headers).ok_or(DropReason::NotOurs)?;
+        let known = self.flows.peek(self.boot_ms(now), &key).filter(|tracked| tracked.rewrite.is_some());
+        known.map(|_| Entry::Translated).ok_or(DropReason::NotOurs)
+    }
+
+    /// A packet whose source is not the peer's: a client from outside whom that node sent to an endpoint of
+    /// ours, if it is one. Never a source that is somebody's in the mesh.
+    fn entry_of_stranger(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        peer: PeerId,
+        headers: &Headers,
+    ) -> Result<Entry, DropReason> {
+        let spoofed = Err(DropReason::SpoofedSource);
+        let Some(key) = FlowKey::of(headers) else { return spoofed };
+        let routes = &snapshot.mesh.routes;
+        let ours = matches!(routes.lookup(key.destination), Some(Owner::LocalPod | Owner::LocalNode));
+        if !ours || routes.lookup(key.source).is_some() || key.source == loop_address(key.source) {
+            return spoofed;
+        }
+        match self.flows.peek(self.boot_ms(now), &key) {
+            // The same client by two nodes at once, with one port, to one endpoint: the first has it.
+            Some(tracked) if tracked.peer == Some(peer) && tracked.from_peer => Ok(Entry::AsItIs),
+            Some(_) => spoofed,
+            None => {
+                let listen =
+                    |protocol| Listen { address: key.destination, protocol, port: key.destination_port };
+                let exposed = Protocol::of(key.protocol).map(listen);
+                let exposed = exposed.is_some_and(|listen| snapshot.services.is_exposed(&listen));
+                if exposed { Ok(Entry::AsItIs) } else { spoofed }
+            }
+        }
+    }
+
+    /// Packets that do not show their own flow, or not all of it; translated here, one by one.
+    fn deliver_oddly(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        inner: Inner,
+        mut headers: Headers,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        let packet = inner.bytes_mut(receive, &mut out.plain);
+        let datagram = Datagram::of(&headers, Some(inner.peer));
+        let (decision, waited) = match datagram.map(|datagram| (headers.fragment, datagram)) {
+            None | Some((Fragment::None, _)) => {
+                (self.decide_inbound(now, snapshot, inner.peer, packet, &headers), Vec::new())
+            }
+            Some((Fragment::First { .. }, datagram)) => {
+                let decision = self.decide_inbound(now, snapshot, inner.peer, packet, &headers);
+                (decision, self.fragments.decide(now, datagram, decision))
+            }
+            Some((Fragment::Later { .. }, datagram)) => match self.fragments.decision(&datagram) {
+                Some(decision) => (decision, Vec::new()),
+                None => return self.fragments.wait(now, datagram, packet),
+            },
+        };
+        let mut result = decision.and_then(|passage| {
+            let packet = inner.bytes_mut(receive, &mut out.plain);
+            self.make_ready(snapshot, inner, packet, &headers);
+            if let Some(change) = passage.change {
+                rewrite::rewrite(packet, &mut headers, &change, ChecksumState::Complete)?;
+            }
+            match passage.exit {
+                Exit::LocalPod | Exit::LocalNode | Exit::Outside => {
+                    self.join(now, inner, &mut headers, OWN, receive, out)
+                }
+                Exit::Peer(to) => self.pass_on(now, snapshot, inner, to, receive, out),
+            }
+        });
+        for later in waited {
+            if let Err(reason) = self.deliver_waited(now, snapshot, inner.peer, &later, receive, out) {
+                result = self.also(result, reason);
+            }
+        }
+        result
+    }
+
+    fn deliver_waited(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        peer: PeerId,
+        packet: &[u8],
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        let offset = out.plain_used;
+        let room = out.plain.get_mut(offset..offset + packet.len()).ok_or(DropReason::NoBuffer)?;
+        room.copy_from_slice(packet);
+        let inner = Inner { peer, region: Region::Plain, offset, len: packet.len() };
+        self.deliver_oddly(now, snapshot, inner, parse(packet)?, receive, out)
+    }
+
+    fn decide_inbound(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        peer: PeerId,
+        packet: &mut [u8],
+        headers: &Headers,
+    ) -> Result<Passage, DropReason> {
+        let about = self.about(now, packet, headers)?;
+        let raw = self.routes.inbound(peer, headers.source, headers.destination);
+        let plain = raw.and_then(|exit| untranslated(Entrance::Peer, exit));
+        if let Some(about) = about {
+            // Whoever is on the way may speak about a flow that this peer has with us.
+            return match plain {
+                Err(reason) if about.tracked.peer != Some(peer) => Err(reason),
+                Ok(_) | Err(_) => Ok(Passage { change: about.change, exit: about.exit(snapshot, headers) }),
+            };
+        }
+        let entry = match plain {
+            Ok(_) => Entry::AsItIs,
+            Err(DropReason::NotOurs) => self.entry_of_answer(now, headers)?,
+            Err(DropReason::SpoofedSource) => self.entry_of_stranger(now, snapshot, peer, headers)?,
+            Err(reason) => return Err(reason),
+        };
+        let change = self.track_from_peer(now, headers, 1, peer, entry == Entry::Translated)?;
+        // For the kernel, as the joined frames.
+        Ok(Passage { change, exit: Exit::LocalNode })
     }
 
     /// From one peer's tunnel into another's, as a router.
@@ -199,11 +375,32 @@ impl Lane {
         }
     }
 
-    /// Ends the TUN batch: tracks each frame's flow and completes the joined headers.
-    pub fn finish_tun(&mut self, now: Instant, snapshot: &Snapshot, receive: &mut [u8], out: &mut Output) {
-        for head in out.tun.heads() {
-            // 6 track
-            self.track_frame(now, snapshot, &head);
+    /// Ends the TUN batch: tracks and translates each frame's flow and completes the joined headers.
+    pub fn finish_tun(&mut self, now: Instant, receive: &mut [u8], out: &mut Output) {
+        for index in 0..out.tun.count() {
+            let Some(head) = out.tun.head(index) else { continue };
+            if head.tag == OWN {
+                continue;
+            }
+            // 6 translate
+            let (piece, packets) = (head.piece, usize::from(head.packets));
+            let mut headers = Headers { total_len: head.bytes, ..*head.headers };
+            let (peer, known) = (PeerId((head.tag & !MUST_TRANSLATE) - 1), head.tag & MUST_TRANSLATE != 0);
+            let changed = match self.track_from_peer(now, &headers, packets, peer, known) {
+                Ok(None) => Ok(()),
+                Ok(Some(change)) => {
+                    let mut memory = Memory { receive, plain: &mut out.plain };
+                    headers.total_len = piece.len;
+                    memory.get_mut(piece).ok_or(DropReason::Truncated).and_then(|packet| {
+                        rewrite::rewrite(packet, &mut headers, &change, ChecksumState::Complete)
+                    })
+                }
+                Err(reason) => Err(reason),
+            };
+            if let Err(reason) = changed {
+                out.tun.discard(index);
+                self.counters.count_drops(reason, packets);
+            }
         }
         out.tun.finish(&mut Memory { receive, plain: &mut out.plain });
     }

@@ -3,21 +3,25 @@
 //! ```text
 //!  outbound.rs                                          inbound.rs
 //!  1 parse        bytes from the TUN -> Headers         1 open      datagram -> packet and peer
-//!  2 route        whose address is it? (route.rs)       2 parse     bytes -> Headers
-//!  3 fit          MSS clamp, ICMP if it is too big      3 admit     is the source the peer's, the target ours?
-//!  4 track        flow table (track.rs, conntrack.rs)   4 hop       the kernel's, unless a tunnel is next; MSS
-//!  5 seal         cut and encapsulate, into the batch   5 join      into the TUN batch
-//!                                                       6 track     flow table, once per joined frame
+//!  2 decide       flow table, Services (service.rs,     2 parse     bytes -> Headers
+//!                 odd.rs), routes (route.rs)            3 admit     is the source the peer's, the target ours?
+//!  3 translate    addresses and ports                   4 hop       the kernel's, unless a tunnel is next; MSS
+//!  4 fit          MSS clamp, ICMP if it is too big      5 join      into the TUN batch
+//!  5 seal         cut and encapsulate, into the batch   6 translate flow table, once per joined frame
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
 //! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter.
 
+pub mod affinity;
 pub mod conntrack;
 pub mod counters;
+mod fragments;
 mod inbound;
+mod odd;
 mod outbound;
 pub mod route;
+mod service;
 #[cfg(test)]
 mod tests;
 mod track;
@@ -31,15 +35,19 @@ use x25519_dalek::StaticSecret;
 pub use counters::{Counters, Total};
 pub use route::Exit;
 
-use crate::packet::coalesce::{Memory, Offloads, Region, TunBatch};
+use crate::packet::coalesce::{Memory, Offloads, Piece, Region, TunBatch};
 use crate::packet::icmp::{IcmpLimiter, IcmpRates};
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, Headers, parse};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::WireGuard;
 use crate::tunnel::{Segments, TxBatch};
+use affinity::Affinity;
 use conntrack::FlowTable;
+use fragments::Fragments;
 use route::RouteCache;
+use service::Passage;
 
 /// Bytes that a batch of outgoing datagrams may hold: eight super-packets with their overhead.
 const TX_BYTES: usize = 1 << 20;
@@ -50,6 +58,9 @@ const TUN_PACKETS: usize = 8 * 64 + 64;
 /// Room in [`Output::tx`] that one read from the TUN can need: 64 KiB in segments as small as an MSS of
 /// 88 makes them (the kernel's floor, TCP_MIN_SND_MSS), each with the largest overhead.
 pub const TX_ROOM: usize = 256 << 10;
+
+/// Room in [`Output::plain`] that one read from the TUN can need, if it goes back there.
+const PLAIN_ROOM: usize = 128 << 10;
 
 /// What a lane wants sent: datagrams, and frames for the TUN.
 pub struct Output {
@@ -83,7 +94,25 @@ impl Output {
 
     /// Whether another read from the TUN can be taken in.
     pub fn has_room(&self) -> bool {
-        self.tx.free() >= TX_ROOM
+        self.tx.free() >= TX_ROOM && self.plain.len() - self.plain_used >= PLAIN_ROOM && !self.tun.is_full()
+    }
+
+    /// Puts a packet that came from the TUN into the batch that goes there, as it is.
+    fn turn_round_whole(
+        &mut self,
+        vnet: &VnetHdr,
+        packet: &[u8],
+        headers: &Headers,
+        packets: u16,
+    ) -> Result<(), DropReason> {
+        let at = self.plain_used;
+        let packet = packet.get(..headers.total_len as usize).ok_or(DropReason::Truncated)?;
+        self.plain.get_mut(at..at + packet.len()).ok_or(DropReason::NoBuffer)?.copy_from_slice(packet);
+        let memory = &Memory { receive: &mut [], plain: &mut self.plain };
+        let piece = Piece { region: Region::Plain, offset: at as u32, len: headers.total_len };
+        self.tun.push_ready(piece, headers, memory, *vnet, packets)?;
+        self.plain_used += packet.len();
+        Ok(())
     }
 
     /// Puts one segment of a packet that came from the TUN into the batch that goes there.
@@ -151,6 +180,8 @@ pub struct LaneConfig {
     pub neighbours: Arc<Neighbours>,
     /// The table of flows, shared with the other lanes.
     pub flows: Arc<FlowTable>,
+    /// Which endpoint a client had last, shared with the other lanes.
+    pub affinity: Arc<Affinity>,
     /// An instant and its milliseconds since boot: the flow table's clock outlives the process.
     pub epoch: (Instant, u64),
 }
@@ -163,6 +194,8 @@ pub struct Lane {
     routes: RouteCache,
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
+    affinity: Arc<Affinity>,
+    fragments: Fragments<Passage>,
     traffic: Vec<PeerTraffic>,
     mesh: Option<Arc<Mesh>>,
     counters: Arc<Counters>,
@@ -188,6 +221,8 @@ impl Lane {
             routes: RouteCache::default(),
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
+            affinity: config.affinity,
+            fragments: Fragments::default(),
             traffic: Vec::new(),
             mesh: None,
             counters: Arc::new(Counters::default()),
@@ -231,7 +266,8 @@ impl Lane {
 
     /// When [`Self::handle_timeout`] wants to be called next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let timers = [self.wireguard.poll_timeout(), self.vxlan.poll_timeout(), self.next_sweep];
+        let (wireguard, vxlan) = (self.wireguard.poll_timeout(), self.vxlan.poll_timeout());
+        let timers = [wireguard, vxlan, self.fragments.poll_timeout(), self.next_sweep];
         timers.into_iter().flatten().min()
     }
 
@@ -240,6 +276,8 @@ impl Lane {
         self.follow(&snapshot.mesh);
         self.wireguard.handle_timeout(now, &mut out.tx);
         self.vxlan.handle_timeout(now, &snapshot.local, &mut out.tx);
+        let lonely = self.fragments.expire(now);
+        self.counters.count_drops(DropReason::AwaitingFragment, lonely);
         self.sweep_flows(now);
         self.count_waited(now);
     }

@@ -2,12 +2,17 @@
 
 use std::time::Instant;
 
+use super::fragments::Datagram;
+use super::service::Passage;
 use super::{Exit, Lane, Output, Total};
+use crate::packet::coalesce::MAX_SEGMENTS;
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
+use crate::packet::parse::parse_any_address;
 use crate::packet::rewrite::{self, ChecksumState};
 use crate::packet::segment::{SuperPacket, fragment_v4, owes_checksum};
-use crate::packet::vnet::VnetHdr;
-use crate::packet::{DropReason, Headers, L4, parse};
+use crate::packet::vnet::{GSO_NONE, GSO_UDP_L4, VnetHdr};
+use crate::packet::{DropReason, Fragment, Headers, L4, parse};
+use crate::snapshot::service::loop_address;
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
 use crate::tunnel::Segments;
 
@@ -52,22 +57,76 @@ impl Lane {
         // 1 parse
         let (vnet, _) = VnetHdr::decode(frame)?;
         let packet = &mut frame[crate::packet::vnet::VNET_HDR_LEN..];
-        let headers = parse(packet)?;
+        self.outbound_packet(now, snapshot, &vnet, packet, out)
+    }
 
-        // 2 route
-        let exit = match self.routes.outbound(headers.source, headers.destination) {
-            Ok(exit) => exit,
-            Err(reason) => {
-                if reason == DropReason::NoRoute {
-                    self.tell_sender(now, snapshot, packet, &headers, IcmpError::HostUnreachable, out);
-                }
-                return Err(reason);
+    fn outbound_packet(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        vnet: &VnetHdr,
+        packet: &mut [u8],
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        let mut headers = parse_from_host(packet)?;
+        let packets = SuperPacket::new(vnet, packet, &headers)?.count();
+
+        // 2 decide; what the first fragment gets, the others get too
+        let datagram = Datagram::of(&headers, None);
+        let (decision, waited) = match datagram.map(|datagram| (headers.fragment, datagram)) {
+            None | Some((Fragment::None, _)) => {
+                (self.decide(now, snapshot, packet, &headers, packets, out), Vec::new())
             }
+            Some((Fragment::First { .. }, datagram)) => {
+                let decision = self.decide(now, snapshot, packet, &headers, packets, out);
+                (decision, self.fragments.decide(now, datagram, decision))
+            }
+            Some((Fragment::Later { .. }, datagram)) => match self.fragments.decision(&datagram) {
+                Some(decision) => (decision, Vec::new()),
+                None => return self.fragments.wait(now, datagram, packet),
+            },
         };
-        match exit {
-            Exit::Peer(peer) => self.send_to_peer(now, snapshot, peer, &vnet, packet, &headers, out),
-            Exit::LocalPod | Exit::LocalNode | Exit::Outside => self.turn_round(&vnet, packet, &headers, out),
+
+        // 3 translate
+        let mut result = decision.and_then(|Passage { change, exit }| {
+            if let Some(change) = change {
+                rewrite::rewrite(packet, &mut headers, &change, checksum_state(vnet))?;
+            }
+            match exit {
+                Exit::Peer(peer) => self.send_to_peer(now, snapshot, peer, vnet, packet, &headers, out),
+                Exit::LocalPod | Exit::LocalNode | Exit::Outside => {
+                    self.turn_round(vnet, packet, &headers, out)
+                }
+            }
+        });
+        for mut later in waited {
+            if let Err(reason) = self.outbound_packet(now, snapshot, &VnetHdr::default(), &mut later, out) {
+                result = self.also(result, reason);
+            }
         }
+        result
+    }
+
+    fn decide(
+        &mut self,
+        now: Instant,
+        snapshot: &Snapshot,
+        packet: &mut [u8],
+        headers: &Headers,
+        packets: usize,
+        out: &mut Output,
+    ) -> Result<Passage, DropReason> {
+        let decision = match self.sighting(headers, packets) {
+            Some(sighting) => self.passage(now, snapshot, packet, headers, &sighting, out),
+            None => match self.error_out(now, snapshot, packet, headers)? {
+                Some(passage) => Ok(passage),
+                None => self.as_it_is(snapshot, headers),
+            },
+        };
+        if decision == Err(DropReason::NoRoute) {
+            self.tell_sender(now, snapshot, packet, headers, IcmpError::HostUnreachable, out);
+        }
+        decision
     }
 
     /// Back into the TUN, for the kernel to forward. It takes a hop each time, so nothing turns for ever.
@@ -78,8 +137,16 @@ impl Lane {
         headers: &Headers,
         out: &mut Output,
     ) -> Result<(), DropReason> {
-        // Cut, and joined again as what comes from peers: then its checksums are right whoever gets it.
         let segments = SuperPacket::new(vnet, packet, headers)?;
+        let offloads = out.tun.offloads();
+        let whole = match vnet.gso() {
+            GSO_NONE => true,
+            GSO_UDP_L4 => offloads.udp && segments.count() <= usize::from(MAX_SEGMENTS),
+            _ => offloads.tcp,
+        };
+        if whole {
+            return out.turn_round_whole(vnet, packet, headers, segments.count() as u16);
+        }
         let mut result = Ok(());
         for i in 0..segments.count() {
             if let Err(reason) = out.turn_round(&segments, i) {
@@ -103,9 +170,8 @@ impl Lane {
         let peer = snapshot.mesh.peer(peer).ok_or(DropReason::NoRoute)?;
         let encap = peer.encap.ok_or(DropReason::NoEncapsulation)?;
 
-        // 3 fit
-        let checksum = if owes_checksum(vnet) { ChecksumState::Partial } else { ChecksumState::Complete };
-        self.clamp(packet, headers, peer.mtu, checksum);
+        // 4 fit
+        self.clamp(packet, headers, peer.mtu, checksum_state(vnet));
         let segments = SuperPacket::new(vnet, packet, headers)?;
         let fits = segments.max_len() <= usize::from(peer.mtu);
         if !fits && headers.dont_fragment {
@@ -113,9 +179,6 @@ impl Lane {
             self.tell_sender(now, snapshot, packet, headers, too_big, out);
             return Err(DropReason::TooBig);
         }
-
-        // 4 track
-        self.track(now, headers, Some(peer.id), false, segments.count());
 
         // 5 seal
         if fits {
@@ -147,7 +210,7 @@ impl Lane {
     }
 
     /// One more drop: the caller counts one, those before it are counted here.
-    fn also(&self, before: Result<(), DropReason>, reason: DropReason) -> Result<(), DropReason> {
+    pub(super) fn also(&self, before: Result<(), DropReason>, reason: DropReason) -> Result<(), DropReason> {
         if let Err(before) = before {
             self.counters.count_drop(before);
         }
@@ -196,7 +259,7 @@ impl Lane {
     }
 
     /// Answers a pod or process of this node with an ICMP error, through our own TUN.
-    fn tell_sender(
+    pub(super) fn tell_sender(
         &mut self,
         now: Instant,
         snapshot: &Snapshot,
@@ -206,9 +269,11 @@ impl Lane {
         out: &mut Output,
     ) {
         let mut room = [0; MAX_ANSWER];
-        if let Some(answer) = self.icmp_error(now, snapshot, packet, headers, error, &mut room)
-            && let Ok(headers) = parse(answer)
+        let answer = self.icmp_error(now, snapshot, packet, headers, error, &mut room).map(<[u8]>::len);
+        if let Some(answer) = answer.and_then(|len| room.get_mut(..len))
+            && let Ok(mut headers) = parse(answer)
         {
+            self.untranslate(now, answer, &mut headers);
             self.answer_into_tun(answer, &headers, out);
         }
     }
@@ -235,4 +300,23 @@ impl Lane {
         self.counters.add(Total::IcmpSent, 1);
         Some(&room[..len])
     }
+}
+
+/// What the host sends may come from its loopback addresses, as long as it goes to a NodePort
+/// (`127.0.0.1:nodePort`); nothing may come from the loop itself.
+fn parse_from_host(packet: &[u8]) -> Result<Headers, DropReason> {
+    let headers = parse(packet).or_else(|reason| {
+        let headers = parse_any_address(packet)?;
+        let to_loop = headers.destination == loop_address(headers.destination);
+        let local = headers.is_ipv4() && headers.source.is_loopback();
+        if to_loop && local { Ok(headers) } else { Err(reason) }
+    })?;
+    if headers.source == loop_address(headers.source) {
+        return Err(DropReason::ForeignSource);
+    }
+    Ok(headers)
+}
+
+fn checksum_state(vnet: &VnetHdr) -> ChecksumState {
+    if owes_checksum(vnet) { ChecksumState::Partial } else { ChecksumState::Complete }
 }

@@ -3,7 +3,9 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::conntrack::FlowKey;
 use crate::packet::DropReason;
+use crate::snapshot::service::loop_address;
 use crate::snapshot::{Mesh, Owner, PeerId, SourceOwner};
 
 /// The three ways out of the packet loop.
@@ -28,12 +30,9 @@ pub enum Entrance {
     Peer,
 }
 
-/// Decides which exit may follow which entrance.
-pub(super) type Admit = fn(Entrance, Exit) -> Result<Exit, DropReason>;
-
-/// What may pass while nothing is translated. Every exit works from either entrance (`tests.rs` walks them
-/// all); that most are refused is decided here and nowhere else.
-fn untranslated(entrance: Entrance, exit: Exit) -> Result<Exit, DropReason> {
+/// What may pass as it is. That most ways are closed to it is decided here and nowhere else; what a Service
+/// translated, or an answer to it, may go them all.
+pub(super) fn untranslated(entrance: Entrance, exit: Exit) -> Result<Exit, DropReason> {
     match (entrance, exit) {
         (Entrance::Tun, Exit::Peer(_)) | (Entrance::Peer, Exit::LocalPod | Exit::LocalNode) => Ok(exit),
         // The kernel knows the way to these, and sent them here all the same: it would do so again.
@@ -45,30 +44,17 @@ fn untranslated(entrance: Entrance, exit: Exit) -> Result<Exit, DropReason> {
 }
 
 /// Remembers the last answers: the packets of a burst ask the same questions.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RouteCache {
-    admit: Admit,
     mesh: Option<Arc<Mesh>>,
     out: Option<(IpAddr, IpAddr, Result<Exit, DropReason>)>,
     into: Option<(PeerId, IpAddr, IpAddr, Result<Exit, DropReason>)>,
 }
 
-impl Default for RouteCache {
-    fn default() -> RouteCache {
-        RouteCache { admit: untranslated, mesh: None, out: None, into: None }
-    }
-}
-
 impl RouteCache {
     /// Takes another mesh and forgets all answers.
     pub fn follow(&mut self, mesh: &Arc<Mesh>) {
-        *self = RouteCache { admit: self.admit, mesh: Some(Arc::clone(mesh)), out: None, into: None };
-    }
-
-    /// Decides otherwise from now on.
-    #[cfg(test)]
-    pub(super) fn set_admit(&mut self, admit: Admit) {
-        *self = RouteCache { admit, mesh: self.mesh.take(), out: None, into: None };
+        *self = RouteCache { mesh: Some(Arc::clone(mesh)), out: None, into: None };
     }
 
     /// The way out of a packet that came from our TUN.
@@ -80,8 +66,7 @@ impl RouteCache {
             return exit;
         }
         let exit = self.mesh.as_ref().ok_or(DropReason::NoRoute);
-        let exit =
-            exit.and_then(|m| outbound(m, source, destination)).and_then(|e| (self.admit)(Entrance::Tun, e));
+        let exit = exit.and_then(|mesh| outbound(mesh, source, destination));
         self.out = Some((source, destination, exit));
         exit
     }
@@ -96,9 +81,7 @@ impl RouteCache {
             return exit;
         }
         let exit = self.mesh.as_ref().ok_or(DropReason::NotOurs);
-        let exit = exit
-            .and_then(|m| inbound(m, peer, source, destination))
-            .and_then(|e| (self.admit)(Entrance::Peer, e));
+        let exit = exit.and_then(|mesh| inbound(mesh, peer, source, destination));
         self.into = Some((peer, source, destination, exit));
         exit
     }
@@ -125,13 +108,23 @@ fn inbound(mesh: &Mesh, peer: PeerId, source: IpAddr, destination: IpAddr) -> Re
     Ok(exit(mesh, destination))
 }
 
-fn exit(mesh: &Mesh, destination: IpAddr) -> Exit {
+/// The way to an address.
+pub(super) fn exit(mesh: &Mesh, destination: IpAddr) -> Exit {
     match mesh.routes.lookup(destination) {
         Some(Owner::LocalPod) => Exit::LocalPod,
         Some(Owner::LocalNode) => Exit::LocalNode,
         Some(Owner::PeerPod(peer) | Owner::PeerNode(peer)) => Exit::Peer(peer),
         None => Exit::Outside,
     }
+}
+
+/// The way of a translated packet. What has the loop's source is an answer to a client that the kernel led
+/// here, wherever he is: it must see the answer too.
+pub(super) fn exit_translated(mesh: &Mesh, to: &FlowKey) -> Exit {
+    if to.source == loop_address(to.source) && exit(mesh, to.destination) != Exit::LocalNode {
+        return Exit::Outside;
+    }
+    exit(mesh, to.destination)
 }
 
 fn is_multicast(address: IpAddr) -> bool {
@@ -183,8 +176,9 @@ mod tests {
             ("fd00:10:244::5", "ff02::1", Err(DropReason::Multicast)),
         ] {
             for _ in 0..2 {
+                let exit = cache.outbound(ip(source), ip(destination));
                 assert_eq!(
-                    cache.outbound(ip(source), ip(destination)),
+                    exit.and_then(|exit| untranslated(Entrance::Tun, exit)),
                     expected,
                     "{source} -> {destination}"
                 );
@@ -208,8 +202,9 @@ mod tests {
             (1, "10.244.1.7", "192.0.2.5", Err(DropReason::NotOurs)),
         ] {
             for _ in 0..2 {
+                let exit = cache.inbound(PeerId(peer), ip(source), ip(destination));
                 assert_eq!(
-                    cache.inbound(PeerId(peer), ip(source), ip(destination)),
+                    exit.and_then(|exit| untranslated(Entrance::Peer, exit)),
                     expected,
                     "{peer}: {source} -> {destination}"
                 );

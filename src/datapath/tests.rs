@@ -1,10 +1,13 @@
-//! Packets through a whole lane: every exit from every entrance, and what the flow table hears of it.
+//! Packets through a whole lane: which ways are closed, and what the flow table hears of it. Services have
+//! their own file.
+
+mod model;
+mod services;
 
 use super::conntrack::{FlowState, Seed};
-use super::route::Entrance;
 use super::*;
 use crate::packet::parse;
-use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
+use crate::packet::vnet::VNET_HDR_LEN;
 use crate::snapshot::{LocalNode, Owner, Peer, PeerVxlan};
 use crate::tunnel::vxlan;
 
@@ -67,6 +70,7 @@ fn world() -> World {
         vxlan_sources: 1,
         neighbours: Arc::default(),
         flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
+        affinity: Arc::new(crate::datapath::affinity::Affinity::in_memory(1024)),
         epoch: (now, 0),
     });
     let snapshot =
@@ -93,7 +97,7 @@ impl World {
     }
 
     fn results(&mut self, receive: &mut [u8]) -> Left {
-        self.lane.finish_tun(self.now, &self.snapshot, receive, &mut self.out);
+        self.lane.finish_tun(self.now, receive, &mut self.out);
         let memory = Memory { receive, plain: &mut self.out.plain };
         let mut room = vec![0; 70_000];
         let gather = |frame: crate::packet::coalesce::Frame<'_>| {
@@ -102,8 +106,12 @@ impl World {
         };
         let frames = self.out.tun.frames().map(gather).collect();
         let tx = &self.out.tx;
-        let sent = |run: &crate::tunnel::batch::Run| (run.to.ip(), tx.bytes(run)[vxlan::HEADER..].to_vec());
-        let datagrams = tx.runs().iter().map(sent).collect();
+        let sent = |run: &crate::tunnel::batch::Run| {
+            let (to, bytes, segment) = (run.to.ip(), tx.bytes(run).to_vec(), run.segment);
+            let datagrams = bytes.chunks(segment).map(|datagram| datagram[vxlan::HEADER..].to_vec());
+            datagrams.map(move |packet| (to, packet)).collect::<Vec<_>>()
+        };
+        let datagrams = tx.runs().iter().flat_map(sent).collect();
         self.out.clear_tun();
         self.out.tx.clear();
         (frames, datagrams)
@@ -149,62 +157,6 @@ fn without_translation_most_ways_are_closed() {
         assert_eq!(world.take_datagram(0, &udp(PEERS[0], to, 64)), (vec![], vec![]), "from a peer to {to:?}");
         assert_eq!(world.drops(), [DropReason::NotOurs]);
     }
-}
-
-#[test]
-fn every_exit_works_from_either_entrance() {
-    let all: fn(Entrance, Exit) -> Result<Exit, DropReason> = |_, exit| Ok(exit);
-    for to in [[10, 244, 9, 6], [10, 244, 9, 0], OUTSIDE] {
-        for from_peer in [false, true] {
-            let mut world = world();
-            world.lane.routes.set_admit(all);
-            let packet = udp(if from_peer { PEERS[0] } else { OURS }, to, 64);
-            let result = if from_peer { world.take_datagram(0, &packet) } else { world.take_frame(&packet) };
-            assert_eq!(result, (vec![packet], vec![]), "the kernel takes the hop: {to:?}");
-            assert_eq!(world.drops(), []);
-        }
-    }
-    let mut world = world();
-    world.lane.routes.set_admit(all);
-    let packet = udp(OURS, PEERS[1], 64);
-    assert_eq!(world.take_frame(&packet), (vec![], vec![(outer(1), packet)]));
-    let packet = udp(PEERS[0], PEERS[1], 64);
-    let passed = udp(PEERS[0], PEERS[1], 63);
-    assert_eq!(world.take_datagram(0, &packet), (vec![], vec![(outer(1), passed)]), "no kernel on the way");
-    assert_eq!(world.drops(), []);
-}
-
-#[test]
-fn between_tunnels_the_hop_limit_runs_out_here_and_its_sender_hears_of_it() {
-    let mut world = world();
-    world.lane.routes.set_admit(|_, exit| Ok(exit));
-    let (frames, datagrams) = world.take_datagram(0, &udp(PEERS[0], PEERS[1], 1));
-    assert!(frames.is_empty());
-    let [(to, answer)] = &datagrams[..] else { panic!("one answer: {datagrams:?}") };
-    let headers = parse(answer).expect("a packet");
-    assert_eq!((*to, headers.destination), (outer(0), IpAddr::from(PEERS[0])));
-    assert_eq!((headers.source, answer[20]), (IpAddr::from([10, 244, 9, 0]), 11));
-    assert_eq!(world.drops(), [DropReason::HopLimit]);
-}
-
-#[test]
-fn a_super_packet_turns_round_whole() {
-    let mut world = world();
-    world.lane.routes.set_admit(|_, exit| Ok(exit));
-    let to = [10, 244, 9, 6];
-    let mut packet = Vec::new();
-    let builder = etherparse::PacketBuilder::ipv4(OURS, to, 64).tcp(1000, 2000, 1, 100).ack(1);
-    builder.write(&mut packet, &[7; 5000]).expect("a packet");
-    packet[6] |= 0x40;
-    let vnet =
-        VnetHdr { flags: 1, gso_type: 1, hdr_len: 40, gso_size: 1000, csum_start: 20, csum_offset: 16 };
-    let mut frame = [&vnet.encode()[..], &packet].concat();
-    world.lane.handle_tun(world.now, &world.snapshot, &mut frame, &mut world.out);
-    let (frames, datagrams) = world.results(&mut []);
-    assert!(datagrams.is_empty());
-    assert_eq!(frames.len(), 1, "joined again");
-    assert_eq!(frames[0][40..], packet[40..]);
-    assert_eq!(world.drops(), []);
 }
 
 /// Flags of one TCP packet without payload.

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::Lane;
-use super::conntrack::{FlowKey, Sighting};
-use crate::packet::coalesce::Head;
-use crate::packet::{Headers, L4};
-use crate::snapshot::{Owner, PeerId, Snapshot};
+use super::conntrack::{FlowKey, Sighting, Untracked};
+use super::service::to;
+use crate::packet::{DropReason, Headers, L4, Rewrite};
+use crate::snapshot::PeerId;
 
 /// How often expired flows are looked for, and how many entries at a time: a table of a million flows is
 /// gone through in four minutes by one lane.
@@ -16,49 +16,67 @@ const SWEEP_ENTRIES: u32 = 1024;
 const CONTROL: u8 = 0x01 | 0x02 | 0x04;
 
 impl Lane {
-    /// Notes a burst that goes to a peer.
-    pub(super) fn track(
-        &mut self,
-        now: Instant,
-        headers: &Headers,
-        peer: Option<PeerId>,
-        from_peer: bool,
-        packets: usize,
-    ) {
-        let Some(key) = FlowKey::of(headers) else { return };
-        let sighting = Sighting {
-            key,
-            from_peer,
-            peer,
+    /// What the flow table wants to know of packets from the TUN; `None` where they show no flow.
+    pub(super) fn sighting(&self, headers: &Headers, packets: usize) -> Option<Sighting> {
+        Some(Sighting {
+            key: FlowKey::of(headers)?,
+            from_peer: false,
+            peer: None,
             lane: self.id.0,
             tcp_flags: tcp_flags(headers),
             packets: packets as u32,
             bytes: u64::from(headers.total_len),
             owner: 0,
-        };
-        // A flow that finds no place is carried all the same: nothing is translated yet.
-        let _ = self.flows.track(self.boot_ms(now), &sighting);
-        self.next_sweep.get_or_insert(now + SWEEP_EVERY);
+        })
     }
 
-    /// Notes a packet that stands behind the head of its frame and opens or ends a connection; its bytes
-    /// count with the frame.
+    /// Notes a packet of a peer that stands behind the head of its frame and opens or ends a connection; its
+    /// bytes count with the frame.
     pub(super) fn track_control(&mut self, now: Instant, headers: &Headers, peer: PeerId) {
-        if tcp_flags(headers) & CONTROL != 0 {
-            let counted = Headers { total_len: 0, ..*headers };
-            self.track(now, &counted, Some(peer), true, 0);
+        if tcp_flags(headers) & CONTROL == 0 {
+            return;
+        }
+        let Some(sighting) = self.sighting(headers, 0) else { return };
+        let sighting = Sighting { from_peer: true, peer: Some(peer), bytes: 0, ..sighting };
+        // Its frame is noted after it; where that finds no place, neither does this.
+        let _ = self.flows.lookup(self.boot_ms(now), &sighting);
+    }
+
+    /// Notes packets that came from a peer together; says how they are to be changed. `known`: only as
+    /// packets of a flow that is translated here may they pass.
+    pub(super) fn track_from_peer(
+        &mut self,
+        now: Instant,
+        headers: &Headers,
+        packets: usize,
+        peer: PeerId,
+        known: bool,
+    ) -> Result<Option<Rewrite>, DropReason> {
+        let Some(sighting) = self.sighting(headers, packets) else { return Ok(None) };
+        let sighting = Sighting { from_peer: true, peer: Some(peer), ..sighting };
+        let ms = self.boot_ms(now);
+        let tracked = match self.flows.lookup(ms, &sighting) {
+            Ok(None) if !known => {
+                self.sweep_soon(now);
+                self.flows.insert(ms, &sighting, None).map(Some)
+            }
+            result => result,
+        };
+        match tracked {
+            Ok(Some(tracked)) if !known || tracked.rewrite.is_some() => {
+                Ok(tracked.rewrite.map(|rewrite| to(&rewrite.to)))
+            }
+            Ok(_) => Err(DropReason::NotOurs),
+            Err(Untracked::Invalid { translated: true }) => Err(DropReason::InvalidTcp),
+            Err(_) if known => Err(DropReason::FlowTableBusy),
+            // A flow that finds no place in the table is carried all the same.
+            Err(_) => Ok(None),
         }
     }
 
-    /// Notes a frame from a peer, once all its packets are known.
-    pub(super) fn track_frame(&mut self, now: Instant, snapshot: &Snapshot, head: &Head<'_>) {
-        let peer = match snapshot.mesh.routes.lookup(head.headers.source) {
-            Some(Owner::PeerPod(peer) | Owner::PeerNode(peer)) => peer,
-            // An ICMP error of our own belongs to no flow.
-            Some(Owner::LocalPod | Owner::LocalNode) | None => return,
-        };
-        let counted = Headers { total_len: head.bytes, ..*head.headers };
-        self.track(now, &counted, Some(peer), true, usize::from(head.packets));
+    /// Sees to it that what was entered now is forgotten some day.
+    pub(super) fn sweep_soon(&mut self, now: Instant) {
+        self.next_sweep.get_or_insert(now + SWEEP_EVERY);
     }
 
     /// Forgets flows whose time is over, a few at a time.
@@ -70,7 +88,7 @@ impl Lane {
         self.next_sweep = (self.flows.counters().entries > 0).then_some(now + SWEEP_EVERY);
     }
 
-    fn boot_ms(&self, now: Instant) -> u64 {
+    pub(super) fn boot_ms(&self, now: Instant) -> u64 {
         let (instant, ms) = self.epoch;
         ms + now.saturating_duration_since(instant).as_millis() as u64
     }

@@ -18,6 +18,7 @@ use super::kernel::{self, Linux};
 use super::lane::{Command, LaneLoop, LaneOffloads, Shared};
 use super::tun::{TunError, TunOffloads, TunQueue};
 use super::udp::{self, UdpError, UdpOptions, UdpSocket};
+use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::FlowTable;
 use crate::datapath::{Counters, Lane, LaneConfig};
 use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
@@ -55,6 +56,8 @@ pub struct FleetConfig {
     pub offloads: LaneOffloads,
     /// The flow table.
     pub flows: Arc<FlowTable>,
+    /// Which endpoint each client had.
+    pub affinity: Arc<Affinity>,
     /// What the lanes read.
     pub snapshot: Arc<ArcSwap<Snapshot>>,
 }
@@ -111,6 +114,7 @@ impl Fleet {
                 vxlan_sources: VXLAN_SOURCES,
                 neighbours: Arc::clone(&neighbours),
                 flows: Arc::clone(&config.flows),
+                affinity: Arc::clone(&config.affinity),
                 epoch,
             });
             let (commands, orders) = sync_channel(COMMANDS);

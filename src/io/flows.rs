@@ -12,12 +12,26 @@ use nix::fcntl::posix_fallocate;
 use tracing::{debug, info, warn};
 
 use super::clock;
+use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Timeouts};
+
+/// Clients whose endpoints are remembered: 4 MiB.
+const AFFINITY_CLIENTS: usize = 1 << 16;
 
 /// Opens the table in `path`: the flows of the last agent if they are of this boot and this version, else
 /// a new one. The caller holds the agent's lock: nobody else has the file.
 pub fn open(path: &Path, seed: (u64, u64)) -> io::Result<FlowTable> {
     open_with(path, seed, |file, bytes| Ok(posix_fallocate(file, 0, bytes)?))
+}
+
+/// Opens the table of session affinity in `path`, in the same way.
+pub fn open_affinity(path: &Path, seed: (u64, u64)) -> io::Result<Affinity> {
+    let seed = Seed(seed.0, seed.1);
+    let words = Affinity::words_for(AFFINITY_CLIENTS);
+    let epoch = boot_id()?;
+    let reserve = |file: &File, bytes| Ok(posix_fallocate(file, 0, bytes)?);
+    let (memory, _) = memory(path, words, "session affinity", reserve)?;
+    Ok(Affinity::open(memory, epoch, seed))
 }
 
 fn open_with(
@@ -31,37 +45,47 @@ fn open_with(
     let epoch = boot_id()?;
     let new =
         |memory| FlowTable::create(memory, capacity, epoch, seed, Timeouts::KERNEL).map_err(io::Error::other);
+    let (first, known) = memory(path, words, "the flow table", &reserve)?;
+    if !known {
+        return new(first);
+    }
+    match FlowTable::attach(first, clock::since_boot_ms(), epoch, seed, Timeouts::KERNEL) {
+        Ok(table) => {
+            info!(flows = table.counters().entries, "took over the flow table");
+            return Ok(table);
+        }
+        Err(AttachError::NoTable) => {}
+        Err(why) => debug!("the flow table starts empty: {why}"),
+    }
+    std::fs::remove_file(path)?;
+    new(memory(path, words, "the flow table", &reserve)?.0)
+}
+
+/// The memory of a table: the file, mapped, and whether it was there before; our own where there is no room.
+fn memory(
+    path: &Path,
+    words: usize,
+    what: &str,
+    reserve: impl Fn(&File, i64) -> io::Result<()>,
+) -> io::Result<(FlowMemory, bool)> {
     let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     let known = file.metadata()?.len() == words as u64 * 8;
     if !known {
         clear(&file, words)?;
     }
-    // A hole in the file would be filled when a flow is written there; without room, that is a SIGBUS.
+    // A hole in the file would be filled when something is written there; without room, that is a SIGBUS.
     if let Err(error) = reserve(&file, words as i64 * 8) {
         file.set_len(0)?;
         warn!(
-            "no room for the flow table ({} MiB in {}): {error}. Flows are kept in memory and forgotten when \
+            "no room for {what} ({} MiB in {}): {error}. It is kept in memory and forgotten when \
              the agent ends; make room there, or choose another folder with --run-dir, and start it again",
             (words * 8).div_ceil(1 << 20),
             path.display()
         );
-        return new(FlowMemory::owned(words));
+        return Ok((FlowMemory::owned(words), false));
     }
-    if known {
-        let now = clock::since_boot_ms();
-        match FlowTable::attach(FlowMemory::Shared(map(&file, words)?), now, epoch, seed, Timeouts::KERNEL) {
-            Ok(table) => {
-                info!(flows = table.counters().entries, "took over the flow table");
-                return Ok(table);
-            }
-            Err(AttachError::NoTable) => {}
-            Err(why) => debug!("the flow table starts empty: {why}"),
-        }
-        clear(&file, words)?;
-        reserve(&file, words as i64 * 8)?;
-    }
-    new(FlowMemory::Shared(map(&file, words)?))
+    Ok((FlowMemory::Shared(map(&file, words)?), known))
 }
 
 /// To nothing and back: all zeroes.

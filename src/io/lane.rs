@@ -240,7 +240,7 @@ impl<K: Kernel> LaneLoop<K> {
             frames += 1;
         }
         self.flush_datagrams(now);
-        self.flush_tun(now, snapshot);
+        self.flush_tun(now);
         Ok(frames > 0)
     }
 
@@ -260,7 +260,7 @@ impl<K: Kernel> LaneLoop<K> {
             let arrival = Arrival { encap, from: r.from, offset: r.offset, len: r.len, stride: r.stride };
             self.lane.handle_udp(now, snapshot, arrival, &mut self.receive, &mut self.out);
         }
-        self.flush_tun(now, snapshot);
+        self.flush_tun(now);
         self.flush_datagrams(now);
         Ok(true)
     }
@@ -305,11 +305,11 @@ impl<K: Kernel> LaneLoop<K> {
 
     // --- what came out ---------------------------------------------------------------------------
 
-    fn flush_tun(&mut self, now: Instant, snapshot: &Snapshot) {
+    fn flush_tun(&mut self, now: Instant) {
         if self.out.tun.is_empty() {
             return;
         }
-        self.lane.finish_tun(now, snapshot, &mut self.receive, &mut self.out);
+        self.lane.finish_tun(now, &mut self.receive, &mut self.out);
         let counters = self.lane.counters();
         let mut refused = None;
         for frame in self.out.tun.frames() {

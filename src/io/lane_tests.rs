@@ -169,6 +169,7 @@ fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
         vxlan_sources: 1,
         neighbours: Arc::default(),
         flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
+        affinity: Arc::new(crate::datapath::affinity::Affinity::in_memory(1024)),
         epoch: (crate::io::clock::now(), 0),
     });
     let counters = lane.counters();

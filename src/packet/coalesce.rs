@@ -14,7 +14,7 @@
 //! the identification of IPv4 packets that may not be fragmented (RFC 6864 gives it no meaning) and for
 //! merged acknowledgements ([`Offloads::acks`]).
 
-use super::vnet::VNET_HDR_LEN;
+use super::vnet::{VNET_HDR_LEN, VnetHdr};
 use super::{DropReason, Headers, L4};
 use frame::{Building, Kind, ends_frame, is_right, kind};
 use table::{Table, flow_hash};
@@ -131,6 +131,8 @@ pub struct Head<'a> {
     pub packets: u16,
     /// How many bytes they had together.
     pub bytes: u32,
+    /// What the caller gave with it.
+    pub tag: u32,
 }
 
 /// Packets on their way to the TUN. Allocates when it is made and never after.
@@ -201,6 +203,19 @@ impl TunBatch {
         headers: &Headers,
         memory: &Memory<'_>,
     ) -> Result<bool, DropReason> {
+        self.push_tagged(region, offset, headers, memory, 0)
+    }
+
+    /// The same, with a number that tells the caller where the packet came from: only packets with the same
+    /// one join, and [`Head::tag`] gives it back.
+    pub fn push_tagged(
+        &mut self,
+        region: Region,
+        offset: u32,
+        headers: &Headers,
+        memory: &Memory<'_>,
+        tag: u32,
+    ) -> Result<bool, DropReason> {
         if self.is_full() {
             return Err(DropReason::NoBuffer);
         }
@@ -208,12 +223,14 @@ impl TunBatch {
         let packet = memory.get(piece).ok_or(DropReason::Truncated)?;
         let kind = kind(packet, headers, self.offloads);
         let Some(hash) = self.hash(headers) else {
-            self.begin(piece, packet, headers, 0, Kind::Alone);
+            self.begin(piece, packet, headers, 0, Kind::Alone, tag);
             return Ok(false);
         };
         let open = self.table.find(hash, headers, &self.frames);
         let joined = match open {
-            Some((_, index)) if kind != Kind::Alone => self.join(index, kind, piece, packet, headers, memory),
+            Some((_, index)) if kind != Kind::Alone && self.frames[usize::from(index)].tag == tag => {
+                self.join(index, kind, piece, packet, headers, memory)
+            }
             Some(_) | None => Joined::Refused,
         };
         match joined {
@@ -222,7 +239,7 @@ impl TunBatch {
             Joined::Refused | Joined::Damaged => {
                 self.table.forget(open);
                 let kind = if joined == Joined::Damaged { Kind::Alone } else { kind };
-                self.begin(piece, packet, headers, hash, kind);
+                self.begin(piece, packet, headers, hash, kind, tag);
                 let index = (self.frames.len() - 1) as u16;
                 if kind != Kind::Alone && !ends_frame(headers) {
                     self.table.remember(hash, index);
@@ -230,6 +247,31 @@ impl TunBatch {
             }
         }
         Ok(matches!(joined, Joined::Open | Joined::Closed))
+    }
+
+    /// Adds a packet that needs nothing more, with the virtio header that belongs to it: `packets` in one.
+    pub fn push_ready(
+        &mut self,
+        piece: Piece,
+        headers: &Headers,
+        memory: &Memory<'_>,
+        vnet: VnetHdr,
+        packets: u16,
+    ) -> Result<(), DropReason> {
+        if self.is_full() {
+            return Err(DropReason::NoBuffer);
+        }
+        let packet = memory.get(piece).ok_or(DropReason::Truncated)?;
+        // What it might have overtaken stays before it.
+        if let Some(hash) = self.hash(headers) {
+            let open = self.table.find(hash, headers, &self.frames);
+            self.table.forget(open);
+        }
+        self.begin(piece, packet, headers, 0, Kind::Ready, 0);
+        if let Some(frame) = self.frames.last_mut() {
+            (frame.vnet, frame.packets) = (vnet, packets);
+        }
+        Ok(())
     }
 
     /// The first packet of each frame, in order.
@@ -246,8 +288,8 @@ impl TunBatch {
     pub fn head(&self, index: usize) -> Option<Head<'_>> {
         let frame = self.frames.get(index).filter(|frame| frame.kind != Kind::Discarded)?;
         let piece = self.items[usize::from(frame.first)].piece;
-        let Building { headers, packets, bytes, .. } = frame;
-        Some(Head { index, piece, headers, packets: *packets, bytes: *bytes })
+        let Building { headers, packets, bytes, tag, .. } = frame;
+        Some(Head { index, piece, headers, packets: *packets, bytes: *bytes, tag: *tag })
     }
 
     /// Takes a frame out of the batch.
@@ -307,10 +349,12 @@ impl TunBatch {
         }
     }
 
-    fn begin(&mut self, piece: Piece, packet: &[u8], headers: &Headers, hash: u32, kind: Kind) {
+    fn begin(&mut self, piece: Piece, packet: &[u8], headers: &Headers, hash: u32, kind: Kind, tag: u32) {
         let item = self.items.len() as u16;
         self.items.push(Item { piece, next: NONE });
-        self.frames.push(Building::new(kind, hash, item, packet, headers));
+        let mut frame = Building::new(kind, hash, item, packet, headers);
+        frame.tag = tag;
+        self.frames.push(frame);
     }
 
     fn join(
@@ -330,7 +374,7 @@ impl TunBatch {
             (Kind::Tcp, Kind::Tcp) => frame.takes_segment(head, packet, headers),
             (Kind::Ack, Kind::Ack) => frame.takes_ack(head, packet, headers),
             (Kind::Udp, Kind::Udp) => frame.takes_datagram(head, packet, headers),
-            (Kind::Alone | Kind::Tcp | Kind::Ack | Kind::Udp | Kind::Discarded, _) => false,
+            (Kind::Alone | Kind::Ready | Kind::Tcp | Kind::Ack | Kind::Udp | Kind::Discarded, _) => false,
         };
         // The kernel takes a joined frame's checksums on trust.
         if !fits || !frame.is_right(head) {

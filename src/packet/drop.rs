@@ -67,6 +67,32 @@ drop_reasons! {
     /// The kernel refused the datagram.
     SendFailed => "send-failed",
 
+    // --- Services --------------------------------------------------------------------------------
+    /// The Service has no endpoint; the client was told (reset or unreachable).
+    NoServiceEndpoint => "no-service-endpoint",
+    /// The Service's policy allows endpoints of this node only, and there is none.
+    NoLocalEndpoint => "no-local-endpoint",
+    /// A port of a ClusterIP on which no Service listens; the client was told.
+    ServicePortClosed => "service-port-closed",
+    /// The client's address is not in the Service's `loadBalancerSourceRanges`.
+    ClientNotAllowed => "client-not-allowed",
+    /// The endpoint of an open connection is gone; the client was told.
+    EndpointGone => "endpoint-gone",
+    /// TCP to a Service in the middle of a connection that is not known; the client was told.
+    UnknownConnection => "unknown-connection",
+    /// TCP of a translated flow that fits no state of it.
+    InvalidTcp => "invalid-tcp",
+    /// No room in the flow table for a flow that must be translated.
+    FlowTableFull => "flow-table-full",
+    /// The local pod has as many flows as one pod may have.
+    FlowQuota => "flow-quota",
+    /// Another lane kept the flow's place in the table for too long.
+    FlowTableBusy => "flow-table-busy",
+    /// Every source port that was tried is in use towards the same endpoint.
+    NoSourcePort => "no-source-port",
+    /// A fragment whose first one did not come.
+    AwaitingFragment => "awaiting-fragment",
+
     // --- inbound ---------------------------------------------------------------------------------
     /// A datagram that is neither WireGuard nor VXLAN.
     NotTunnel => "not-tunnel",

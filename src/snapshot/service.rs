@@ -181,7 +181,7 @@ impl ServicePort {
     pub fn keeps(&self, protocol: u8, endpoint: Endpoint) -> bool {
         let found = self.known.binary_search_by_key(&endpoint, |known| known.endpoint);
         // A connection may end in peace with who takes no new ones; datagrams have no end to wait for.
-        found.is_ok_and(|at| protocol == Protocol::Tcp.number() || self.known[at].serving)
+        found.is_ok_and(|at| protocol != Protocol::Udp.number() || self.known[at].serving)
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::desired::Desired;
 use super::durable::{self, Loaded};
+use super::services::saved::{self, SavedServices};
 use super::source::{Object, manifest};
 use crate::snapshot::PeerId;
 
@@ -92,8 +93,41 @@ impl CheckpointFiles {
         self.write(&self.state_path(), "checkpoint", &serde_json::to_vec(&body)?)
     }
 
-    /// Loads the state. A damaged one is set aside.
+    /// Saves Services, in a file of their own: they change much more often than the mesh, and may be many.
+    /// Returns how many bytes that took.
+    pub fn save_services(&self, services: &SavedServices) -> io::Result<usize> {
+        let mut body = format!("{}\n", self.node).into_bytes();
+        body.extend(services.to_bytes()?);
+        self.write(&self.services_path(), "services", &body)?;
+        Ok(body.len())
+    }
+
+    /// Loads the state with its Services. What is damaged is set aside.
     pub fn load(&self) -> io::Result<Loaded<Checkpoint>> {
+        let mut loaded = self.load_mesh()?;
+        if let Loaded::Good(checkpoint) = &mut loaded {
+            match self.load_services()? {
+                Loaded::Good(services) => checkpoint.objects.extend(services),
+                Loaded::Missing => {}
+                // The mesh does without them.
+                Loaded::SetAside { reason, .. } => {
+                    tracing::warn!("the saved Services are not used: the file {reason}")
+                }
+            }
+        }
+        Ok(loaded)
+    }
+
+    fn load_services(&self) -> io::Result<Loaded<Vec<Object>>> {
+        load(&self.services_path(), "services", |bytes| {
+            let end = bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len());
+            let (node, lines) = bytes.split_at(end);
+            self.check_node(&String::from_utf8_lossy(node))?;
+            saved::from_bytes(lines.get(1..).unwrap_or_default())
+        })
+    }
+
+    fn load_mesh(&self) -> io::Result<Loaded<Checkpoint>> {
         load(&self.state_path(), "checkpoint", |bytes| {
             let body: Body = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
             self.check_node(&body.node)?;
@@ -127,6 +161,10 @@ impl CheckpointFiles {
 
     fn state_path(&self) -> PathBuf {
         self.folder.join("checkpoint.json")
+    }
+
+    fn services_path(&self) -> PathBuf {
+        self.folder.join("services.jsonl")
     }
 
     fn recent_path(&self) -> PathBuf {
@@ -196,6 +234,25 @@ mod tests {
             again.apply(object);
         }
         assert!(again.nodes().eq(desired.nodes()));
+    }
+
+    #[test]
+    fn services_come_back_and_a_bad_file_of_them_costs_only_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::new(dir.path(), "a");
+        let text = "{apiVersion: v1, kind: Service, metadata: {name: s}, spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}}";
+        let mut desired = Desired::default();
+        desired.apply(&manifest::parse(text.as_bytes(), false).objects[0]);
+        files.save(&Checkpoint { objects: objects(), ..Checkpoint::default() }).unwrap();
+        files.save_services(&SavedServices::capture(desired.services())).unwrap();
+        let names = || match files.load().unwrap() {
+            Loaded::Good(loaded) => loaded.objects.iter().map(|object| object.key().to_string()).collect(),
+            Loaded::Missing | Loaded::SetAside { .. } => Vec::new(),
+        };
+        assert_eq!(names(), ["Node/b", "ServiceCIDR/k", "Service/default/s"]);
+        CheckpointFiles::new(dir.path(), "other").save_services(&SavedServices::default()).unwrap();
+        assert_eq!(names(), ["Node/b", "ServiceCIDR/k"]);
+        assert!(dir.path().join("services.jsonl.bad").exists());
     }
 
     #[test]

@@ -18,9 +18,9 @@ use super::problem::Problem;
 use super::services::store::ServiceStore;
 use super::source::{Key, Kind, Object};
 
-/// Who comes first when two Nodes claim the same: the older, then the lower UID, then the name. Never
-/// the order of arrival, so that two agents agree. In a folder, which has neither times nor UIDs, the
-/// name decides; a Node with a time comes before one without.
+/// Who comes first when two Nodes, or two Services, claim the same: the older, then the lower UID, then the
+/// name. Never the order of arrival, so that two agents agree. In a folder, which has neither times nor
+/// UIDs, the name decides; what has a time comes before what has none.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Precedence {
     untimed: bool,

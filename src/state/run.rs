@@ -19,11 +19,14 @@ use super::compile::{Compiled, Compiler, HostPlan, Settings};
 use super::desired::{Desired, Outcome};
 use super::problem::{Problem, ProblemBoard, ProblemKind};
 use super::publish::{Published, Publisher};
+use super::services::saved::SavedServices;
 use super::source::{Key, Kind, SourceEvent};
 use crate::snapshot::{LocalNode, Mesh, Snapshot};
 
 /// How often our published file is looked at, and the state saved if it has changed.
 const TICK: Duration = Duration::from_secs(2);
+/// How much of Services is written between two ticks, on average, when they change all the time.
+const BYTES_A_TICK: usize = 1 << 20;
 /// What the mesh is made from: nothing is compiled before the source has listed these.
 const NEEDED: [Kind; 2] = [Kind::Node, Kind::ServiceCidr];
 /// Most events of one turn; more are the next one's.
@@ -91,9 +94,20 @@ pub struct StateLine {
     savable: bool,
     /// Whether more than Services changed since the last compile.
     mesh_changed: bool,
+    /// Whether more than Services changed since the last save, and whether Services did.
+    unsaved: Unsaved,
     snapshot: Arc<ArcSwap<Snapshot>>,
     plan: watch::Sender<Option<Arc<HostPlan>>>,
     report: watch::Sender<Arc<StateReport>>,
+}
+
+/// What a restart would not bring back.
+#[derive(Clone, Copy, Debug, Default)]
+struct Unsaved {
+    mesh: bool,
+    services: bool,
+    /// Ticks until Services may be saved again.
+    rest: usize,
 }
 
 impl StateLine {
@@ -125,6 +139,7 @@ impl StateLine {
             heard: BTreeMap::new(),
             savable: false,
             mesh_changed: true,
+            unsaved: Unsaved::default(),
             snapshot: snapshot.clone(),
             plan,
             report,
@@ -146,7 +161,7 @@ impl StateLine {
                 let mut outcome = self.desired.list(kind, &objects);
                 let news = self.heard.insert(kind, complete) != Some(complete);
                 outcome.changed |= news;
-                outcome.mesh |= news;
+                outcome.mesh |= news && NEEDED.contains(&kind);
                 outcome
             }
             SourceEvent::Problems { origin, problems } => {
@@ -217,7 +232,7 @@ impl StateLine {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH.min(256));
-        let (mut unsaved, mut settings_open) = (false, true);
+        let mut settings_open = true;
         loop {
             let publish;
             tokio::select! {
@@ -230,11 +245,9 @@ impl StateLine {
                     for event in batch.drain(..) {
                         changed |= self.handle(event);
                     }
-                    if changed {
-                        self.compile();
-                        unsaved = true;
-                    } else {
-                        self.tell();
+                    match changed {
+                        true => self.compile(),
+                        false => self.tell(),
                     }
                 }
                 result = settings.changed(), if settings_open => {
@@ -246,18 +259,15 @@ impl StateLine {
                 }
                 _ = tick.tick() => {
                     publish = true;
-                    if unsaved && self.savable {
-                        unsaved = !self.save(files.as_ref(), clock).await;
-                    }
+                    self.save_what_changed(files.as_ref(), clock).await;
                 }
             }
             if publish {
                 publisher = self.publish(publisher, clock).await;
             }
         }
-        if unsaved && self.savable {
-            self.save(files.as_ref(), clock).await;
-        }
+        self.unsaved.rest = 0;
+        self.save_what_changed(files.as_ref(), clock).await;
     }
 
     fn is_listed(&self) -> bool {
@@ -317,6 +327,8 @@ impl StateLine {
             self.note(&origin, problems);
         }
         self.mesh_changed |= outcome.mesh;
+        self.unsaved.mesh |= outcome.mesh;
+        self.unsaved.services |= outcome.changed && !outcome.mesh;
         outcome.changed
     }
 
@@ -352,18 +364,31 @@ impl StateLine {
         });
     }
 
-    /// Saves the state; a failure is reported and tried again.
-    async fn save(&mut self, files: Option<&CheckpointFiles>, clock: Clock) -> bool {
-        let Some(files) = files.cloned() else { return true };
-        let checkpoint = self.checkpoint((clock.wall)());
-        let problem = match blocking(move || files.save(&checkpoint)).await {
-            Ok(()) => None,
-            Err(error) => Some(setting("state folder", format!("the state cannot be saved: {error}"))),
-        };
-        let good = problem.is_none();
-        self.note("checkpoint", problem.into_iter().collect());
+    /// Saves what a restart would not bring back; a failure is reported and tried again.
+    async fn save_what_changed(&mut self, files: Option<&CheckpointFiles>, clock: Clock) {
+        self.unsaved.rest = self.unsaved.rest.saturating_sub(1);
+        let Some(files) = files.filter(|_| self.savable) else { return };
+        if self.unsaved.mesh {
+            let (files, checkpoint) = (files.clone(), self.checkpoint((clock.wall)()));
+            let saved = blocking(move || files.save(&checkpoint)).await;
+            self.unsaved.mesh = saved.is_err();
+            self.note_saved("checkpoint", saved.err());
+        }
+        if self.unsaved.services && self.unsaved.rest == 0 && self.settings.services.enabled {
+            let (files, services) = (files.clone(), SavedServices::capture(self.desired.services()));
+            let saved = blocking(move || files.save_services(&services)).await;
+            self.unsaved.services = saved.is_err();
+            // The more there is to write, the less often.
+            self.unsaved.rest = saved.as_ref().map_or(0, |bytes| bytes / BYTES_A_TICK);
+            self.note_saved("saved services", saved.err());
+        }
+    }
+
+    fn note_saved(&mut self, origin: &str, error: Option<std::io::Error>) {
+        let problem =
+            error.map(|error| setting("state folder", format!("the state cannot be saved: {error}")));
+        self.note(origin, problem.into_iter().collect());
         self.tell();
-        good
     }
 
     /// Makes the published file say what it should; hands the publisher back. An agent that was started
@@ -411,6 +436,7 @@ fn setting(subject: &str, reason: String) -> Problem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::service::{Listen, Protocol};
     use crate::state::annotations::{Announcement, Encaps, key_text};
     use crate::state::checkpoint::CheckpointFiles;
     use crate::state::compile::EncapPolicy;
@@ -768,5 +794,105 @@ mod tests {
         let report = a.report.borrow().clone();
         assert!(report.problems_seen.contains(&(ProblemKind::Annotation, 1)), "{report:?}");
         tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+
+    const SERVICES: &str = "
+{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {clusterIP: 10.96.0.5, ports: [{port: 80, nodePort: 30080}]}}
+---
+{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: web-1, labels: {kubernetes.io/service-name: web}},
+ addressType: IPv4, ports: [{port: 8080}], endpoints: [{addresses: [10.244.1.5], nodeName: a}]}
+---
+{apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: kubernetes}, spec: {cidrs: [10.96.0.0/16]}}
+";
+
+    fn serving() -> Settings {
+        Settings {
+            services: ServiceSettings { enabled: true, ..ServiceSettings::default() },
+            ..settings("a", 1)
+        }
+    }
+
+    fn cluster_ip() -> Listen {
+        Listen { address: "10.96.0.5".parse().unwrap(), protocol: Protocol::Tcp, port: 80 }
+    }
+
+    #[test]
+    fn a_change_of_services_leaves_the_mesh_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        write("n.yaml", &(node("a", 1) + &node("b", 2)));
+        write("s.yaml", SERVICES);
+        let (mut line, mut outputs) = StateLine::new(serving(), None);
+        let mut folder = Folder::new(dir.path());
+        feed(&mut line, folder.scan(true).unwrap());
+        let first = outputs.snapshot.load_full();
+        let port = |snapshot: &Snapshot| Arc::clone(&snapshot.services.frontend(&cluster_ip()).unwrap().port);
+        assert_eq!((port(&first).cluster.len(), first.services.is_complete()), (1, true));
+        let plan = outputs.plan.borrow_and_update().clone().unwrap();
+        assert!(plan.services.node_ports.contains(&(Protocol::Tcp, 30080)));
+        let report = outputs.report.borrow().clone();
+        assert_eq!((report.services, report.endpoints, &*report.problems), (1, 1, &[][..]));
+
+        write("s.yaml", &SERVICES.replace("10.244.1.5", "10.244.2.6"));
+        feed(&mut line, folder.reread(["s.yaml"]));
+        let second = outputs.snapshot.load_full();
+        assert_eq!(port(&second).cluster[0].address.to_string(), "10.244.2.6");
+        assert!(Arc::ptr_eq(&first.mesh, &second.mesh) && Arc::ptr_eq(&first.local, &second.local));
+        assert_eq!(second.generation, first.generation + 1);
+        assert!(!outputs.plan.has_changed().unwrap(), "the host has nothing to do");
+        assert!(!line.mesh_changed && line.unsaved.services);
+
+        // A new node, and the Services are the same; a Service in a pod range, and the node hears of it.
+        write("c.yaml", &node("c", 3));
+        feed(&mut line, folder.reread(["c.yaml"]));
+        let third = outputs.snapshot.load_full();
+        assert!(Arc::ptr_eq(&second.services, &third.services) && peers(&outputs).len() == 2);
+        let plan = outputs.plan.borrow_and_update().clone().unwrap();
+        write("s.yaml", &SERVICES.replace("10.96.0.5", "10.244.3.5"));
+        feed(&mut line, folder.reread(["s.yaml"]));
+        let said = |outputs: &Outputs| {
+            outputs.report.borrow().problems.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            said(&outputs),
+            ["Service/default/web, spec.clusterIPs: 10.244.3.5 lies in a pod range of the cluster"]
+        );
+        fs::remove_file(dir.path().join("s.yaml")).unwrap();
+        feed(&mut line, folder.reread(["s.yaml"]));
+        assert!(outputs.snapshot.load().services.is_empty() && said(&outputs).is_empty());
+        let last = outputs.plan.borrow_and_update().clone().unwrap();
+        assert!(last.services.node_ports.is_empty() && last.peer_ranges == plan.peer_ranges);
+    }
+
+    #[tokio::test]
+    async fn services_outlive_the_agent_and_an_api_that_is_away() {
+        let states = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::new(states.path(), "a");
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("all.yaml"), node("a", 1) + &node("b", 2) + "---" + SERVICES).unwrap();
+        let (mut line, _outputs) = StateLine::new(serving(), None);
+        feed(&mut line, Folder::new(dir.path()).scan(true).unwrap());
+        line.save_what_changed(Some(&files), CLOCK).await;
+        assert!(!line.unsaved.mesh && !line.unsaved.services);
+
+        let load = || match files.load().unwrap() {
+            Loaded::Good(saved) => saved,
+            other => panic!("{other:?}"),
+        };
+        let (mut line, outputs) = StateLine::new(serving(), Some(load()));
+        let serves = |outputs: &Outputs| outputs.snapshot.load().services.frontend(&cluster_ip()).is_some();
+        assert!(serves(&outputs) && !outputs.snapshot.load().services.is_complete());
+        let list = |kind, text: &str, complete| SourceEvent::Reset {
+            kind,
+            objects: manifest::parse(text.as_bytes(), false).objects,
+            complete,
+        };
+        let nodes = node("a", 1) + &node("b", 2);
+        feed(&mut line, vec![list(Kind::Node, &nodes, true), list(Kind::ServiceCidr, "", true)]);
+        feed(&mut line, vec![list(Kind::Service, "", false), list(Kind::EndpointSlice, "", true)]);
+        assert!(serves(&outputs), "an incomplete list removes nothing");
+        assert!(outputs.snapshot.load().services.frontend(&cluster_ip()).unwrap().port.cluster.is_empty());
+        feed(&mut line, vec![list(Kind::Service, "", true)]);
+        assert!(!serves(&outputs) && outputs.snapshot.load().services.is_complete());
     }
 }

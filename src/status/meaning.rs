@@ -34,6 +34,22 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         DropReason::NoBuffer => "the lane's buffers were full: more traffic than it can carry",
         DropReason::UplinkFull => "the node's network is slower than what its pods send",
         DropReason::SendFailed => "the kernel refused the datagram: is there a route to the peer's endpoint?",
+        DropReason::NoServiceEndpoint => "to a Service without endpoints; the client was told at once",
+        DropReason::NoLocalEndpoint => {
+            "the Service's traffic policy is Local, and this node has no endpoint of it"
+        }
+        DropReason::ServicePortClosed => "to a port on which no Service listens; the client was told at once",
+        DropReason::ClientNotAllowed => "the client is not in the Service's loadBalancerSourceRanges",
+        DropReason::EndpointGone => "the endpoint of an open connection is gone; the client was told (reset)",
+        DropReason::UnknownConnection => {
+            "in the middle of a connection to a Service that this node does not know; it was reset"
+        }
+        DropReason::InvalidTcp => "TCP of a translated connection that fits no state of it",
+        DropReason::FlowTableFull => "no room for another translated flow: a flood from one pod?",
+        DropReason::FlowQuota => "a pod of this node has a quarter of the flow table: is it flooding?",
+        DropReason::FlowTableBusy => "another lane kept the flow's place in the table for too long",
+        DropReason::NoSourcePort => "every source port tried is in use towards the same endpoint",
+        DropReason::AwaitingFragment => "a fragment whose first one, with the ports, did not come",
         DropReason::NotTunnel => "a datagram that is neither WireGuard nor VXLAN: a scanner?",
         DropReason::TunnelInTunnel => {
             "WireGuard from an address inside the mesh: a tunnel through the tunnel?"

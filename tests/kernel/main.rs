@@ -16,4 +16,5 @@ mod refusals;
 mod rekey;
 mod repair;
 mod restart;
+mod services;
 mod uapi;

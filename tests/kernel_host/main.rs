@@ -149,11 +149,13 @@ fn the_watcher_applies_a_new_config_and_ends_with_its_sender() {
         settle(&mut events).await;
         config_out.send_modify(|config| config.mtu = 1300);
         until("the second", || sh("ip link show dev warren0").contains("mtu 1300"), String::new).await;
+        let said = tokio::time::timeout(REPAIR, events.recv()).await;
+        assert!(matches!(said, Ok(Some(HostEvent::Changed(_)))), "no repair: {said:?}");
         config_out.send_modify(|config| config.mtu = 1000);
         let said = tokio::time::timeout(REPAIR, async {
             loop {
                 match events.recv().await {
-                    Some(HostEvent::Repaired(_)) => {}
+                    Some(HostEvent::Repaired(_) | HostEvent::Changed(_)) => {}
                     other => return other,
                 }
             }

@@ -135,7 +135,7 @@ pub(crate) fn watched_with(
 /// Waits until the watcher has had nothing to say for a while.
 pub(crate) async fn settle(events: &mut mpsc::Receiver<HostEvent>) {
     while let Ok(event) = tokio::time::timeout(Duration::from_millis(400), events.recv()).await {
-        assert!(matches!(event, Some(HostEvent::Repaired(_))), "{event:?}");
+        assert!(matches!(event, Some(HostEvent::Repaired(_) | HostEvent::Changed(_))), "{event:?}");
     }
 }
 

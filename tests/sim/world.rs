@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mock_instant::MockClock;
+use warren::datapath::affinity::Affinity;
 use warren::datapath::conntrack::{FlowTable, Seed};
 use warren::datapath::{Arrival, Counters, Lane, LaneConfig, Output, Total};
 use warren::packet::coalesce::{Memory, Offloads};
@@ -172,6 +173,7 @@ impl World {
                 mac: mac(id),
             }),
             mesh: Arc::new(Mesh::default()),
+            services: Arc::default(),
         });
         self.nodes.push(Node {
             endpoints: vec![SocketAddr::new(address, WIREGUARD_PORT)],
@@ -193,6 +195,7 @@ impl World {
     fn boot(&mut self, id: usize) {
         let flows = FlowTable::in_memory(256, Seed(1, id as u64)).expect("a small table");
         let (flows, neighbours) = (Arc::new(flows), Arc::new(Neighbours::default()));
+        let affinity = Arc::new(Affinity::in_memory(64));
         let epoch = (self.now(), 0);
         let seeds: Vec<(u64, u64)> =
             (0..self.nodes[id].keys.len()).map(|_| (self.rng.next(), self.rng.next())).collect();
@@ -207,6 +210,7 @@ impl World {
                     vxlan_sources: 4,
                     neighbours: Arc::clone(&neighbours),
                     flows: Arc::clone(&flows),
+                    affinity: Arc::clone(&affinity),
                     epoch,
                 })
             })
@@ -502,7 +506,7 @@ impl World {
         let packets = {
             let lane = &mut node.lanes[lane];
             act(lane, now, &snapshot, &mut self.receive, &mut self.out);
-            lane.finish_tun(now, &snapshot, &mut self.receive, &mut self.out);
+            lane.finish_tun(now, &mut self.receive, &mut self.out);
             frames(&mut self.receive, &mut self.out)
         };
         MockClock::set_time(self.at);

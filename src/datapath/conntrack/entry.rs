@@ -31,7 +31,7 @@ pub(super) const ORIGINAL_BYTES: usize = 14;
 pub(super) const REPLY_BYTES: usize = 15;
 
 const FLAG_REPLIED: u8 = 1;
-const FLAG_FROM_PEER: u8 = 2;
+pub(super) const FLAG_FROM_PEER: u8 = 2;
 pub(super) const FLAG_TRANSLATED: u8 = 4;
 
 /// Time within an entry: 40 bits of milliseconds, 34 years.
@@ -125,7 +125,7 @@ pub(super) fn write(
     let mut flags = 0;
     for (flag, set) in [
         (FLAG_REPLIED, direction == Direction::Reply),
-        (FLAG_FROM_PEER, packet.from_peer != (direction == Direction::Reply)),
+        (FLAG_FROM_PEER, is_from_peer(packet, direction)),
         (FLAG_TRANSLATED, translation.is_some()),
     ] {
         flags |= if set { flag } else { 0 };
@@ -146,6 +146,11 @@ pub(super) fn write(
     }
     count(entry, direction, packet);
     memory::end_write(entry, (now / 1000) as u32)
+}
+
+/// Whether a peer opened the flow of which this is the first packet seen.
+pub(super) fn is_from_peer(packet: &Sighting, direction: Direction) -> bool {
+    packet.from_peer != (direction == Direction::Reply)
 }
 
 pub(super) fn count(entry: &Entry, direction: Direction, packet: &Sighting) {

@@ -1,5 +1,10 @@
 //! What lanes tell the table, and what it answers.
 
+use std::hash::Hasher as _;
+use std::net::IpAddr;
+
+use siphasher::sip::SipHasher13;
+
 use super::{Direction, FlowKey, FlowState};
 use crate::snapshot::PeerId;
 
@@ -20,8 +25,20 @@ pub struct Sighting {
     pub packets: u32,
     /// Bytes of them.
     pub bytes: u64,
-    /// Who pays for the entry: the local pod's number, for the quota that Services will set; 0 for nobody.
+    /// Who pays for the entry: the local pod's number ([`Sighting::owner_of`]); 0 for nobody.
     pub owner: u16,
+}
+
+impl Sighting {
+    /// The number of a local pod: two pods seldom share one, and then share a quota.
+    pub fn owner_of(pod: IpAddr) -> u16 {
+        let mut hasher = SipHasher13::new_with_keys(0, 0);
+        match pod {
+            IpAddr::V4(v4) => hasher.write_u32(v4.to_bits()),
+            IpAddr::V6(v6) => hasher.write_u128(v6.to_bits()),
+        }
+        (hasher.finish() % u64::from(u16::MAX)) as u16 + 1
+    }
 }
 
 /// What a Service does to a flow.
@@ -55,6 +72,8 @@ pub struct Tracked {
     pub new: bool,
     /// The peer that the flow was opened to or from.
     pub peer: Option<PeerId>,
+    /// Whether that peer opened it.
+    pub from_peer: bool,
     /// The Service, endpoint and new key of a translated flow.
     pub rewrite: Option<Rewrite>,
 }
@@ -73,10 +92,15 @@ pub struct Rewrite {
 /// Why a burst has no entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Untracked {
-    /// TCP that fits no state of its flow; Services must not translate it.
-    Invalid,
+    /// TCP that fits no state of its flow, or cannot open one.
+    Invalid {
+        /// Whether the flow is translated: then nobody would know these packets as they are.
+        translated: bool,
+    },
     /// No room: all flows looked at are worth more.
     Full,
+    /// The local pod that would pay for it has as many as one may have.
+    Quota,
     /// Another lane is changing this place right now.
     Busy,
     /// Another flow has this key already, in one of the directions: take another source port.

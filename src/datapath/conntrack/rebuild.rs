@@ -16,6 +16,9 @@ impl FlowTable {
             for index in base..base + self.slab.used(shard) {
                 if self.revive(now, index) {
                     self.slab.shard(shard, shard::LIVE).fetch_add(1, Ordering::Relaxed);
+                    let tail =
+                        self.slab.entry(index).map_or(0, |entry| entry[entry::TAIL].load(Ordering::Relaxed));
+                    self.count_owned(tail as u16);
                 } else {
                     self.slab.give_back(index);
                 }

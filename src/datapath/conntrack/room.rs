@@ -156,7 +156,8 @@ impl FlowTable {
         for key in [original_key(entry), reply_key(entry)] {
             self.unlink(flow.index, key.hash(self.seed));
         }
-        entry[entry::TAIL].store(0, Ordering::Relaxed);
+        let owner = entry[entry::TAIL].swap(0, Ordering::Relaxed) as u16;
+        self.count_disowned(owner);
         memory::end_write(entry, 0);
         self.slab.shard(self.slab.shard_of(flow.index), shard::LIVE).fetch_sub(1, Ordering::Relaxed);
         self.slab.give_back(flow.index);

@@ -147,11 +147,14 @@ fn a_flow_opened_by_its_answer_keeps_its_sides() {
 fn invalid_tcp_makes_no_flow_and_harms_none() {
     let table = table(64);
     for flags in [0, SYN | 1, RST, 0x11] {
-        assert_eq!(table.track(T0, &sighting(key(6, 1), flags)), Err(Untracked::Invalid));
+        assert_eq!(
+            table.track(T0, &sighting(key(6, 1), flags)),
+            Err(Untracked::Invalid { translated: false })
+        );
     }
     let flow = establish(&table, T0, key(6, 1));
     let before = table.record(flow);
-    assert_eq!(table.track(T0, &sighting(key(6, 1), SYN | 1)), Err(Untracked::Invalid));
+    assert_eq!(table.track(T0, &sighting(key(6, 1), SYN | 1)), Err(Untracked::Invalid { translated: false }));
     assert_eq!(table.record(flow), before);
     assert_eq!(table.counters().invalid, 5);
     // A repeated SYN passes but does not keep a flow alive.
@@ -221,7 +224,10 @@ fn translations_never_share_a_reply() {
     assert_eq!(table.insert(T0, &sighting(client, SYN), Some(&translation)), Err(Untracked::Taken));
     // Only a SYN may choose an endpoint.
     let late = FlowKey { source_port: 9, ..client };
-    assert_eq!(table.insert(T0, &sighting(late, ACK), Some(&moved)), Err(Untracked::Invalid));
+    assert_eq!(
+        table.insert(T0, &sighting(late, ACK), Some(&moved)),
+        Err(Untracked::Invalid { translated: true })
+    );
     assert_eq!(table.counters().entries, 2);
 
     // Once the direct connection is forgotten its key is free, swept or not.
@@ -229,6 +235,24 @@ fn translations_never_share_a_reply() {
     let much_later = T0 + 500_000_000;
     table.insert(much_later, &sighting(again, SYN), Some(&translation)).unwrap();
     assert_eq!(table.counters().expired, 1);
+}
+
+#[test]
+fn one_pod_fills_no_more_than_its_share() {
+    let table = table(1024);
+    let from = |n: u16, owner| Sighting { owner, ..sighting(key(17, u32::from(n) | 0x0100_0000), 0) };
+    let kept = establish(&table, T0, key(6, 1));
+    let results: Vec<_> = (0..2000).map(|n| table.track(T0, &from(n, 7))).collect();
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 256);
+    assert_eq!(results.last(), Some(&Err(Untracked::Quota)));
+    assert_eq!((table.owned_by(7), table.owned_by(8)), (256, 0));
+    assert!(table.track(T0, &from(5000, 8)).is_ok() && table.record(kept).is_some());
+    // What it has goes on, and what expires makes room.
+    assert!(table.track(T0, &from(0, 7)).is_ok());
+    let later = T0 + 31_000;
+    while table.sweep(later, 1024) > 0 {}
+    assert_eq!(table.owned_by(7), 0);
+    assert!(table.track(later, &from(9000, 7)).is_ok());
 }
 
 #[test]
@@ -501,7 +525,7 @@ fn model_track(flows: &mut HashMap<FlowKey, Model>, now: u64, packet: &Sighting)
             Step::To(FlowState::Unreplied)
         };
         match step {
-            Step::Invalid => return Err(Untracked::Invalid),
+            Step::Invalid => return Err(Untracked::Invalid { translated: false }),
             Step::Restart => {
                 flows.remove(&original);
             }
@@ -516,7 +540,7 @@ fn model_track(flows: &mut HashMap<FlowKey, Model>, now: u64, packet: &Sighting)
         }
     }
     let opening = if tcp {
-        state::tcp_open(packet.tcp_flags).ok_or(Untracked::Invalid)?
+        state::tcp_open(packet.tcp_flags).ok_or(Untracked::Invalid { translated: false })?
     } else {
         state::Opening { state: FlowState::Unreplied, direction: Direction::Original }
     };

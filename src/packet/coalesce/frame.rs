@@ -34,6 +34,8 @@ pub(super) struct Building {
     pub(super) total_len: u32,
     /// Bytes of all packets, merged acknowledgements too.
     pub(super) bytes: u32,
+    /// Where its packets came from, for the caller.
+    pub(super) tag: u32,
     /// The sequence number that comes next.
     next_seq: u32,
     /// The last packet's flags that the frame takes over.
@@ -48,6 +50,8 @@ pub(super) struct Building {
 pub(super) enum Kind {
     /// Nothing can join.
     Alone,
+    /// Nothing can join, and nothing is to be completed.
+    Ready,
     /// TCP payload.
     Tcp,
     /// A pure acknowledgement.
@@ -128,7 +132,7 @@ impl Building {
         let size = headers.total_len.saturating_sub(headers.payload_offset() as u32) as u16;
         let next_seq = match kind {
             Kind::Tcp | Kind::Ack => be32(packet, headers, 4).wrapping_add(size.into()),
-            Kind::Alone | Kind::Udp | Kind::Discarded => 0,
+            Kind::Alone | Kind::Ready | Kind::Udp | Kind::Discarded => 0,
         };
         Building {
             headers: *headers,
@@ -140,6 +144,7 @@ impl Building {
             size,
             total_len: headers.total_len,
             bytes: headers.total_len,
+            tag: 0,
             next_seq,
             end_flags: 0,
             checked: Checked::NotYet,
@@ -226,6 +231,9 @@ impl Building {
     /// Makes the virtio header, and the joined packet's own. Addresses and ports are read from the packet,
     /// which may have been translated since it was pushed.
     pub(super) fn complete(&mut self, packet: &mut [u8]) {
+        if self.kind == Kind::Ready {
+            return;
+        }
         let headers = &self.headers;
         let joined = self.packets > 1 && self.kind != Kind::Ack;
         let (Some(pseudo), true) = (pseudo(packet, headers), joined) else {

@@ -21,6 +21,8 @@ use crate::state::problem::{Problem, ProblemKind};
 
 /// Most endpoints of one port of one Service in one family.
 pub(super) const MAX_ENDPOINTS: usize = 20_000;
+/// Most endpoints of all ports of one Service together: ten such ports, or 256 ports with 780 each.
+pub(super) const MAX_OF_SERVICE: usize = 200_000;
 
 /// What one Service came to. Lists are sorted.
 #[derive(Debug, Default)]
@@ -239,8 +241,13 @@ impl Builder<'_> {
         port: &PortInfo,
         service: &mut Building<'_>,
     ) -> Vec<Candidate<'s>> {
+        let most = MAX_ENDPOINTS.min(MAX_OF_SERVICE.saturating_sub(service.built.endpoints));
         let mut found: Vec<Candidate<'s>> = Vec::new();
         for slice in slices {
+            // Slices may repeat each other, but not for ever.
+            if found.len() > 2 * most {
+                break;
+            }
             let mine =
                 |other: &&super::slice::SlicePort| other.name == port.name && other.protocol == port.protocol;
             for number in slice.ports.iter().filter(mine).map(|port| port.port) {
@@ -265,10 +272,13 @@ impl Builder<'_> {
         let rank = |one: &Candidate<'_>| (one.endpoint, !one.local, !one.ready, !one.serving);
         found.sort_by_key(rank);
         found.dedup_by_key(|one| one.endpoint);
-        if found.len() > MAX_ENDPOINTS {
-            let reason = format!("port {} has more than {MAX_ENDPOINTS} endpoints", port.port);
+        if found.len() > most {
+            let reason = format!(
+                "more than {MAX_ENDPOINTS} for port {}, or {MAX_OF_SERVICE} for all ports: the rest is not used",
+                port.port
+            );
             service.problems.value("endpoints", reason);
-            found.truncate(MAX_ENDPOINTS);
+            found.truncate(most);
         }
         found
     }

@@ -8,6 +8,9 @@ use super::{Surroundings, no_ones};
 use crate::snapshot::service::{Listen, Protocol, Way};
 use crate::state::problem::ProblemKind;
 
+/// Most ports of external and load-balancer addresses of one Service: the loop has some 62,000 for all.
+const MAX_EXTERNALS: usize = 2_048;
+
 /// What it may ask for.
 #[derive(Debug, Default)]
 pub(super) struct Wanted {
@@ -96,6 +99,9 @@ fn externals(
                     port.port
                 );
                 problems.add(ProblemKind::Conflict, field, reason);
+            } else if wanted.len() >= MAX_EXTERNALS {
+                problems.value(field, format!("more than {MAX_EXTERNALS} addresses times ports"));
+                return;
             } else if !wanted.iter().any(|(_, other)| *other == listen) {
                 wanted.push((way, listen));
             }

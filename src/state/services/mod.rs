@@ -6,6 +6,7 @@
 //! 3. `claims`: who has an address or a node port that several want
 //! 4. `topology`: which endpoints a client is led to
 //! 5. [`compile`]: only the Services that changed, into tables that share everything else with the last ones
+//! 6. [`saved`]: what survives a restart
 
 mod build;
 mod claims;
@@ -13,6 +14,7 @@ pub mod compile;
 mod judge;
 mod loops;
 mod plan;
+pub mod saved;
 pub mod service;
 pub mod slice;
 pub mod store;

@@ -270,12 +270,12 @@ fn sources(spec: &ServiceSpec, problems: &mut Problems) -> Box<[IpNet]> {
                 break;
             }
             Ok(range) => found.push(range.trunc()),
-            Err(_) => problems.value(&field, format!("{} is not a range like 192.0.2.0/24", quote(text))),
+            Err(_) => {
+                problems.value(&field, format!("{} is not a range like 192.0.2.0/24", quote(text)));
+                // What cannot be read must not open the door of a family to all: nobody comes from these.
+                found.extend([IpNet::from(IpAddr::from([0; 4])), IpNet::from(IpAddr::from([0; 16]))]);
+            }
         }
-    }
-    if found.is_empty() && !given.is_empty() {
-        // What cannot be read must not open the door: nobody comes from these.
-        found.extend([IpNet::from(IpAddr::from([0; 4])), IpNet::from(IpAddr::from([0; 16]))]);
     }
     found.sort();
     found.dedup();

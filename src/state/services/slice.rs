@@ -18,7 +18,8 @@ const MAX_PORTS: usize = super::service::MAX_PORTS;
 /// Most hints of one kind of one endpoint, as the API has it.
 const MAX_HINTS: usize = 8;
 
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// The label that names a slice's Service.
+pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// Where an endpoint is meant to be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

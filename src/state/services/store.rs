@@ -109,7 +109,12 @@ impl ServiceStore {
         self.slices.get(service).into_iter().flat_map(BTreeMap::values)
     }
 
-    /// All slices of Services that fulfil a condition on one of its slices.
+    /// All slices.
+    pub fn all_slices(&self) -> impl Iterator<Item = &Arc<SliceInfo>> {
+        self.slices.values().flat_map(BTreeMap::values)
+    }
+
+    /// The Services of which a slice is so.
     pub(super) fn services_with(&self, mut holds: impl FnMut(&SliceInfo) -> bool) -> Vec<Arc<str>> {
         let mut found = Vec::new();
         for (service, slices) in &self.slices {

@@ -146,6 +146,7 @@ impl World {
             vxlan_sources: 4,
             neighbours: Arc::default(),
             flows: Arc::new(FlowTable::in_memory(1 << 10, Seed(3, 4)).expect("a table")),
+            affinity: Arc::new(warren::datapath::affinity::Affinity::in_memory(256)),
             epoch: (now, 1_000),
         });
         let us = Peer {
@@ -249,7 +250,7 @@ impl World {
 
     /// What is written to the TUN comes from where it says, is for us, and is what the kernel takes.
     fn judge_tun(&mut self) {
-        self.lane.finish_tun(self.now, &self.snapshot, &mut self.receive, &mut self.out);
+        self.lane.finish_tun(self.now, &mut self.receive, &mut self.out);
         let mut room = vec![0; if self.out.tun.is_empty() { 0 } else { 70_000 }];
         let routes = &self.snapshot.mesh.routes;
         for frame in self.out.tun.frames() {

@@ -123,6 +123,12 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let run = self.folder.join("run");
+            let status = Command::new(warren()).arg("status").arg("--run-dir").arg(run).output();
+            let status = status.map(|out| String::from_utf8_lossy(&out.stdout).into_owned());
+            eprintln!("--- status of {}\n{}", self.name, status.unwrap_or_default());
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {

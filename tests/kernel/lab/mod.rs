@@ -5,6 +5,7 @@ pub mod agent;
 pub mod netns;
 pub mod peer;
 pub mod probe;
+pub mod service;
 pub mod traffic;
 
 use std::fs;
