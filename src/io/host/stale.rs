@@ -117,12 +117,10 @@ mod tests {
                 (tuple.src_ip, tuple.dst_ip, tuple.dst_port) = (Some(src), Some(dst), Some(port));
                 tuple
             };
-            let entry = ConntrackEntry {
-                orig: tuple(client, to.parse().unwrap()),
-                reply: tuple(answers.parse().unwrap(), client),
-                mark: Some(mark),
-                ..ConntrackEntry::default()
-            };
+            let mut entry = ConntrackEntry::default();
+            entry.orig = tuple(client, to.parse().unwrap());
+            entry.reply = tuple(answers.parse().unwrap(), client);
+            entry.mark = Some(mark);
             assert_eq!(changed.concerns(&entry, loops), expected, "{to}:{port} {answers} {mark:#x}");
         }
     }
