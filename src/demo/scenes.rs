@@ -14,14 +14,14 @@ use super::stage::{Asker, Stage};
 use super::traffic::eavesdrop::Overheard;
 use super::traffic::{PORT, Protocol, RoundTrips, Sunk};
 use super::world::{CLUSTER_RANGES, Node, Process, World, ourselves};
-use super::{DemoError, DemoOptions, agents};
+use super::{DemoError, DemoOptions, agents, services};
 use crate::io::clock;
 use crate::snapshot::{Encap, MAX_LANES};
 
 /// Only inside a pod: no other pod can reach it.
 const SIDECAR_PORT: u16 = 9000;
 /// How long a throughput measurement sends.
-const THROUGHPUT_MS: u64 = 3000;
+const THROUGHPUT_MS: u64 = 2000;
 /// How long a latency measurement asks.
 const LATENCY_MS: u64 = 300;
 /// How often it is repeated. The best counts: where the scheduler happens to put the two ends (one core, two
@@ -37,6 +37,7 @@ pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
     ));
     let world = World::build(options, |what| report.waiting(&format!("making {what}"), clock::now()))?;
     agents::write_nodes(&world)?;
+    services::write(&world)?;
     let mut stage = Stage { world, report };
     stage.introduce();
     // What went well until then is said too, and in the document.
@@ -60,6 +61,12 @@ impl Stage {
             self.across_nodes(encap)?;
             if turn == 0 {
                 self.pod_replaced()?;
+            }
+            self.service_by_address(encap)?;
+            if turn == 0 {
+                self.service_from_outside()?;
+                self.service_by_name()?;
+                self.endpoint_dies()?;
             }
             self.measure(encap)?;
             agents::all_there(&mut self.world)?;
@@ -204,8 +211,10 @@ impl Stage {
         let (name, target) = self.whom(1, 1, false)?;
         self.must_answer(&from, Protocol::Tcp, target, &name)?;
         self.world.kill_pod(1, 1)?;
+        services::write(&self.world)?;
         self.must_not_answer(&from, target, &format!("{name}, killed,"), "no reply or unreachable")?;
         self.world.add_pod(1)?;
+        services::write(&self.world)?;
         for v6 in self.families() {
             let (name, target) = self.whom(1, 1, v6)?;
             self.must_answer(&from, Protocol::Tcp, target, &name)?;
