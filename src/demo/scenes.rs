@@ -13,7 +13,7 @@ use super::sandbox::{self, FOLDER};
 use super::stage::{Asker, Stage};
 use super::traffic::eavesdrop::Overheard;
 use super::traffic::{PORT, Protocol, RoundTrips, Sunk};
-use super::world::{CLUSTER_RANGES, Node, Process, World, ourselves};
+use super::world::{CLUSTER_RANGES, Node, Outside, Process, World, ourselves};
 use super::{DemoError, DemoOptions, agents, services};
 use crate::io::clock;
 use crate::snapshot::{Encap, MAX_LANES};
@@ -62,7 +62,7 @@ impl Stage {
             if turn == 0 {
                 self.pod_replaced()?;
             }
-            self.service_by_address(encap)?;
+            self.service_by_address(turn > 0)?;
             if turn == 0 {
                 self.service_from_outside()?;
                 self.service_by_name()?;
@@ -81,7 +81,7 @@ impl Stage {
             self.report.say("  (this kernel has no IPv6: IPv4 only)");
         }
         for node in &self.world.nodes {
-            let pods: Vec<_> = node.pods.iter().map(|pod| pod.name.as_str()).collect();
+            let pods: Vec<_> = node.all_pods().map(|pod| pod.name.as_str()).collect();
             self.report.node(&format!(
                 "{:7} {}   pods {} in {}",
                 node.name,
@@ -90,6 +90,8 @@ impl Stage {
                 node.pod_ranges(v6).join(", ")
             ));
         }
+        let outside = self.world.outside.v4;
+        self.report.say(&format!("  {:7} {outside}  no node: it knows nothing of all this", Outside::NAME));
     }
 
     fn without_warren(&mut self) -> Result<(), DemoError> {
@@ -327,6 +329,18 @@ impl Stage {
             format!("  warren demo enter {} ping {}      where ping is installed", first.name, far.v4),
             format!("  warren demo enter {} curl http://{}      where curl is", first.name, far.socket(false)),
             format!("  warren demo enter {} warren demo internal ask tcp {}", first.name, far.socket(false)),
+            format!(
+                "  warren demo enter {} warren demo internal ask tcp {}.{}:80",
+                first.name,
+                services::NAME,
+                services::NAMESPACE
+            ),
+            format!(
+                "  warren demo enter {} curl http://{}:{}",
+                Outside::NAME,
+                self.node(0)?.address(false),
+                services::NODE_PORT
+            ),
             "  warren demo enter node1                       a shell on that node; try: ip route; warren status".into(),
             format!("  warren demo enter node1 cat {FOLDER}/nodes/node1/agent.log"),
             format!("  warren demo enter node1 ls {FOLDER}/cluster    what the agents watch"),

@@ -14,7 +14,6 @@ use super::traffic::{Answer, Protocol};
 use super::world::{Outside, Process, ourselves};
 use super::{DemoError, services};
 use crate::io::clock;
-use crate::snapshot::Encap;
 
 /// Connections (and datagrams) of all clients together: so many that chance alone is small beside what would
 /// be wrong, and so few that nobody waits.
@@ -37,10 +36,11 @@ const ANSWER_WITHIN_MS: u64 = 5000;
 
 impl Stage {
     /// By its ClusterIP, from a pod of every node.
-    pub(super) fn service_by_address(&mut self, encap: Encap) -> Result<(), DemoError> {
-        let title = match encap {
-            Encap::WireGuard => "A Service: pods reach it by its ClusterIP",
-            Encap::Vxlan => "The same Service through VXLAN",
+    pub(super) fn service_by_address(&mut self, again: bool) -> Result<(), DemoError> {
+        let title = if again {
+            "The same Service, now this way"
+        } else {
+            "A Service: pods reach it by its ClusterIP"
         };
         let (names, address) = (self.endpoint_names(), services::socket(false));
         let explanation = format!(
@@ -142,8 +142,7 @@ impl Stage {
         let Some((node, victim)) = last else { return Ok(()) };
         self.open(
             &format!("A pod dies in the middle of downloads: {victim}"),
-            "Without a word, as if its machine had lost power. Each client downloads from every pod of the Service; \
-             one that hears nothing for 1 s asks whether its pod is there, and Warren says no.",
+            "Without a word, as if it had lost power. A client that waits in vain asks after 1 s: Warren says no.",
         );
         let target = services::socket(false);
         let clients: Vec<_> = self
@@ -296,7 +295,7 @@ impl Stage {
             behind.contains(&answer.by) && answer.to == services::socket(v6) && answer.saw == from.address(v6)
         });
         let seen = match &heard {
-            Ok(answer) => format!("{}: {} saw {}", answer.to, answer.by, answer.saw),
+            Ok(answer) => format!("is {}; {} saw {}", answer.to, answer.by, answer.saw),
             Err(error) => error.clone(),
         };
         let what = format!("TCP  {} -> {name}", from.name);

@@ -125,7 +125,7 @@ impl Node {
     }
 
     /// All pods on it, the cluster's DNS too.
-    fn all_pods(&self) -> impl Iterator<Item = &Pod> {
+    pub(super) fn all_pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.iter().chain(&self.dns)
     }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{SockRef, TcpKeepalive};
 
 use super::client::{ask_once, in_micros, in_words};
-use super::{Protocol, pattern, read_greeting};
+use super::{Pattern, Protocol, read_greeting};
 use crate::demo::internal::say;
 use crate::io::clock;
 
@@ -20,6 +20,8 @@ use crate::io::clock;
 const KEEPALIVE: Duration = Duration::from_secs(1);
 /// A download that gives nothing for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// Read at once.
+const CHUNK: usize = 64 * 1024;
 /// How long one connection may take.
 const TIMEOUT: Duration = Duration::from_millis(1000);
 /// With three endpoints this fails once in 10^34 times.
@@ -103,7 +105,8 @@ fn open(args: &DownloadArgs) -> io::Result<(String, IpAddr, TcpStream)> {
 
 fn read_to_end(mut stream: TcpStream, from: String, saw: IpAddr, bytes: u64, target: SocketAddr) -> Download {
     let mut done = Download { from, saw: Some(saw), right: true, ..Download::default() };
-    let mut chunk = vec![0u8; 1 << 16];
+    let mut chunk = vec![0u8; CHUNK];
+    let pattern = Pattern::new(CHUNK);
     let mut last = clock::now();
     let end = loop {
         match stream.read(&mut chunk) {
@@ -113,8 +116,7 @@ fn read_to_end(mut stream: TcpStream, from: String, saw: IpAddr, bytes: u64, tar
                 let now = clock::now();
                 done.longest_pause = done.longest_pause.max(in_micros(now.duration_since(last)));
                 last = now;
-                let got = chunk.get(..length).unwrap_or_default();
-                done.right &= got.iter().zip(pattern(done.bytes)).all(|(byte, wanted)| *byte == wanted);
+                done.right &= chunk.get(..length) == Some(pattern.piece(done.bytes, length));
                 done.bytes += length as u64;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

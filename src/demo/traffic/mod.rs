@@ -182,10 +182,23 @@ fn read_line(stream: &mut TcpStream) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
-/// What a download consists of, from a place on: each byte says where it belongs, within 251 bytes (a prime, so
-/// that it fits no packet's length).
-fn pattern(from: u64) -> impl Iterator<Item = u8> {
-    (0..251).map(|n| n as u8).cycle().skip((from % 251) as usize)
+/// What a download consists of: each byte says where it belongs, within a period that fits no packet's length.
+struct Pattern(Vec<u8>);
+
+impl Pattern {
+    /// A prime.
+    const PERIOD: usize = 251;
+
+    /// For pieces of at most that length.
+    fn new(longest: usize) -> Pattern {
+        Pattern((0..longest + Self::PERIOD).map(|n| (n % Self::PERIOD) as u8).collect())
+    }
+
+    /// A piece, from a place on; empty if it is longer than was said.
+    fn piece(&self, from: u64, length: usize) -> &[u8] {
+        let start = (from % Self::PERIOD as u64) as usize;
+        self.0.get(start..start + length).unwrap_or_default()
+    }
 }
 
 #[cfg(test)]
@@ -200,10 +213,14 @@ mod tests {
 
     #[test]
     fn a_pattern_goes_on_where_it_was_left() {
-        let whole: Vec<u8> = pattern(0).take(1000).collect();
+        let pattern = Pattern::new(1000);
+        let whole = pattern.piece(0, 1000);
         for at in [0, 1, 250, 251, 252, 600] {
-            assert!(pattern(at as u64).zip(&whole[at..]).all(|(byte, wanted)| byte == *wanted), "{at}");
+            assert_eq!(pattern.piece(at as u64, 1000 - at), &whole[at..], "{at}");
         }
+        assert_eq!(pattern.piece(251, 10), pattern.piece(0, 10));
+        assert_ne!(pattern.piece(1, 10), pattern.piece(0, 10));
+        assert!(pattern.piece(0, 2000).is_empty());
     }
 
     #[test]

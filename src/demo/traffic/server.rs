@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::{ServeArgs, Sunk, greeting, pattern, ping, read_greeting, read_line};
+use super::{Pattern, ServeArgs, Sunk, greeting, ping, read_greeting, read_line};
 use crate::demo::DemoError;
 use crate::demo::internal::say;
 use crate::io::clock;
@@ -147,12 +147,12 @@ fn echo(stream: &mut TcpStream) -> io::Result<()> {
 fn source(stream: &mut TcpStream, bytes: u64) -> io::Result<()> {
     // A pod that is killed says nothing more, and its kernel does not go on for it.
     SockRef::from(&*stream).set_linger(Some(Duration::ZERO))?;
+    let pattern = Pattern::new(DOWNLOAD_CHUNK as usize);
     let begun = clock::now();
     let mut sent = 0;
     while sent < bytes {
         let length = DOWNLOAD_CHUNK.min(bytes - sent);
-        let chunk: Vec<u8> = pattern(sent).take(length as usize).collect();
-        stream.write_all(&chunk)?;
+        stream.write_all(pattern.piece(sent, length as usize))?;
         sent += length;
         let due = DOWNLOAD_PAUSE * (sent / DOWNLOAD_CHUNK) as u32;
         thread::sleep(due.saturating_sub(clock::now().duration_since(begun)));
