@@ -81,14 +81,18 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         .enable_all()
         .build()
         .map_err(|source| AgentError::Io { what: "cannot start the runtime", source })?;
-    make_dir(&config.run_dir, "--run-dir")?;
-    let _only_one = {
-        let _runtime = runtime.enter();
-        server::bind(&config.run_dir)?
+    presence::may_administrate()?;
+    // Where there is no such folder, there is no agent in it: none is made just for that.
+    let _only_one = match config.run_dir.exists() {
+        true => {
+            let _runtime = runtime.enter();
+            Some(server::bind(&config.run_dir)?)
+        }
+        false => None,
     };
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
-        presence::nobody_has(&Ends::open(config)?.netlink, &config.tun_name).await?;
+        presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
         Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
     })?;
     for file in ["ready", "flows", "affinity"] {
@@ -133,11 +137,12 @@ async fn agent(config: AgentConfig) -> Result<(), AgentError> {
 
 async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     // 1 what there is
+    presence::may_administrate()?;
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
     let status_socket = server::bind(&config.run_dir)?;
     let mut ends = Ends::open(&config)?;
-    presence::nobody_has(&ends.netlink, &config.tun_name).await?;
+    presence::nobody_is_here(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
     let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
@@ -352,6 +357,11 @@ impl Running {
             HostEvent::Repaired(report) => {
                 self.tun_gone = None;
                 report.changes.iter().for_each(|change| info!("repaired: {change}"));
+                report.warnings.iter().for_each(|warning| warn!("{warning}"));
+            }
+            HostEvent::Changed(report) => {
+                self.tun_gone = None;
+                report.changes.iter().for_each(|change| info!("changed: {change}"));
                 report.warnings.iter().for_each(|warning| warn!("{warning}"));
             }
             HostEvent::TunGone { name } => {

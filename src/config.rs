@@ -150,6 +150,12 @@ pub enum ConfigError {
         /// What was probably meant.
         hint: String,
     },
+    /// No name was given, and the machine's does not serve.
+    #[error("{reason}; give this machine's Node with --node")]
+    HostName {
+        /// Why not.
+        reason: String,
+    },
     /// A setting has a value that it cannot have.
     #[error("{setting}: {reason}")]
     Value {
@@ -160,6 +166,17 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether what was written makes no sense, so that trying again would not help. A file may still come (its
+    /// disk is not mounted yet), and a host name too.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            ConfigError::Syntax { .. } | ConfigError::UnknownKey { .. } | ConfigError::Value { .. } => true,
+            ConfigError::Read { .. } | ConfigError::HostName { .. } => false,
+        }
+    }
+}
+
 impl AgentConfig {
     /// Takes flags and environment (`args`), the file and the defaults together.
     pub fn resolve(args: AgentArgs) -> Result<AgentConfig, ConfigError> {
@@ -168,13 +185,9 @@ impl AgentConfig {
             None => args,
         };
         let node = match args.node {
-            Some(node) => node,
+            Some(node) => given_name(node)?,
             None => host_name()?,
         };
-        if !is_dns_name(&node) {
-            let reason = format!("{} is no Node's name; give it with --node", quote(&node));
-            return Err(ConfigError::Value { setting: "node".to_owned(), reason });
-        }
         if args.source.is_none() && !args.cleanup {
             let reason = "where do the cluster's objects come from? Give --source dir:PATH".to_owned();
             return Err(ConfigError::Value { setting: "source".to_owned(), reason });
@@ -287,13 +300,28 @@ impl AgentConfig {
     }
 }
 
+fn given_name(name: String) -> Result<String, ConfigError> {
+    let lower = name.to_lowercase();
+    let reason = match (is_dns_name(&name), is_dns_name(&lower)) {
+        (true, _) => return Ok(name),
+        (false, true) => format!("{} is no Node's name: these are in lower case; {lower}?", quote(&name)),
+        (false, false) => {
+            format!("{} is no Node's name: these have letters, digits, hyphens and dots", quote(&name))
+        }
+    };
+    Err(ConfigError::Value { setting: "node".to_owned(), reason })
+}
+
 /// The host name, in lower case as the kubelet registers it.
 fn host_name() -> Result<String, ConfigError> {
     let read = std::fs::read_to_string("/proc/sys/kernel/hostname");
-    read.map(|name| name.trim().to_lowercase()).map_err(|error| ConfigError::Value {
-        setting: "node".to_owned(),
-        reason: format!("the host name cannot be read ({error}); give --node"),
-    })
+    let wrong = |reason| ConfigError::HostName { reason };
+    let name = read.map_err(|error| wrong(format!("the host name cannot be read ({error})")))?;
+    let name = name.trim().to_lowercase();
+    match is_dns_name(&name) {
+        true => Ok(name),
+        false => Err(wrong(format!("the host name {} is no Node's name", quote(&name)))),
+    }
 }
 
 #[cfg(test)]

@@ -5,13 +5,23 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use warren::config::{AgentArgs, AgentConfig, Cli, Command, environment_warnings};
+use warren::config::{AgentConfig, Cli, Command, environment_warnings};
 use warren::{agent, demo, status};
+
+/// How clap ends for a command line that makes no sense, and so do we.
+const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
-        Command::Agent(args) => run_agent(*args),
+        Command::Agent(args) => match AgentConfig::resolve(*args) {
+            Ok(config) => run_agent(config),
+            Err(error) if error.is_usage() => {
+                fail(&error);
+                return ExitCode::from(USAGE);
+            }
+            Err(error) => Err(error.into()),
+        },
         Command::Demo(args) => return demo::run(args).unwrap_or_else(|error| fail(&error)),
         Command::Status(args) => status::client::status(&args).map_err(Into::into),
         Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
@@ -22,10 +32,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_agent(args: AgentArgs) -> Result<(), Box<dyn std::error::Error>> {
-    let config = AgentConfig::resolve(args)?;
+fn run_agent(config: AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     start_log(&config.log)?;
-    for warning in environment_warnings(std::env::vars_os().map(|(name, _)| name)) {
+    for warning in environment_warnings(std::env::vars_os()) {
         tracing::warn!("{warning}");
     }
     if !config.cleanup {

@@ -156,6 +156,25 @@ fn nobody_makes_root_stop_a_process_by_its_name() {
 }
 
 #[test]
+fn without_a_demo_enter_and_stop_say_so_and_whose_there_is() {
+    let _turn = alone();
+    let folder = tempfile::tempdir().expect("a scratch folder");
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("opened to all");
+    fs::write(folder.path().join("demo"), "sleep 60; true\n").expect("written");
+    for words in ["stop", "enter pod-1a true"] {
+        // With processes of its own: `stop` must not find a demo that somebody has up on this machine.
+        let line = format!("{NOBODY} sh demo --keep & sleep 0.5; {WARREN} demo {words}");
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &line]);
+        let done = command.current_dir(folder.path()).output().expect("it starts");
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{said}");
+        assert!(said.contains("no demo of yours is up (process "), "{said}");
+        assert!(said.contains(&format!("the user with id {NOBODY_ID}")), "{said}");
+    }
+}
+
+#[test]
 fn ctrl_c_leaves_nothing() {
     ends_without_a_trace(|demo| killpg(demo, Signal::SIGINT), Some(130));
 }

@@ -15,6 +15,9 @@ use crate::status::socket::SocketError;
 /// Why the agent ended, and what to do.
 #[derive(Debug, Error)]
 pub enum AgentError {
+    /// An ordinary user, or a container without the capability.
+    #[error("run this as root: it makes an interface, routes and rules (a container needs CAP_NET_ADMIN)")]
+    NotRoot,
     /// A directory.
     #[error("cannot use the directory {path}: {source}; make it, or choose another with {flag}")]
     Directory {
@@ -28,10 +31,11 @@ pub enum AgentError {
     /// The status socket, which is also what makes sure that there is only one of us.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// Two agents would share one device's queues.
+    /// Two agents would share one device's queues, or one set of routes, rules and nft tables.
     #[error(
-        "another agent is running in this network: it has the interface {0}; stop it first (to run two on one machine, \
-         give each its own --run-dir, --state-dir, --tun-name and --port)"
+        "another agent is running in this network namespace: it has the interface {0}; stop it first. There is one \
+         agent for each network namespace; for a second one on this machine run it in a namespace of its own (`ip \
+         netns exec NAME warren agent ...`), with its own --run-dir, --state-dir and --tun-name"
     )]
     DeviceInUse(String),
     /// Not in the source.

@@ -1,4 +1,4 @@
-//! One agent per device, and the files that say it is there.
+//! One agent per network namespace, and the files that say it is there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,17 +8,40 @@ use rtnetlink::Handle;
 use super::AgentError;
 use crate::io::underlay;
 
-/// Fails if another agent runs the device. Its run directory's lock does not tell when that is another one; the
-/// kernel knows, and only who may administrate the network can make it say so.
-pub(super) async fn nobody_has(netlink: &Handle, tun: &str) -> Result<(), AgentError> {
-    only_we_have(netlink, tun, 0).await
+/// Fails where not even the attempt makes sense, before a folder's permissions speak of something else.
+pub(super) fn may_administrate() -> Result<(), AgentError> {
+    /// linux/capability.h
+    const CAP_NET_ADMIN: u32 = 12;
+    let Ok(status) = fs::read_to_string("/proc/self/status") else { return Ok(()) };
+    match capabilities(&status) {
+        Some(effective) if effective & (1 << CAP_NET_ADMIN) == 0 => Err(AgentError::NotRoot),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The effective ones (proc_pid_status(5)).
+fn capabilities(status: &str) -> Option<u64> {
+    let text = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(text.trim(), 16).ok()
+}
+
+/// Fails if another agent runs in this network namespace, with this device or with another one: routes, rules and
+/// the nft table are one for all, and two would undo each other's. The lock in the run directory does not tell
+/// when theirs is another one; the kernel knows, and only who may administrate the network can make it say so.
+pub(super) async fn nobody_is_here(netlink: &Handle, tun: &str) -> Result<(), AgentError> {
+    only_we_have(netlink, tun, 0).await?;
+    match underlay::other_agents_tunnel(netlink, tun).await? {
+        Some(other) => Err(AgentError::DeviceInUse(other)),
+        None => Ok(()),
+    }
 }
 
 /// Fails if anybody but us has queues of the device, of which we have `ours`.
 pub(super) async fn only_we_have(netlink: &Handle, tun: &str, ours: usize) -> Result<(), AgentError> {
-    match underlay::tun_queues(netlink, tun).await? {
-        Some(queues) if queues as usize > ours => Err(AgentError::DeviceInUse(tun.to_owned())),
-        Some(_) | None => Ok(()),
+    let tunnels = underlay::tunnels(netlink).await?;
+    match tunnels.iter().any(|tunnel| tunnel.name == tun && tunnel.queues as usize > ours) {
+        true => Err(AgentError::DeviceInUse(tun.to_owned())),
+        false => Ok(()),
     }
 }
 
@@ -56,4 +79,15 @@ pub(super) fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError
         flag,
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_read() {
+        assert_eq!(capabilities("Name:\tx\nCapPrm:\t1\nCapEff:\t0000000000001000\n"), Some(1 << 12));
+        assert_eq!(capabilities("CapEff:\tx\n"), None);
+    }
 }

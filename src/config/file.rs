@@ -17,18 +17,23 @@ const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Environment variables that look like ours and are not: probably typing mistakes. Others may be
 /// Kubernetes' own (every Service named `warren...` makes some) and are left alone.
-pub fn environment_warnings(names: impl IntoIterator<Item = OsString>) -> Vec<String> {
+pub fn environment_warnings(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Vec<String> {
     let known: Vec<String> = Cli::command()
         .get_subcommands()
         .flat_map(|command| command.get_arguments())
         .filter_map(|argument| argument.get_env()?.to_str().map(str::to_owned))
         .collect();
-    let mut warnings: Vec<String> = names
+    let mut warnings: Vec<String> = variables
         .into_iter()
-        .filter_map(|name| name.into_string().ok())
-        .filter(|name| name.starts_with("WARREN_") && !known.contains(name))
-        .filter_map(|name| {
-            let meant = nearest(&name, known.iter().map(String::as_str))?;
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+        .filter(|(name, _)| name.starts_with("WARREN_") && !known.contains(name))
+        .filter_map(|(name, value)| {
+            let meant = match name.as_str() {
+                // Beside a Service named `warren` Kubernetes sets it, to an address; a person means a port.
+                "WARREN_PORT" if value.to_str()?.parse::<u16>().is_ok() => "WARREN_LISTEN_PORT",
+                "WARREN_PORT" => return None,
+                _ => nearest(&name, known.iter().map(String::as_str))?,
+            };
             Some(format!("environment variable {name} is not known; did you mean {meant}?"))
         })
         .collect();

@@ -7,13 +7,14 @@ use std::str::FromStr;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
+use tracing_subscriber::EnvFilter;
 
 use crate::demo::DemoArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
-use crate::state::problem::quote;
+use crate::state::problem::{nearest, one_line, quote};
 use crate::status::client::{PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
@@ -170,7 +171,7 @@ pub struct AgentArgs {
     pub run_dir: Option<PathBuf>,
     /// What to log: error, warn, info, debug, trace, or a filter like info,warren::state=debug
     /// [default: info]
-    #[arg(long, value_name = "FILTER", env = "WARREN_LOG", help_heading = "Host")]
+    #[arg(long, value_name = "FILTER", env = "WARREN_LOG", value_parser = log_filter, help_heading = "Host")]
     pub log: Option<String>,
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
@@ -371,4 +372,23 @@ fn device_name(text: &str) -> Result<String, String> {
     } else {
         Err("not a device name of at most 15 letters, digits and -_.".to_owned())
     }
+}
+
+/// The filter's own parser takes every word that is no level for the name of a module.
+fn log_filter(text: &str) -> Result<String, String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let level = match part.rsplit_once('=') {
+            // A value inside of a span's fields: `[span{field=value}]`.
+            Some((_, value)) if value.contains([']', '}']) => continue,
+            Some((_, level)) => level,
+            None => part,
+        };
+        if !LEVELS.contains(&level.to_ascii_lowercase().as_str()) {
+            let meant = nearest(level, LEVELS).map(|meant| format!("; did you mean {meant}?"));
+            let meant = meant.unwrap_or_default();
+            return Err(format!("{} is no level; there are: {}{meant}", quote(level), LEVELS.join(", ")));
+        }
+    }
+    EnvFilter::try_new(text).map(|_| text.to_owned()).map_err(|error| one_line(&error.to_string()))
 }

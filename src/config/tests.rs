@@ -131,9 +131,17 @@ fn unknown_keys_are_named_with_what_was_meant() {
     assert!(of("port: 1\nport: 2").contains("w.yaml"));
     assert_eq!(parse_file("w.yaml", "# nothing\n").unwrap(), AgentArgs::default());
 
-    let near = ["WARREN_NODES", "WARREN_SERVICE_HOST", "HOME", "WARREN_NODE"].map(OsString::from);
-    let warnings = environment_warnings(near);
-    assert_eq!(warnings, ["environment variable WARREN_NODES is not known; did you mean WARREN_NODE?"]);
+    let warnings = |variables: &[(&str, &str)]| {
+        environment_warnings(
+            variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))),
+        )
+    };
+    let near = ["WARREN_NODES", "WARREN_SERVICE_HOST", "HOME", "WARREN_NODE"].map(|name| (name, "x"));
+    let said = ["environment variable WARREN_NODES is not known; did you mean WARREN_NODE?"];
+    assert_eq!(warnings(&near), said);
+    let said = ["environment variable WARREN_PORT is not known; did you mean WARREN_LISTEN_PORT?"];
+    assert_eq!(warnings(&[("WARREN_PORT", "51821")]), said);
+    assert!(warnings(&[("WARREN_PORT", "tcp://10.96.0.9:80")]).is_empty());
 }
 
 #[test]
@@ -142,7 +150,8 @@ fn refusals_say_what_to_do() {
     let with = |more: &[&str]| refusal(&[&base, more].concat());
     assert!(refusal(&["--node", "a"]).contains("--source dir:PATH"));
     assert!(refusal(&["--source", "kube", "--node", "a"]).contains("dir:PATH"));
-    assert!(refusal(&["--source", "dir:/x", "--node", "A/b"]).contains("--node"));
+    assert!(refusal(&["--source", "dir:/x", "--node", "A/b"]).contains("no Node's name"));
+    assert!(refusal(&["--source", "dir:/x", "--node", "ATTIC"]).contains("lower case; attic?"));
     assert!(with(&["--port", "65530", "--lanes", "9"]).contains("beyond 65535"));
     assert!(with(&["--encap", "auto", "--port", "8470", "--lanes", "4"]).contains("WireGuard's ports"));
     assert!(with(&["--cluster-cidr", "10.0.0.0/8", "--service-cidr", "10.96.0.0/16"]).contains("overlaps"));
@@ -153,9 +162,31 @@ fn refusals_say_what_to_do() {
     assert!(with(&["--location", "a b"]).contains("word"));
     assert!(with(&["--config", "/no/such/file"]).contains("/no/such/file"));
     assert!(with(&["--encapsulation", "vxlan"]).contains("--encap"));
+    for (filter, word) in [
+        ("blah", "no level"),
+        ("inof", "did you mean info?"),
+        ("warn,warren::state", "no level"),
+        ("a=b", "no level"),
+    ] {
+        assert!(with(&["--log", filter]).contains(word), "{filter}: {}", with(&["--log", filter]));
+    }
+    for filter in ["debug", "INFO", "warn,warren::state=debug", "info,[span{field=1}]=trace", "off"] {
+        agent(&["--log", filter]);
+    }
     // Cleaning up needs no source.
     let config = AgentConfig::resolve(agent(&["--cleanup", "--node", "a"])).unwrap();
     assert!(config.cleanup && config.source.is_none());
+}
+
+#[test]
+fn what_makes_no_sense_is_told_from_what_may_still_come() {
+    let error = |arguments: &[&str]| AgentConfig::resolve(agent(arguments)).expect_err("accepted");
+    assert!(error(&["--node", "a"]).is_usage(), "no source");
+    assert!(error(&["--source", "dir:/x", "--node", "ATTIC"]).is_usage());
+    assert!(!error(&["--config", "/no/such/file"]).is_usage());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "encapp: auto\n").unwrap();
+    assert!(error(&["--config", file.path().to_str().unwrap()]).is_usage());
 }
 
 #[test]

@@ -44,8 +44,7 @@ pub struct StopArgs {
 
 /// Runs a command, or a shell, in a pod or on a node.
 pub(super) fn enter(args: &EnterArgs) -> Result<ExitCode, DemoError> {
-    let demo = the_one(running(), args.demo)?
-        .ok_or_else(|| DemoError::Usage("no demo is up; start one with: warren demo --keep".into()))?;
+    let demo = the_one(running(), args.demo)?.ok_or_else(none_is_up)?;
     let places = demo.places();
     let Some((_, pid)) = places.iter().find(|(name, _)| *name == args.place) else {
         let names: Vec<_> = places.iter().map(|(name, _)| name.as_str()).collect();
@@ -82,10 +81,7 @@ pub(super) fn enter(args: &EnterArgs) -> Result<ExitCode, DemoError> {
 
 /// Ends a demo that was started with `--keep`.
 pub(super) fn stop(args: &StopArgs) -> Result<ExitCode, DemoError> {
-    let Some(demo) = the_one(running(), args.demo)? else {
-        println!("No demo is up.");
-        return Ok(ExitCode::SUCCESS);
-    };
+    let demo = the_one(running(), args.demo)?.ok_or_else(none_is_up)?;
     kill(Pid::from_raw(demo.supervisor), Signal::SIGTERM)
         .map_err(|e| DemoError::system(format!("stopping the demo of process {}", demo.supervisor), e))?;
     let deadline = clock::now() + Duration::from_secs(10);
@@ -146,6 +142,20 @@ fn the_one(demos: Vec<Demo>, wanted: Option<i32>) -> Result<Option<Demo>, DemoEr
     }
 }
 
+/// Somebody else's command line is only his word, and enough for a hint.
+fn none_is_up() -> DemoError {
+    let theirs = everybodys_processes()
+        .find(|(_, status, words)| !is_of_user(status, geteuid().as_raw()) && is_kept_demo(words));
+    let hint = theirs.map(|(pid, status, _)| match user_of(&status) {
+        Some(user) => {
+            format!(" (process {pid} looks like one of the user with id {user}: do it as that user)")
+        }
+        None => String::new(),
+    });
+    let hint = hint.unwrap_or_default();
+    DemoError::Usage(format!("no demo of yours is up{hint}; start one with: warren demo --keep"))
+}
+
 fn running() -> Vec<Demo> {
     processes()
         .filter(|(_, words)| is_kept_stage(words))
@@ -160,15 +170,25 @@ fn running() -> Vec<Demo> {
 
 /// Ids and command lines of our own user's processes; one that ends while we look is left out.
 fn processes() -> impl Iterator<Item = (i32, Vec<String>)> {
+    let ours = |(_, status, _): &(i32, String, Vec<String>)| is_of_user(status, geteuid().as_raw());
+    everybodys_processes().filter(ours).map(|(pid, _, words)| (pid, words))
+}
+
+/// Ids, `status` files and command lines.
+fn everybodys_processes() -> impl Iterator<Item = (i32, String, Vec<String>)> {
     fs::read_dir("/proc").into_iter().flatten().filter_map(|entry| {
         let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
-        is_of_user(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, geteuid().as_raw())
-            .then_some(())?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let words =
             line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
-        Some((pid, words))
+        Some((pid, status, words))
     })
+}
+
+/// The real id.
+fn user_of(status: &str) -> Option<u32> {
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
 }
 
 /// Real, effective, saved and filesystem id (proc_pid_status(5)): a set-user-id program that somebody else
@@ -273,6 +293,7 @@ mod tests {
         assert!(!is_of_user("Name:\tx\nUid:\t1000\t0\t0\t0\n", 0), "a set-user-id program");
         assert!(!is_of_user("Uid:\t1000\t1000\t1000\t1000\n", 0));
         assert!(!is_of_user("Uid:\n", 0) && !is_of_user("", 0));
+        assert_eq!((user_of("Name:\tx\nUid:\t1000\t0\t0\t0\n"), user_of("Uid:\tx\n")), (Some(1000), None));
     }
 
     #[test]

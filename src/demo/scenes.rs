@@ -3,8 +3,10 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use std::{env, fs};
 
 use nix::sys::wait::{Id, WaitPidFlag, waitid, waitpid};
 
@@ -322,35 +324,31 @@ impl Stage {
             }
         }
         let (first, far) = (self.pod(0, 0)?, self.pod(1, 0)?);
-        let lines = [
-            String::new(),
-            "The nodes and pods stay up. From another terminal:".into(),
-            format!("  warren demo enter {}                      a shell in that pod", first.name),
-            format!("  warren demo enter {} ping {}      where ping is installed", first.name, far.v4),
-            format!("  warren demo enter {} curl http://{}      where curl is", first.name, far.socket(false)),
-            format!("  warren demo enter {} warren demo internal ask tcp {}", first.name, far.socket(false)),
-            format!(
-                "  warren demo enter {} warren demo internal ask tcp {}.{}:80",
-                first.name,
-                services::NAME,
-                services::NAMESPACE
+        let (pod, socket) = (&first.name, far.socket(false));
+        let (name, node) = (services::short_name(), self.node(0)?.address(false));
+        let tries = [
+            (pod.clone(), "a shell in that pod"),
+            (format!("{pod} ping {}", far.v4), "where ping is installed"),
+            (format!("{pod} curl http://{socket}"), "where curl is"),
+            (format!("{pod} warren demo internal ask tcp {socket}"), ""),
+            (format!("{pod} warren demo internal ask tcp {name}:{}", services::PORT), "by its name in DNS"),
+            (
+                format!("{} curl http://{node}:{}", Outside::NAME, services::NODE_PORT),
+                "from no node of the mesh",
             ),
-            format!(
-                "  warren demo enter {} curl http://{}:{}",
-                Outside::NAME,
-                self.node(0)?.address(false),
-                services::NODE_PORT
-            ),
-            "  warren demo enter node1                       a shell on that node; try: ip route; warren status".into(),
-            format!("  warren demo enter node1 cat {FOLDER}/nodes/node1/agent.log"),
-            format!("  warren demo enter node1 ls {FOLDER}/cluster    what the agents watch"),
-            "Remove it with Ctrl-C here, or: warren demo stop".into(),
+            ("node1".to_owned(), "a shell on that node; try: ip route; warren status"),
+            (format!("node1 cat {FOLDER}/nodes/node1/agent.log"), ""),
+            (format!("node1 ls {FOLDER}/cluster"), "what the agents watch"),
         ];
-        for line in lines {
-            self.report.say(&line);
+        let (program, width) = (called(), tries.iter().map(|(what, _)| what.len()).max().unwrap_or(0));
+        self.report.say("");
+        self.report.say("The nodes and pods stay up. From another terminal:");
+        for (what, note) in tries {
+            self.report.say(format!("  {program} demo enter {what:width$}  {note}").trim_end());
         }
+        self.report.say(&format!("Remove it with Ctrl-C here, or: {program} demo stop"));
         let bin = format!("{FOLDER}/bin");
-        std::fs::create_dir_all(&bin).map_err(|e| DemoError::system(format!("making {bin}"), e))?;
+        fs::create_dir_all(&bin).map_err(|e| DemoError::system(format!("making {bin}"), e))?;
         // The first process of the PID namespace is us: the program is there even if its file is not.
         symlink("/proc/1/exe", format!("{bin}/warren"))
             .map_err(|e| DemoError::system("linking warren", e))?;
@@ -369,6 +367,21 @@ impl Stage {
 fn drop_ended_agent(node: &mut Node) {
     if node.agent.as_mut().is_some_and(|agent| !matches!(agent.0.try_wait(), Ok(None))) {
         node.agent = None;
+    }
+}
+
+/// How a person calls this program: by its name where the PATH leads to it, else by its path from here.
+fn called() -> String {
+    let named = || "warren".to_owned();
+    let Ok(program) = env::current_exe().and_then(fs::canonicalize) else { return named() };
+    let leads_here = |folder: PathBuf| fs::canonicalize(folder.join("warren")).is_ok_and(|at| at == program);
+    if env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(leads_here)) {
+        return named();
+    }
+    let here = env::current_dir().and_then(fs::canonicalize).ok();
+    match here.and_then(|here| program.strip_prefix(here).ok()) {
+        Some(below) => format!("./{}", below.display()),
+        None => program.display().to_string(),
     }
 }
 

@@ -127,8 +127,7 @@ impl Stage {
             self.must_resolve(&client, &name, record, server, tcp, expected.as_deref())?;
         }
         // As any program does it: with the resolver of the system, by the pod's own /etc/resolv.conf.
-        let short = format!("{}.{}", services::NAME, services::NAMESPACE);
-        for (node, name) in [(0, full), (1, short)] {
+        for (node, name) in [(0, full), (1, services::short_name())] {
             let client = Asker::pod(self.pod(node, 0)?);
             self.must_answer_by_name(&client, &name)?;
         }

@@ -48,6 +48,11 @@ pub(super) fn full_name() -> String {
     format!("{NAME}.{NAMESPACE}.svc.{CLUSTER_DOMAIN}")
 }
 
+/// Its name for pods of any namespace, by their search domains.
+pub(super) fn short_name() -> String {
+    format!("{NAME}.{NAMESPACE}")
+}
+
 /// What the kubelet writes for a pod of namespace `default` with `dnsPolicy: ClusterFirst`.
 pub(super) fn resolv_conf(v6: bool) -> String {
     let servers = families(v6).map(|v6| format!("nameserver {}\n", cluster_ip(DNS_HOST, v6)));

@@ -39,8 +39,8 @@ pub enum TunError {
     NoPermission(String),
     /// The interface exists with other properties.
     #[error(
-        "the interface {0} exists but is not a multi-queue TUN with virtio headers (or is a device of another kind): \
-         remove it with `ip link delete {0}`, or choose another name with --tun-name"
+        "the interface {0} exists and is no multi-queue TUN with virtio headers: choose another name with --tun-name \
+         (only if `ip -d link show {0}` says that it is a tun which nobody uses, you may remove it instead)"
     )]
     OtherKind(String),
     /// Something holds all queues.

@@ -7,9 +7,11 @@ use rtnetlink::packet_core::Nla as _;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeader, AddressHeaderFlags, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoTun, LinkAttribute, LinkInfo};
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteProtocol};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use thiserror::Error;
+
+use super::host::PROTOCOL;
 
 /// What everybody assumes of Ethernet.
 const DEFAULT_MTU: u16 = 1500;
@@ -75,16 +77,23 @@ pub async fn look(handle: &Handle, announced: &[IpAddr], skip: &str) -> Result<U
     Ok(Underlay { addresses, mtu: mtu.unwrap_or(DEFAULT_MTU) })
 }
 
-/// How many processes' queues a tunnel device has; `None` where there is no such device.
-pub async fn tun_queues(handle: &Handle, name: &str) -> Result<Option<u32>, UnderlayError> {
+/// A multi-queue TUN device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    index: u32,
+    /// Its name.
+    pub name: String,
+    /// How many queues somebody has open.
+    pub queues: u32,
+}
+
+/// The multi-queue TUN devices of this network namespace.
+pub async fn tunnels(handle: &Handle) -> Result<Vec<Tunnel>, UnderlayError> {
     /// linux/if_link.h
     const IFLA_TUN_NUM_QUEUES: u16 = 8;
+    let mut tunnels = Vec::new();
     let mut links = handle.link().get().execute();
     while let Some(link) = links.try_next().await? {
-        let is_it = |a: &LinkAttribute| matches!(a, LinkAttribute::IfName(have) if have == name);
-        if !link.attributes.iter().any(is_it) {
-            continue;
-        }
         let infos = link.attributes.iter().filter_map(|a| match a {
             LinkAttribute::LinkInfo(infos) => Some(infos),
             _ => None,
@@ -101,9 +110,26 @@ pub async fn tun_queues(handle: &Handle, name: &str) -> Result<Option<u32>, Unde
             }
             _ => None,
         });
-        return Ok(queues);
+        let name = link.attributes.iter().find_map(|a| match a {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        });
+        if let (Some(queues), Some(name)) = (queues, name) {
+            tunnels.push(Tunnel { index: link.header.index, name, queues });
+        }
     }
-    Ok(None)
+    Ok(tunnels)
+}
+
+/// A device beside `own` that somebody has open and that routes of ours lead into: another agent's.
+pub async fn other_agents_tunnel(handle: &Handle, own: &str) -> Result<Option<String>, UnderlayError> {
+    let mut others = tunnels(handle).await?;
+    others.retain(|tunnel| tunnel.name != own && tunnel.queues > 0);
+    if others.is_empty() {
+        return Ok(None);
+    }
+    let ours = route_links(handle, |route| route.protocol == RouteProtocol::Other(PROTOCOL)).await?;
+    Ok(others.into_iter().find(|tunnel| ours.contains(&tunnel.index)).map(|tunnel| tunnel.name))
 }
 
 /// Addresses that others should not be told: they are about to go, or not yet ours.
@@ -117,6 +143,17 @@ fn is_passing(header: &AddressHeader) -> bool {
 }
 
 async fn default_route_links(handle: &Handle) -> Result<Vec<u32>, UnderlayError> {
+    let is_default = |route: &RouteHeader| {
+        route.destination_prefix_length == 0 && route.table == RouteHeader::RT_TABLE_MAIN
+    };
+    route_links(handle, is_default).await
+}
+
+/// The interfaces of such routes.
+async fn route_links(
+    handle: &Handle,
+    wanted: impl Fn(&RouteHeader) -> bool,
+) -> Result<Vec<u32>, UnderlayError> {
     let mut links = Vec::new();
     let queries = [
         RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
@@ -125,8 +162,7 @@ async fn default_route_links(handle: &Handle) -> Result<Vec<u32>, UnderlayError>
     for query in queries {
         let mut routes = handle.route().get(query).execute();
         while let Some(route) = routes.try_next().await? {
-            if route.header.destination_prefix_length != 0 || route.header.table != RouteHeader::RT_TABLE_MAIN
-            {
+            if !wanted(&route.header) {
                 continue;
             }
             links.extend(route.attributes.iter().find_map(|a| match a {

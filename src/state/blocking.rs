@@ -7,14 +7,16 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
         Ok(done) => done,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // Only a runtime that is going down refuses work, and it does not wake us again.
-            Err(error) => panic!("work of the state line was cancelled: {error}"),
+            // Cancelled: only a runtime that is going down does that. It drops whoever waits here.
+            Err(_) => std::future::pending().await,
         },
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[tokio::test]
@@ -23,5 +25,14 @@ mod tests {
         let asking = tokio::spawn(async { blocking(|| panic!("a bug")).await });
         let panic = asking.await.unwrap_err().into_panic();
         assert_eq!(panic.downcast_ref(), Some(&"a bug"));
+    }
+
+    #[test]
+    fn a_runtime_that_goes_down_ends_the_work_quietly() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let handle = runtime.handle().clone();
+        runtime.shutdown_background();
+        let _inside = handle.enter();
+        assert!(blocking(|| 7).now_or_never().is_none());
     }
 }

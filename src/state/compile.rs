@@ -15,7 +15,7 @@ use super::convert::NodeInfo;
 use super::desired::Desired;
 use super::ownership::{self, ClusterRanges, Grant};
 use super::problem::{Problem, ProblemKind};
-use super::services::compile::ServiceCompiler;
+use super::services::compile::{Listed, ServiceCompiler};
 use super::services::{ServicePlan, ServiceSettings, Surroundings};
 use super::source::Kind;
 use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
@@ -30,6 +30,8 @@ pub const MIN_MTU_V6: u16 = 1280;
 pub const MIN_MTU_V4: u16 = 576;
 /// How many removed peers' numbers rest before the first of them is used again.
 const RESTING_IDS: usize = 64;
+/// Most ranges of peers that are guarded after they went; whoever makes up more keeps those of today.
+const MAX_GUARDED: usize = 1 << 16;
 
 /// Which encapsulation this node may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -80,7 +82,7 @@ pub struct Settings {
     pub mac: [u8; 6],
     /// MTU of the network under the tunnels.
     pub underlay_mtu: u16,
-    /// `--cluster-cidr`; empty: the union of the pod ranges seen.
+    /// `--cluster-cidr`; empty: the union of the pod ranges seen since the start.
     pub cluster_ranges: Vec<IpNet>,
     /// `--service-cidr`; empty: what the ServiceCIDR objects say.
     pub service_ranges: Vec<IpNet>,
@@ -112,8 +114,8 @@ pub struct HostPlan {
     pub peer_ranges: Vec<PeerRange>,
     /// The ranges that hold all pods of the cluster.
     pub cluster_ranges: Vec<IpNet>,
-    /// Whether `cluster_ranges` is only the union of what was seen: pods of a node that was not seen
-    /// yet are then not known to be pods.
+    /// Whether `cluster_ranges` is only the union of what was seen since the start: pods of a node that was
+    /// not seen yet are then not known to be pods.
     pub cluster_ranges_guessed: bool,
     /// The Service ranges.
     pub service_ranges: Vec<IpNet>,
@@ -150,6 +152,9 @@ pub struct Compiler {
     next_id: u32,
     known: HashMap<String, Known>,
     services: ServiceCompiler,
+    /// Every range that a peer ever had, joined: without `--cluster-cidr` nothing else says that an address
+    /// there is a pod's, and packets for the pods of a Node that went must not leave in clear.
+    guarded: Vec<IpNet>,
     last: Option<Compiled>,
 }
 
@@ -245,8 +250,9 @@ impl Compiler {
                 && last.plan.pod_ranges == local.grant.ranges
                 && last.plan.host_addresses == local.host_addresses()
         });
+        self.guard(&mesh);
         let services = self.last.as_ref().map(|last| Arc::clone(&last.plan.services)).unwrap_or_default();
-        let plan = local.plan(&mesh, cluster, services, settings);
+        let plan = local.plan(&mesh, cluster, services, &self.guarded, settings);
         let around = local.surroundings(&mesh, &plan, settings);
         (self.finish_mesh(same, mesh, plan, local.node(settings), problems), Some(around))
     }
@@ -286,8 +292,14 @@ impl Compiler {
         mut compiled: Compiled,
         around: Option<Surroundings>,
     ) -> Compiled {
-        let complete = desired.is_listed(Kind::Service) && desired.is_listed(Kind::EndpointSlice);
-        let services = self.services.compile(desired.services(), around, complete);
+        let both =
+            |is: fn(&Desired, Kind) -> bool| is(desired, Kind::Service) && is(desired, Kind::EndpointSlice);
+        let listed = match (both(Desired::is_listed), both(Desired::is_heard)) {
+            (true, _) => Listed::All,
+            (false, true) => Listed::Some,
+            (false, false) => Listed::Nothing,
+        };
+        let services = self.services.compile(desired.services(), around, listed);
         if !Arc::ptr_eq(&services.table, &compiled.snapshot.services) {
             let snapshot = &*compiled.snapshot;
             let last = self.last.as_ref();
@@ -327,6 +339,11 @@ impl Compiler {
                 settings.encap.encaps()
             );
             problems.push(Problem::node(ProblemKind::Setting, &info.name, "warren.dev/encaps", reason));
+        }
+        if grant.ranges.is_empty() {
+            let reason = "has no usable pod range, so none of its pods can be reached: set spec.podCIDRs, for \
+                          example [\"10.244.1.0/24\"], different on every node";
+            problems.push(Problem::node(ProblemKind::Value, &info.name, "spec.podCIDRs", reason));
         }
         let vxlan = local.vxlan(info, &grant, settings);
         // The tunnel device's: what would fit more never gets there, and a larger MSS would promise too much.
@@ -382,6 +399,17 @@ impl Compiler {
         id
     }
 
+    /// Remembers the peers' ranges. Not this node's own: those of today are in the plan, and pods of an earlier
+    /// one may still sit on its bridge.
+    fn guard(&mut self, mesh: &Mesh) {
+        let today = || mesh.peers.iter().flatten().flat_map(|peer| peer.pod_ranges.iter().copied());
+        self.guarded.extend(today());
+        self.guarded = IpNet::aggregate(&self.guarded);
+        if self.guarded.len() > MAX_GUARDED {
+            self.guarded = IpNet::aggregate(&today().collect());
+        }
+    }
+
     /// Takes back the numbers of Nodes that are gone. Before the first full list a Node whose number was
     /// saved but that was not seen yet keeps it.
     fn release_ids(&mut self, desired: &Desired, settings: &Settings, generation: u64) {
@@ -398,12 +426,12 @@ impl Compiler {
     }
 }
 
-/// Enters a peer into every table of the mesh.
 /// The shorter of two intervals, of which 0 is none.
 fn shortest(theirs: u16, ours: u16) -> u16 {
     [theirs, ours].into_iter().filter(|seconds| *seconds > 0).min().unwrap_or(0)
 }
 
+/// Enters a peer into every table of the mesh.
 fn place(mesh: &mut Mesh, peer: Arc<Peer>) {
     let index = peer.id.0 as usize;
     if mesh.peers.len() <= index {

@@ -79,6 +79,7 @@ pub struct Desired {
     /// What the source has not shown: it was saved, or was in the source before its last list.
     unconfirmed: BTreeSet<Key>,
     listed: BTreeSet<Kind>,
+    heard: BTreeSet<Kind>,
 }
 
 impl Desired {
@@ -113,6 +114,7 @@ impl Desired {
     /// What was known before a restart: in force until the source says otherwise.
     pub fn remember(&mut self, object: &Object) -> Outcome {
         let outcome = self.apply(object);
+        self.heard.insert(object.kind());
         self.unconfirmed.insert(object.key());
         outcome
     }
@@ -140,6 +142,7 @@ impl Desired {
     pub fn list(&mut self, kind: Kind, objects: &[Object]) -> Outcome {
         let mut outcome = Outcome::default();
         self.unconfirmed.extend(self.keys(kind));
+        self.heard.insert(kind);
         for object in objects.iter().filter(|object| object.kind() == kind) {
             outcome.extend(self.apply(object));
         }
@@ -175,6 +178,11 @@ impl Desired {
     /// Whether a complete list of that kind has arrived.
     pub fn is_listed(&self, kind: Kind) -> bool {
         self.listed.contains(&kind)
+    }
+
+    /// Whether anything of that kind was listed or remembered.
+    pub fn is_heard(&self, kind: Kind) -> bool {
+        self.heard.contains(&kind)
     }
 
     /// All Nodes, those first that win when two claim the same.

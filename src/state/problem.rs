@@ -97,15 +97,17 @@ pub fn one_line(text: &str) -> String {
     line.flat_map(|c| if c.is_control() { c.escape_debug().collect() } else { vec![c] }).collect()
 }
 
-/// The known name nearest to a mistyped one, if one is near enough to be what was meant.
+/// The known name nearest to a mistyped one, if one is near enough to be what was meant. Large and small
+/// letters count the same: who writes `podcidrs` means `podCIDRs`.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if word.chars().count() > 64 {
         return None; // nobody mistypes that; and the distance costs length times length
     }
     let limit = if word.len() <= 4 { 1 } else { 3 };
+    let word = word.to_lowercase();
     known
         .into_iter()
-        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
+        .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
         .filter(|(distance, _)| *distance <= limit)
         .min()
         .map(|(_, candidate)| candidate)
@@ -167,6 +169,7 @@ mod tests {
         assert_eq!(nearest("underlay_mtu", known), Some("underlay-mtu"));
         assert_eq!(nearest("vn", known), Some("vni"));
         assert_eq!(nearest("masquerade", known), None);
+        assert_eq!(nearest("VXLANPORT", known), Some("vxlan-port"));
         assert_eq!(nearest(&"v".repeat(1_000_000), known), None);
     }
 

@@ -99,6 +99,14 @@ pub enum ClientError {
         /// What went wrong.
         reason: String,
     },
+    /// The agent knows nobody of that name.
+    #[error("{node} knows no peer whose name contains \"{name}\"; `warren peers` lists all")]
+    NoSuchPeer {
+        /// The node that was asked.
+        node: String,
+        /// What was asked for.
+        name: String,
+    },
     /// The answer could not be printed.
     #[error("cannot print the answer: {0}")]
     Print(#[from] io::Error),
@@ -115,6 +123,9 @@ pub fn status(args: &StatusArgs) -> Result<(), ClientError> {
 pub fn peers(args: &PeersArgs) -> Result<(), ClientError> {
     let socket = args.target.socket();
     let answer = block_on(within(PATIENCE, &socket, fetch_peers(&socket, &args.name)))??;
+    if answer.peers.is_empty() && !args.name.is_empty() {
+        return Err(ClientError::NoSuchPeer { node: render::clean(&answer.node), name: args.name.clone() });
+    }
     if args.target.json {
         return print_json(&answer);
     }

@@ -26,7 +26,7 @@ pub fn status(view: &pb::NodeView) -> String {
 pub fn peers(answer: &pb::PeersResponse) -> String {
     let mut out = String::new();
     if answer.peers.is_empty() {
-        let _ = writeln!(out, "{} knows no such peer.", clean(&answer.node));
+        let _ = writeln!(out, "{} knows no peer.", clean(&answer.node));
     } else {
         peer_table(&mut out, "", answer.peers.iter());
     }
@@ -41,7 +41,7 @@ pub fn peers_verbose(answer: &pb::PeersResponse) -> String {
         peer_in_full(&mut out, peer);
     }
     if answer.peers.is_empty() {
-        let _ = writeln!(out, "{} knows no such peer.", clean(&answer.node));
+        let _ = writeln!(out, "{} knows no peer.", clean(&answer.node));
     }
     silent_lanes(&mut out, &answer.silent_lanes);
     out
@@ -127,7 +127,7 @@ fn head(out: &mut String, view: &pb::NodeView) {
 
 fn peer_summary(peers: &[pb::PeerView]) -> String {
     if peers.is_empty() {
-        return "none known yet".to_owned();
+        return "none known".to_owned();
     }
     let parts: Vec<String> = ["up", "idle", "connecting", "silent", "unusable"]
         .iter()
@@ -164,7 +164,8 @@ fn cluster_summary(state: &pb::StateView) -> String {
     }
     let guessed = match state.cluster_ranges_guessed {
         true => {
-            ", GUESSED from the nodes seen: to pods of other nodes packets leave outside the tunnel; set --cluster-cidr"
+            ", GUESSED from the nodes seen so far; to pods of nodes that are not in this folder packets leave outside \
+             the tunnel: set --cluster-cidr"
         }
         false => "",
     };
@@ -542,7 +543,7 @@ node-b: up
         let answer =
             pb::PeersResponse { node: "a".to_owned(), silent_lanes: vec![0, 2], ..Default::default() };
         let got = peers(&answer);
-        assert!(got.starts_with("a knows no such peer.\n  lanes 0, 2 did not answer"), "{got}");
+        assert!(got.starts_with("a knows no peer.\n  lanes 0, 2 did not answer"), "{got}");
         assert!(status(&pb::NodeView::default()).contains("No packet was dropped"));
     }
 

@@ -108,7 +108,7 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
-    use crate::status::client::{ClientError, fetch_peers, fetch_view};
+    use crate::status::client::{self, ClientError, PeersArgs, Target, fetch_peers, fetch_view};
     use crate::status::fake;
 
     #[tokio::test]
@@ -127,6 +127,12 @@ mod tests {
         let peers = fetch_peers(&path, "node-c").await.unwrap();
         assert_eq!(peers.peers.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["node-c"]);
         assert_eq!(fetch_peers(&path, "").await.unwrap().peers.len(), 3);
+        for (name, found) in [("node-c", true), ("zzz", false)] {
+            let target = Target { run_dir: dir.path().to_owned(), socket: None, json: true };
+            let args = PeersArgs { name: name.to_owned(), verbose: false, target };
+            let done = tokio::task::spawn_blocking(move || client::peers(&args)).await.unwrap();
+            assert_eq!(done.is_ok(), found, "{name}: {done:?}");
+        }
         let json = serde_json::to_value(&view).unwrap();
         assert_eq!(json["peers"][0]["name"], "node-b");
         assert_eq!(json["peers"][2]["handshake_age_ms"], serde_json::Value::Null);

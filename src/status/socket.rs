@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 pub enum SocketError {
     /// An agent has this run directory.
     #[error(
-        "another agent is running: it has {}; stop it first (to run two on one machine, give each its own \
-         --run-dir, --state-dir, --tun-name and --port)",
+        "another agent is running: it has {}; stop it first (in another network namespace, and only there, a second \
+         one can run, with its own --run-dir, --state-dir and --tun-name)",
         .path.display()
     )]
     InUse {

@@ -199,11 +199,11 @@ fn peer_lines(out: &mut String, peer: &pb::PeerView, key: &str, collected_unix_m
     line(out, "tx_bytes", peer.tx_bytes);
     line(out, "rx_bytes", peer.rx_bytes);
     line(out, "persistent_keepalive_interval", peer.keepalive);
-    for range in &peer.pod_ranges {
-        line(out, "allowed_ip", range);
-    }
-    for address in &peer.addresses {
-        line(out, "allowed_ip", format_args!("{address}/{}", if address.contains(':') { 128 } else { 32 }));
+    let single = |address: &String| format!("{address}/{}", if address.contains(':') { 128 } else { 32 });
+    // The network address of a range of one address is that address.
+    let addresses = peer.addresses.iter().map(single).filter(|address| !peer.pod_ranges.contains(address));
+    for allowed in peer.pod_ranges.iter().cloned().chain(addresses) {
+        line(out, "allowed_ip", allowed);
     }
 }
 
@@ -227,6 +227,17 @@ mod tests {
 
     use super::*;
     use crate::status::fake;
+
+    #[test]
+    fn a_range_of_one_address_is_named_once() {
+        let ranges = vec!["10.244.9.1/32".to_owned(), "fd00::1/128".to_owned()];
+        let addresses = ["10.244.9.1", "fd00::1", "192.0.2.9"].map(str::to_owned).to_vec();
+        let peer = pb::PeerView { pod_ranges: ranges, addresses, ..pb::PeerView::default() };
+        let mut out = String::new();
+        peer_lines(&mut out, &peer, "00", 0);
+        let allowed: Vec<_> = out.lines().filter_map(|line| line.strip_prefix("allowed_ip=")).collect();
+        assert_eq!(allowed, ["10.244.9.1/32", "fd00::1/128", "192.0.2.9/32"]);
+    }
 
     #[test]
     fn the_answer_in_full() {

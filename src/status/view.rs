@@ -319,7 +319,12 @@ fn peer_state(
     };
     match encap {
         Encap::WireGuard if peer.lanes.is_empty() => {
-            ("unusable", "has announced no WireGuard key: is its agent running?".to_owned())
+            let reason = format!(
+                "has announced no WireGuard key: is its agent running, and has its {}.warren.yaml arrived in this \
+                 node's folder?",
+                peer.name
+            );
+            ("unusable", reason)
         }
         Encap::WireGuard if endpoint.is_empty() => {
             ("unusable", "has announced no endpoint and has not called us".to_owned())

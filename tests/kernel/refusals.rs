@@ -67,14 +67,16 @@ fn when_the_port_is_taken() {
 fn when_another_agent_runs() {
     let mut mesh = Mesh::start(Lab::two(), &[]);
     refuses(agent::command(&mesh.lab, &mesh.lab.nodes[0], &[]), &["another agent"]);
-    // Also when only the device tells: other folders, other ports.
+    // Also when only the kernel tells: other folders, other ports, another device.
     let other = mesh.lab.path().join("elsewhere");
     let [run, state] = ["run", "state"].map(|f| other.join(f).display().to_string());
     let elsewhere = ["--run-dir", &run, "--state-dir", &state, "--port", "51900", "--vxlan-port", "8500"];
-    let mut command = mesh.lab.nodes[0].ns.command(warren());
     let source = format!("dir:{}", mesh.lab.cluster().display());
-    command.args(["agent", "--source", &source, "--node", "node1"]).args(elsewhere);
-    refuses(command, &["warren0", "another agent"]);
+    for more in [&[][..], &["--tun-name", "warren1"], &["--tun-name", "warren1", "--cleanup"]] {
+        let mut command = mesh.lab.nodes[0].ns.command(warren());
+        command.args(["agent", "--source", &source, "--node", "node1"]).args(elsewhere).args(more);
+        refuses(command, &["warren0", "another agent", "network namespace"]);
+    }
     assert!(mesh.agents[0].is_running(), "the first one is not disturbed");
     mesh.exchange(0, 1);
 }

@@ -157,9 +157,13 @@ fn what_cleanup_leaves_is_what_was_there() {
         assert!(done.status.success(), "{end}: {said}");
         assert_eq!(list(&mesh.lab.nodes[0]), before, "{end}: what is left: {said}");
         assert!(said.contains("warren0"), "{end}: it says what it removed: {said}");
-        // Once more finds nothing, and is no error.
-        let mut cleanup = crate::lab::agent::command(&mesh.lab, &mesh.lab.nodes[0], &["--cleanup"]);
+        // Once more finds nothing, is no error, and makes no folders.
+        let gone = mesh.lab.path().join("gone");
+        let [run, state] = ["run", "state"].map(|folder| gone.join(folder).display().to_string());
+        let mut cleanup = mesh.lab.nodes[0].ns.command(crate::lab::agent::warren());
+        cleanup.args(["agent", "--cleanup", "--run-dir", &run, "--state-dir", &state]);
         assert!(cleanup.status().expect("run the cleanup again").success(), "{end}: a second cleanup");
+        assert!(!gone.exists(), "{end}: a folder");
     }
 }
 

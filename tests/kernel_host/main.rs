@@ -3,6 +3,7 @@
 
 #![cfg(feature = "agent")]
 
+mod agent;
 mod packets;
 mod services;
 mod stage;
@@ -113,6 +114,10 @@ fn whatever_is_removed_comes_back() {
             "ip link set warren0 mtu 1000",
             "nft delete table inet warren",
             "nft delete table bridge warren",
+            "nft delete table inet warren-services",
+            "nft flush chain inet warren-services services",
+            "nft 'add element inet warren-services nodeports { tcp . 1 }'",
+            "ip route del 10.96.0.0/16",
             "nft flush table inet warren",
             "nft flush chain inet warren pods",
             "nft 'flush chain inet warren leak; delete chain inet warren leak'",
@@ -122,6 +127,7 @@ fn whatever_is_removed_comes_back() {
             "sysctl -w net.ipv4.ip_forward=0",
             "sysctl -w net.ipv6.conf.all.forwarding=0",
             "sysctl -w net.ipv4.conf.warren0.rp_filter=1",
+            "sysctl -w net.ipv4.conf.warren0.route_localnet=1",
         ] {
             sh(harm);
             until(&format!("repair of `{harm}`"), || state() == good, || format!("{}\nwas\n{good}", state()))
@@ -143,11 +149,13 @@ fn the_watcher_applies_a_new_config_and_ends_with_its_sender() {
         settle(&mut events).await;
         config_out.send_modify(|config| config.mtu = 1300);
         until("the second", || sh("ip link show dev warren0").contains("mtu 1300"), String::new).await;
+        let said = tokio::time::timeout(REPAIR, events.recv()).await;
+        assert!(matches!(said, Ok(Some(HostEvent::Changed(_)))), "no repair: {said:?}");
         config_out.send_modify(|config| config.mtu = 1000);
         let said = tokio::time::timeout(REPAIR, async {
             loop {
                 match events.recv().await {
-                    Some(HostEvent::Repaired(_)) => {}
+                    Some(HostEvent::Repaired(_) | HostEvent::Changed(_)) => {}
                     other => return other,
                 }
             }

@@ -207,7 +207,8 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
             let ports = (0..ports).map(|n| (Protocol::Tcp, 20_000 + n)).collect();
             let external = |n: u16| {
                 let [high, low] = n.to_be_bytes();
-                (listen(&format!("198.{}.{high}.{low}", 18 + n % 2), 443), 1 + n)
+                let at = listen(&format!("198.{}.{high}.{low}", 18 + n % 2), 443);
+                (Listen { protocol: Protocol::Tcp, ..at }, 1 + n)
             };
             let externals: BTreeMap<Listen, u16> = (0..externals).map(external).collect();
             HostConfig { node_ports: Arc::new(ports), externals: Arc::new(externals), ..config() }
@@ -224,7 +225,11 @@ fn a_change_of_elements_touches_nothing_else_and_is_quick() {
         println!("all compared and found right: {:?}", clock::now().duration_since(begun));
         let (wanted, mut events) = watched_with(network, many(PORTS, EXTERNALS));
         settle(&mut events).await;
-        let count = || (sets().matches("tcp .").count(), sets().matches("udp . 443 :").count());
+        let count = || {
+            let sets = sets();
+            let externals = sets.matches("tcp . 443 :").count();
+            (sets.matches("tcp .").count() - externals, externals)
+        };
         assert_eq!(count(), (PORTS.into(), EXTERNALS.into()));
         let handles =
             || sh("nft -a list table inet warren-services | grep handle | sed 's/packets.*bytes [0-9]*//'");
@@ -421,4 +426,35 @@ fn flows_to_cluster_ips_stay_out_of_a_table_that_is_nearly_full() {
             assert_eq!(receive(&client).expect("a reply").1, SocketAddr::new(ip(family.node), NODE_PORT));
         }
     }
+}
+
+#[test]
+fn a_client_that_never_pauses_is_led_the_new_way() {
+    let stage = Stage::new(true);
+    let outside = stage.world.udp(FAMILIES[0].world, 0);
+    let send = || outside.send_to(b"again", (ip(FAMILIES[0].node), NODE_PORT)).unwrap();
+    let led = || {
+        (0..20).any(|_| {
+            send();
+            stage.next_in_tunnel(Duration::from_millis(100)).is_some()
+        })
+    };
+    let without = HostConfig { node_ports: Arc::default(), ..with_services() };
+    stage.node.run(async {
+        let mut network = HostNetwork::open(None).unwrap();
+        network.apply(&without).await.unwrap();
+        // Nobody answers there yet; the kernel remembers that.
+        send();
+        let (wanted, mut events) = watched_with(network, without.clone());
+        settle(&mut events).await;
+        send();
+        wanted.send_replace(with_services());
+        settle(&mut events).await;
+        assert!(led(), "still led past the Service");
+        wanted.send_replace(without.clone());
+        settle(&mut events).await;
+        let server = stage.node.0.udp(FAMILIES[0].node, NODE_PORT);
+        send();
+        assert!(receive(&server).is_some(), "still led into the loop");
+    });
 }

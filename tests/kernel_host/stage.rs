@@ -135,7 +135,7 @@ pub(crate) fn watched_with(
 /// Waits until the watcher has had nothing to say for a while.
 pub(crate) async fn settle(events: &mut mpsc::Receiver<HostEvent>) {
     while let Ok(event) = tokio::time::timeout(Duration::from_millis(400), events.recv()).await {
-        assert!(matches!(event, Some(HostEvent::Repaired(_))), "{event:?}");
+        assert!(matches!(event, Some(HostEvent::Repaired(_) | HostEvent::Changed(_))), "{event:?}");
     }
 }
 
@@ -154,6 +154,9 @@ pub(crate) fn state() -> String {
     const RULES: &str = "for chain in prerouting output redirects spoofed leak pods; do
         nft list chain inet warren $chain | sed 's/packets [0-9]* bytes [0-9]*//'; done
         for set in pods4 pods6 cluster4 cluster6; do nft list set inet warren $set; done
+        for chain in prerouting output services; do nft list chain inet warren-services $chain; done
+        for set in nodeports services4 services6 nodes4 nodes6; do nft list set inet warren-services $set; done
+        for map in external4 external6; do nft list map inet warren-services $map; done
         nft list chain bridge warren prerouting";
     [
         "ip -br addr show dev warren0",
@@ -163,7 +166,8 @@ pub(crate) fn state() -> String {
         "ip rule",
         "ip -6 rule",
         RULES,
-        "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.warren0.rp_filter",
+        "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.warren0.rp_filter \
+         net.ipv4.conf.warren0.route_localnet",
     ]
     .map(shell)
     .concat()

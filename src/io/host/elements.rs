@@ -13,6 +13,7 @@ use nlink::netlink::{Connection, Nftables};
 
 use super::nft::families;
 use super::services::{NAME, NODE_PORTS, external_key, externals_name, node_port_key};
+use super::stale::Changed;
 use super::{HostConfig, next_generation};
 use crate::snapshot::service::{Listen, Protocol};
 
@@ -44,14 +45,24 @@ impl Elements {
     }
 }
 
-/// Writes the difference, `from` being what the kernel had at `generation`; returns the generation after
-/// that, and how many elements it was. Fails with ERESTART where something else has changed since.
+/// What was written.
+#[derive(Debug)]
+pub(super) struct Written {
+    /// The generation after that.
+    pub(super) generation: u32,
+    /// How many elements it was.
+    pub(super) count: usize,
+    /// Those of UDP.
+    pub(super) udp: Changed,
+}
+
+/// Writes the difference, `from` being what the kernel had at `generation`. Fails with ERESTART where something else has changed since.
 pub(super) async fn change(
     connection: &Connection<Nftables>,
     generation: u32,
     from: &Elements,
     to: &Elements,
-) -> Result<(u32, usize), nlink::Error> {
+) -> Result<Written, nlink::Error> {
     let gone = from.node_ports.difference(&to.node_ports).map(node_port).collect();
     let new = to.node_ports.difference(&from.node_ports).map(node_port).collect();
     let mut writes = vec![Write { set: node_ports_set(), gone, new }];
@@ -70,11 +81,11 @@ pub(super) async fn change(
     write(connection, generation, &writes).await
 }
 
-/// Lists the sets and makes them as they should be; says how many elements were wrong.
+/// Lists the sets and makes them as they should be.
 pub(super) async fn compare(
     connection: &Connection<Nftables>,
     config: &HostConfig,
-) -> Result<usize, nlink::Error> {
+) -> Result<Written, nlink::Error> {
     let generation = connection.generation().await?;
     let ports = config.node_ports.iter().map(node_port).collect();
     let mut writes = vec![difference(connection, NODE_PORTS, node_ports_set(), ports).await?];
@@ -82,7 +93,7 @@ pub(super) async fn compare(
         let wanted = of_family(&config.externals, v6).map(external).collect();
         writes.push(difference(connection, externals_name(v6), externals_set(v6), wanted).await?);
     }
-    Ok(write(connection, generation, &writes).await?.1)
+    write(connection, generation, &writes).await
 }
 
 async fn difference(
@@ -123,7 +134,7 @@ async fn write(
     connection: &Connection<Nftables>,
     mut generation: u32,
     writes: &[Write],
-) -> Result<(u32, usize), nlink::Error> {
+) -> Result<Written, nlink::Error> {
     // An element that leads elsewhere now is in both: first all out, then all in.
     let gone = writes.iter().flat_map(|write| chunks(write, &write.gone, true));
     let chunks: Vec<_> =
@@ -137,7 +148,28 @@ async fn write(
         transaction.commit(connection).await?;
         generation = next_generation(generation);
     }
-    Ok((generation, writes.iter().map(|write| write.gone.len() + write.new.len()).sum()))
+    let count = writes.iter().map(|write| write.gone.len() + write.new.len()).sum();
+    let mut udp = Changed::default();
+    for element in writes.iter().flat_map(|write| write.gone.iter().chain(&write.new)) {
+        note_udp(element.key(), &mut udp);
+    }
+    Ok(Written { generation, count, udp })
+}
+
+/// A key ends in the protocol and the port, a word each; before them stands an address, or nothing.
+fn note_udp(key: &[u8], udp: &mut Changed) {
+    let Some((address, &[protocol, _, _, _, high, low, _, _])) = key.split_last_chunk::<8>() else { return };
+    if Protocol::of(protocol) != Some(Protocol::Udp) {
+        return;
+    }
+    let port = u16::from_be_bytes([high, low]);
+    if address.is_empty() {
+        udp.ports.insert(port);
+    } else if let Ok(four) = <[u8; 4]>::try_from(address) {
+        udp.externals.insert((IpAddr::from(four), port));
+    } else if let Ok(six) = <[u8; 16]>::try_from(address) {
+        udp.externals.insert((IpAddr::from(six), port));
+    }
 }
 
 fn chunks<'a>(
@@ -182,6 +214,20 @@ mod tests {
     fn the_generation_leaves_zero_out() {
         assert_eq!(next_generation(7), 8);
         assert_eq!(next_generation(u32::MAX), 1);
+    }
+
+    #[test]
+    fn udp_is_read_from_the_keys() {
+        let mut udp = Changed::default();
+        for protocol in Protocol::ALL {
+            note_udp(node_port(&(protocol, 30_007)).key(), &mut udp);
+            for address in ["192.0.2.1", "2001:db8::1"] {
+                let at = Listen { address: address.parse().expect("address"), protocol, port: 53 };
+                note_udp(external((&at, &1)).key(), &mut udp);
+            }
+        }
+        let externals = ["192.0.2.1", "2001:db8::1"].map(|ip| (ip.parse().expect("address"), 53));
+        assert_eq!(udp, Changed { ports: [30_007].into(), externals: externals.into() });
     }
 
     #[test]

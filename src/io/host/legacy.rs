@@ -14,8 +14,11 @@ const GET_ENTRIES: i32 = 65;
 const INFO: usize = 32 + 4 * 13;
 /// `struct ipt_get_entries`: name, size, then (aligned to 8) the entries.
 const ENTRIES: usize = 40;
-/// More than kube-proxy writes for 10,000 Services; beyond that the first part has to do.
-const LARGEST: usize = 256 << 20;
+/// A table so large is read only when it has lost half of itself since: kube-proxy writes 200 MB for 10,000
+/// Services, and again at every change.
+const LARGE: u32 = 1 << 20;
+/// One so large is not read at all: nobody else writes such.
+const LARGEST: u32 = 256 << 20;
 
 /// Both families' nat tables, as last read.
 #[derive(Debug, Default)]
@@ -26,7 +29,9 @@ pub(super) struct Nat {
 
 #[derive(Debug, Default)]
 struct Table {
+    /// As it was when it was read.
     info: Vec<u8>,
+    size: u32,
     found: bool,
 }
 
@@ -58,14 +63,20 @@ impl Table {
         if self.info == info {
             return;
         }
-        let size = info[INFO - 4..].try_into().map_or(0, u32::from_ne_bytes);
-        let mut request = named(ENTRIES + (size as usize).min(LARGEST));
+        let size = info.get(INFO - 4..).and_then(|size| size.try_into().ok()).map_or(0, u32::from_ne_bytes);
+        if size > LARGEST {
+            return *self = Table { info, size, found: true };
+        }
+        if self.found && size > LARGE && size > self.size / 2 {
+            return;
+        }
+        let mut request = named(ENTRIES + size as usize);
         request[32..36].copy_from_slice(&size.to_ne_bytes());
         // A table that was changed between both questions answers EAGAIN: then the next look sees it.
         let Ok(entries) = option(&socket, level, GET_ENTRIES, request) else { return };
         // A chain begins with an entry that holds its name, padded with zeros.
         let name = [chain.as_bytes(), &[0]].concat();
-        *self = Table { info, found: entries.windows(name.len()).any(|bytes| bytes == name) };
+        *self = Table { info, size, found: entries.windows(name.len()).any(|bytes| bytes == name) };
     }
 }
 

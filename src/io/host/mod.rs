@@ -22,6 +22,7 @@ mod nla;
 mod proxy;
 mod routes;
 mod services;
+mod stale;
 mod sysctl;
 mod watch;
 
@@ -233,6 +234,7 @@ pub struct HostNetwork {
     /// How many routes the node had at the last look.
     routes: usize,
     proxy: proxy::Look,
+    forgetter: stale::Forgetter,
     news: latest::Sender<HostState>,
 }
 
@@ -264,6 +266,7 @@ impl HostNetwork {
             pressed: false,
             routes: 0,
             proxy: proxy::Look::default(),
+            forgetter: stale::Forgetter::start(),
             news: latest::channel(HostState::default()).0,
         })
     }
@@ -327,9 +330,10 @@ impl HostNetwork {
             return true;
         }
         match elements::change(&self.nft, generation, &from, &to).await {
-            Ok((after, count)) => {
-                debug!("changed {count} elements of nft table inet {}", services::NAME);
-                self.generation = Some(after);
+            Ok(written) => {
+                debug!("changed {} elements of nft table inet {}", written.count, services::NAME);
+                self.generation = Some(written.generation);
+                self.forgetter.forget(written.udp, &config);
                 self.applied = Some(config.into_owned());
                 true
             }
@@ -395,15 +399,27 @@ impl HostNetwork {
     ) -> Result<(), HostError> {
         let doing = || format!("write nft table inet {}", services::NAME);
         let table = services::table(config, self.pressed);
-        nft::apply(&self.nft, &table, report).await.map_err(|e| HostError::nft(doing(), e))?;
+        match nft::apply(&self.nft, &table, report).await {
+            Ok(()) => {}
+            // Pods and ClusterIPs go on without.
+            Err(e) if nft::unsupported(&e) || e.errno() == Some(libc::ENOENT) => {
+                report.warn(format!(
+                    "the kernel cannot lead node ports, load-balancer and external addresses to Services \
+                     (CONFIG_NFT_FIB_INET, CONFIG_NFT_NAT): {e}"
+                ));
+                return Ok(());
+            }
+            Err(e) => return Err(HostError::nft(doing(), e)),
+        }
         if !config.services {
             return Ok(());
         }
         let outcome = elements::compare(&self.nft, config).await;
-        let wrong = outcome.map_err(|e| HostError::nft(doing(), e))?;
-        if wrong > 0 {
-            report.changed(format!("nft table inet {}: {wrong} elements", services::NAME));
+        let written = outcome.map_err(|e| HostError::nft(doing(), e))?;
+        if written.count > 0 {
+            report.changed(format!("nft table inet {}: {} elements", services::NAME, written.count));
         }
+        self.forgetter.forget(written.udp, config);
         Ok(())
     }
 

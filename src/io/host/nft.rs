@@ -484,7 +484,10 @@ mod tests {
     fn the_tables_are_valid_and_have_ipv6_only_where_there_is_any() {
         for v6 in [false, true] {
             let config = config(v6);
-            for table in [inet_table(&config), bridge_table(&config, &[bridge()])] {
+            let config = HostConfig { nodeport_localhost: true, ..config };
+            let services = [false, true].map(|pressed| services::table(&config, pressed));
+            let tables = [inet_table(&config), bridge_table(&config, &[bridge()])];
+            for table in tables.into_iter().chain(services) {
                 table.validate().unwrap();
                 let rules = table.tables()[0].rules();
                 let six = |rule: &Rule| rule.nft_syntax().is_some_and(|text| text.contains("v6 "));

@@ -30,6 +30,8 @@ pub enum HostEvent {
     /// Something was missing or wrong and is right again; the report is empty where the tunnel device is
     /// back and nothing had to be done.
     Repaired(Report),
+    /// The wanted state is another one, and is reached.
+    Changed(Report),
     /// The tunnel device is gone, and its queues with it: the agent must open them again. The rest
     /// comes back by itself once the device is there. Said once each time.
     TunGone {
@@ -55,15 +57,13 @@ impl HostNetwork {
         let mut ticks = 0_u32;
         let mut burst = None;
         loop {
-            let mut routes = false;
-            let mut asked = false;
+            let (mut routes, mut asked) = (false, false);
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    asked = true;
-                    routes = true;
+                    (routes, asked) = (true, true);
                 }
                 kind = notifications.next(), if burst.is_none() => {
                     burst = Some((kind, Box::pin(tokio::time::sleep(SETTLE))));
@@ -94,7 +94,11 @@ impl HostNetwork {
                 continue;
             }
             let outcome = self.reconcile(&wanted, routes).await;
-            let Some(event) = quiet.event(outcome) else { continue };
+            let event = match quiet.event(outcome) {
+                Some(HostEvent::Repaired(report)) if asked => HostEvent::Changed(report),
+                Some(event) => event,
+                None => continue,
+            };
             if events.send(event).await.is_err() {
                 return Ok(());
             }

@@ -144,11 +144,13 @@ impl<'a> Local<'a> {
         }
     }
 
+    /// `guarded`: the ranges of all peers that there ever were.
     pub(super) fn plan(
         &self,
         mesh: &Mesh,
         cluster: ClusterRanges,
         services: Arc<ServicePlan>,
+        guarded: &[IpNet],
         settings: &Settings,
     ) -> HostPlan {
         let peers = || mesh.peers.iter().flatten();
@@ -160,8 +162,7 @@ impl<'a> Local<'a> {
         peer_ranges.sort();
         let guessed = cluster.pods.is_empty();
         let cluster_ranges = if guessed {
-            let seen = peer_ranges.iter().map(|peer| peer.range).chain(self.grant.ranges.iter().copied());
-            IpNet::aggregate(&seen.collect())
+            IpNet::aggregate(&[guarded, &self.grant.ranges].concat())
         } else {
             IpNet::aggregate(&cluster.pods)
         };

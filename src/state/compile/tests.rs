@@ -121,6 +121,40 @@ fn what_is_not_announced_is_never_plain() {
 }
 
 #[test]
+fn a_peer_without_a_pod_range_is_a_problem() {
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: b}}";
+    let bare = manifest::parse(text.as_bytes(), false).objects.remove(0);
+    let compiled = compile(&[node("a", 1, ""), bare], &settings(EncapPolicy::WireGuard));
+    let about: Vec<_> = compiled.problems.iter().filter(|problem| problem.subject == "Node/b").collect();
+    assert_eq!(about.len(), 1);
+    assert_eq!((about[0].kind, about[0].field.as_str()), (ProblemKind::Value, "spec.podCIDRs"));
+}
+
+#[test]
+fn ranges_once_seen_are_guarded_after_their_node_went() {
+    let settings_of = |cluster: &[&str]| {
+        let cluster_ranges = cluster.iter().map(|range| range.parse().unwrap()).collect();
+        Settings { cluster_ranges, ..settings(EncapPolicy::WireGuard) }
+    };
+    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+    let mut desired = desired(&[node("a", 1, ""), node("b", 4, ""), node("c", 7, "")]);
+    let mut compiler = Compiler::default();
+    let all = ranges(&["10.244.1.0/24", "10.244.4.0/24", "10.244.7.0/24"]);
+    assert_eq!(compiler.compile(&desired, &settings_of(&[])).plan.cluster_ranges, all);
+    // One is removed, one loses its range to a typing mistake, and this node's own moves.
+    desired.delete(&node("b", 4, "").key());
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: c}, spec: {podCidrs: [10.244.7.0/24]}}";
+    desired.apply(&manifest::parse(text.as_bytes(), false).objects.remove(0));
+    desired.apply(&node("a", 9, ""));
+    let plan = compiler.compile(&desired, &settings_of(&[])).plan;
+    assert_eq!(plan.peer_ranges, []);
+    assert_eq!(plan.cluster_ranges, ranges(&["10.244.4.0/24", "10.244.7.0/24", "10.244.9.0/24"]));
+    // Whoever says what the cluster's ranges are is believed.
+    let said = compiler.compile(&desired, &settings_of(&["10.244.0.0/16"])).plan;
+    assert_eq!(said.cluster_ranges, ranges(&["10.244.0.0/16"]));
+}
+
+#[test]
 fn mtu_follows_underlay_and_encapsulation() {
     let with = |annotations: &str, mtu: u16, encap: EncapPolicy| {
         let own = format!(", warren.dev/encaps: '{}'", encap.encaps());

@@ -14,6 +14,7 @@ use super::judge::judge;
 use super::loops::LoopPorts;
 use super::plan::{MAX_OUTSIDE, ServicePlan};
 use super::service::{Problems, ServiceInfo};
+use super::slice::SliceEndpoint;
 use super::store::ServiceStore;
 use crate::snapshot::service::ServiceTable;
 use crate::state::problem::Problem;
@@ -29,11 +30,24 @@ pub struct CompiledServices {
     pub reports: Vec<(String, Vec<Problem>)>,
 }
 
+/// How much the source has said about Services and slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// Not both kinds were heard of: to serve Services without their endpoints would refuse every client.
+    Nothing,
+    /// Both, but maybe not all there is.
+    Some,
+    /// All there is.
+    All,
+}
+
 /// Compiles, and remembers what it compiled. It follows one store.
 #[derive(Debug, Default)]
 pub struct ServiceCompiler {
     revision: u64,
     around: Surroundings,
+    /// What is around us once Services are heard of.
+    waiting: Option<Surroundings>,
     entries: HashMap<Arc<str>, Entry>,
     claims: Claims,
     loops: LoopPorts,
@@ -65,13 +79,19 @@ struct Entry {
 type Dirty = BTreeSet<Arc<str>>;
 
 impl ServiceCompiler {
-    /// Compiles what changed. `around`: if that may have changed. `complete`: the source has said all.
+    /// Compiles what changed. `around`: if that may have changed.
     pub fn compile(
         &mut self,
         store: &ServiceStore,
         around: Option<Surroundings>,
-        complete: bool,
+        listed: Listed,
     ) -> CompiledServices {
+        let around = around.or(self.waiting.take());
+        if listed == Listed::Nothing {
+            self.waiting = around;
+            let (table, plan) = self.hand_over();
+            return CompiledServices { table, plan, reports: Vec::new() };
+        }
         let mut dirty = match store.changed_since(self.revision) {
             Some(dirty) => dirty,
             None => self.everything(store),
@@ -85,7 +105,7 @@ impl ServiceCompiler {
             self.settle(store, &mut dirty);
             reports = self.rebuild(store, dirty);
         }
-        if complete && !self.table.is_complete() {
+        if listed == Listed::All && !self.table.is_complete() {
             self.table.set_complete();
             self.table_changed = true;
         }
@@ -165,23 +185,47 @@ impl ServiceCompiler {
         reports
     }
 
-    /// Enters what the dirty Services claim, and marks whom that touches.
+    /// Settles what the dirty Services claim, and marks whom that touches.
     fn settle(&mut self, store: &ServiceStore, dirty: &mut Dirty) {
-        // Who had each claim that somebody makes or gives up.
-        let mut touched: BTreeMap<Claim, Option<Arc<str>>> = BTreeMap::new();
-        for name in dirty.iter() {
+        let touched = self.enter_claims(store, dirty);
+        let mut moved = HashSet::new();
+        if std::mem::take(&mut self.ranges_changed) {
+            let holds = |address: &IpAddr| self.around.services.holds(*address);
+            self.outside = self.claims.cluster_ips().filter(|address| !holds(address)).collect();
+            moved.extend(self.outside.iter().copied());
+        }
+        for (claim, before) in touched {
+            self.pass_on(claim, before, dirty, &mut moved);
+        }
+        // Nobody's endpoint may be a ClusterIP. In a Service range that is seen at the endpoint itself.
+        if !moved.is_empty() {
+            let holds = |endpoint: &SliceEndpoint| moved.contains(&endpoint.address);
+            dirty.extend(store.services_with(|slice| slice.endpoints.iter().any(holds)));
+        }
+        let outside = self.outside.iter().take(MAX_OUTSIDE);
+        if !outside.clone().eq(self.plan.cluster_ips_outside.iter()) {
+            self.plan.cluster_ips_outside = Arc::new(outside.copied().collect());
+            self.plan_changed = true;
+        }
+    }
+
+    /// Enters what the dirty Services claim; of each claim that somebody makes or gives up, who had it.
+    fn enter_claims(&mut self, store: &ServiceStore, dirty: &Dirty) -> BTreeMap<Claim, Option<Arc<str>>> {
+        let mut touched = BTreeMap::new();
+        for name in dirty {
             let info = store.service(name);
             let claims = match info {
                 Some(info) => judge(info, &self.around, &mut Problems::of("", "", "")).claims(),
                 None => Box::default(),
             };
-            let same = |entry: &Entry| {
-                let before = entry.info.as_ref();
-                entry.claims == claims && before.map(Arc::as_ptr) == info.map(Arc::as_ptr)
+            let same = match self.entries.get(name) {
+                Some(entry) => {
+                    let before = entry.info.as_ref();
+                    entry.claims == claims && before.map(Arc::as_ptr) == info.map(Arc::as_ptr)
+                }
+                None => info.is_none(),
             };
-            if self.entries.get(name).is_some_and(same)
-                || (info.is_none() && !self.entries.contains_key(name))
-            {
+            if same {
                 continue;
             }
             let entry = self.entries.entry(Arc::clone(name)).or_default();
@@ -196,49 +240,44 @@ impl ServiceCompiler {
             entry.claims = claims;
             entry.info = info.cloned();
         }
-        let mut moved = HashSet::new();
-        if std::mem::take(&mut self.ranges_changed) {
-            let holds = |address: &IpAddr| self.around.services.holds(*address);
-            self.outside = self.claims.cluster_ips().filter(|address| !holds(address)).collect();
-            moved.extend(self.outside.iter().copied());
+        touched
+    }
+
+    /// A claim may have gone from one Service to another: marks whom that touches. `moved`: addresses that
+    /// have become ClusterIPs outside of the Service ranges, or are none any more.
+    fn pass_on(
+        &mut self,
+        claim: Claim,
+        before: Option<Arc<str>>,
+        dirty: &mut Dirty,
+        moved: &mut HashSet<IpAddr>,
+    ) {
+        let after = self.claims.winner(&claim).map(|winner| Arc::clone(&winner.name));
+        if before == after {
+            return;
         }
-        for (claim, before) in touched {
-            let after = self.claims.winner(&claim).map(|winner| Arc::clone(&winner.name));
-            if before == after {
-                continue;
-            }
-            dirty.extend(self.claims.claimants(&claim).map(|info| Arc::clone(&info.name)));
-            match claim {
-                Claim::ClusterIp(address) if before.is_some() != after.is_some() => {
-                    let touched = self.claims.external_claimants(address);
-                    dirty.extend(touched.map(|info| Arc::clone(&info.name)));
-                    if !self.around.services.holds(address) {
-                        match after {
-                            Some(_) => self.outside.insert(address),
-                            None => self.outside.remove(&address),
-                        };
-                        moved.insert(address);
-                    }
+        dirty.extend(self.claims.claimants(&claim).map(|info| Arc::clone(&info.name)));
+        match claim {
+            Claim::ClusterIp(address) if before.is_some() != after.is_some() => {
+                let touched = self.claims.external_claimants(address);
+                dirty.extend(touched.map(|info| Arc::clone(&info.name)));
+                if !self.around.services.holds(address) {
+                    match after {
+                        Some(_) => self.outside.insert(address),
+                        None => self.outside.remove(&address),
+                    };
+                    moved.insert(address);
                 }
-                Claim::NodePort(protocol, port) if before.is_none() => {
-                    for evicted in self.loops.evict(protocol, port) {
-                        let evicted = Claim::External(evicted);
-                        let claimants = self.claims.claimants(&evicted);
-                        dirty.extend(claimants.map(|info| Arc::clone(&info.name)));
-                    }
-                }
-                Claim::External(listen) if after.is_none() => self.loops.free(&listen),
-                Claim::ClusterIp(_) | Claim::External(_) | Claim::NodePort(..) => {}
             }
-        }
-        if !moved.is_empty() {
-            let holds = |endpoint: &super::slice::SliceEndpoint| moved.contains(&endpoint.address);
-            dirty.extend(store.services_with(|slice| slice.endpoints.iter().any(holds)));
-        }
-        let outside = self.outside.iter().take(MAX_OUTSIDE);
-        if !outside.clone().eq(self.plan.cluster_ips_outside.iter()) {
-            self.plan.cluster_ips_outside = Arc::new(outside.copied().collect());
-            self.plan_changed = true;
+            Claim::NodePort(protocol, port) if before.is_none() => {
+                for evicted in self.loops.evict(protocol, port) {
+                    let evicted = Claim::External(evicted);
+                    let claimants = self.claims.claimants(&evicted);
+                    dirty.extend(claimants.map(|info| Arc::clone(&info.name)));
+                }
+            }
+            Claim::External(listen) if after.is_none() => self.loops.free(&listen),
+            Claim::ClusterIp(_) | Claim::External(_) | Claim::NodePort(..) => {}
         }
     }
 

@@ -75,7 +75,7 @@ fn read<T: DeserializeOwned>(json: &str) -> Result<Arc<T>, String> {
 }
 
 fn to_service(info: &ServiceInfo) -> Service {
-    let texts = |list: &[IpAddr]| Some(list.iter().map(IpAddr::to_string).collect()).filter(is_some_vec);
+    let texts = |list: &[IpAddr]| some(list.iter().map(IpAddr::to_string));
     let (created, uid) = info.precedence.origin();
     let policy = |local: bool| local.then(|| "Local".to_owned());
     let port = |port: &super::service::PortInfo| ServicePort {
@@ -102,8 +102,7 @@ fn to_service(info: &ServiceInfo) -> Service {
             cluster_ips: texts(&info.cluster_ips),
             external_ips: texts(&info.external_ips),
             ports: Some(info.ports.iter().map(port).collect()),
-            load_balancer_source_ranges: Some(info.sources.iter().map(IpNet::to_string).collect())
-                .filter(is_some_vec),
+            load_balancer_source_ranges: some(info.sources.iter().map(IpNet::to_string)),
             session_affinity: affinity.is_some().then(|| "ClientIP".to_owned()),
             session_affinity_config: affinity,
             internal_traffic_policy: policy(info.internal_local),
@@ -161,8 +160,10 @@ fn metadata(full_name: &str) -> ObjectMeta {
     ObjectMeta { namespace: Some(namespace.to_owned()), name: Some(name.to_owned()), ..ObjectMeta::default() }
 }
 
-fn is_some_vec(list: &Vec<String>) -> bool {
-    !list.is_empty()
+/// A list, unless it is empty.
+fn some(list: impl Iterator<Item = String>) -> Option<Vec<String>> {
+    let list: Vec<String> = list.collect();
+    (!list.is_empty()).then_some(list)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::compile::{CompiledServices, ServiceCompiler};
+use super::compile::{CompiledServices, Listed, ServiceCompiler};
 use super::store::ServiceStore;
 use super::*;
 use crate::snapshot::service::{
@@ -73,7 +73,7 @@ impl World {
     fn compile(&mut self) -> u64 {
         let before = self.compiler.rebuilt();
         let around = self.around.clone();
-        self.last = Some(self.compiler.compile(&self.store, Some(around), true));
+        self.last = Some(self.compiler.compile(&self.store, Some(around), Listed::All));
         self.compiler.rebuilt() - before
     }
 
@@ -228,6 +228,24 @@ fn a_service_of_both_families_with_every_way_in() {
     assert!(table.is_complete() && table.is_cluster_ip("10.96.0.5".parse().expect("address")));
     assert_eq!(table.port(port.id).map(|port| &*port.name), Some("default/web:http"));
     assert_eq!((world.compiler.services(), world.compiler.endpoints()), (1, 5));
+}
+
+#[test]
+fn services_are_served_when_their_endpoints_were_heard_of_too() {
+    let mut world = World::new();
+    world.apply(&service("web", "10.96.0.5", ""));
+    let around = Some(world.around.clone());
+    let early = world.compiler.compile(&world.store, around, Listed::Nothing);
+    assert!(early.table.is_empty());
+    world.apply(&slice("web-1", "web", &[("10.244.1.5", HERE)]));
+    let some = world.compiler.compile(&world.store, None, Listed::Some);
+    assert_eq!((some.table.len(), some.table.is_complete(), world.compiler.endpoints()), (1, false, 1));
+    let all = world.compiler.compile(&world.store, None, Listed::All);
+    assert!(
+        all.table.is_complete()
+            && !Arc::ptr_eq(&all.table, &some.table)
+            && Arc::ptr_eq(&all.plan, &some.plan)
+    );
 }
 
 #[test]
@@ -730,7 +748,7 @@ fn a_change_costs_the_same_whatever_the_size() {
             let address = format!("10.244.0.{round}");
             world.apply(&slice("s7-x", "s7", &[(&address, HERE), ("10.244.1.5", "")]));
             let before = std::time::Instant::now();
-            let last = world.compiler.compile(&world.store, None, true);
+            let last = world.compiler.compile(&world.store, None, Listed::All);
             let took = before.elapsed();
             assert_eq!(last.table.len(), services);
             took

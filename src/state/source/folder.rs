@@ -483,10 +483,14 @@ fn take(name: &str, parsed: manifest::Manifest) -> (BTreeMap<Key, Object>, Vec<P
                 Flaw::Object | Flaw::Foreign => ProblemKind::Object,
             },
             subject: name.to_owned(),
-            field: format!("document {}, line {}", problem.document, problem.line),
+            field: place(problem.document, problem.line),
             reason: problem.reason,
         })
         .collect();
+    problems.extend(parsed.unknown.into_iter().map(|mut problem| {
+        problem.reason += &format!(" (in {name})");
+        problem
+    }));
     let mut objects = BTreeMap::new();
     for object in parsed.objects {
         let key = object.key();
@@ -509,6 +513,12 @@ fn take(name: &str, parsed: manifest::Manifest) -> (BTreeMap<Key, Object>, Vec<P
         }
     }
     (objects, problems, bad)
+}
+
+/// `document 2, line 14`; 0 is not known, and not said.
+fn place(document: usize, line: u64) -> String {
+    let parts = [("document", document as u64), ("line", line)].into_iter().filter(|(_, number)| *number > 0);
+    parts.map(|(what, number)| format!("{what} {number}")).collect::<Vec<_>>().join(", ")
 }
 
 /// What `<node>.warren.yaml` may say: annotations of ours, of that Node, and nothing else.
@@ -702,6 +712,33 @@ mod tests {
             assert_eq!(short(&folder.scan(true).unwrap()), ["=Node:1", "!folder: same object twice:1"]);
             assert_eq!(range(&folder), "10.1.0.0/24", "{copy}");
         }
+    }
+
+    #[test]
+    fn a_misspelt_field_is_said_and_the_object_counts() {
+        let wrong = node("a", "10.244.1.0/24").replace("podCIDRs", "podCidrs");
+        let (dir, mut folder) = setup(&[("machines.yaml", &wrong)]);
+        let events = folder.scan(true).unwrap();
+        assert_eq!(short(&events), ["=Node:1", "!file machines.yaml:1"]);
+        let said = events.iter().find_map(|event| match event {
+            SourceEvent::Problems { problems, .. } => problems.first(),
+            _ => None,
+        });
+        let said = said.unwrap();
+        assert_eq!((said.kind, said.field.as_str()), (ProblemKind::Value, "spec.podCidrs"));
+        assert_eq!(
+            said.to_string(),
+            "Node/a, spec.podCidrs: Warren knows no such field of a Node and passes over it; did you mean podCIDRs? \
+             (in machines.yaml)"
+        );
+        fs::write(dir.path().join("machines.yaml"), node("a", "10.244.1.0/24")).unwrap();
+        assert_eq!(short(&folder.reread(["machines.yaml"])), ["!file machines.yaml:0", "+Node/a"]);
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_place_is_not_said() {
+        assert_eq!((place(2, 14).as_str(), place(0, 3).as_str()), ("document 2, line 14", "line 3"));
+        assert_eq!((place(2, 0).as_str(), place(0, 0).as_str()), ("document 2", ""));
     }
 
     #[test]

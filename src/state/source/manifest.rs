@@ -8,8 +8,8 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Kind, Object};
-use crate::state::problem::{nearest, one_line, quote};
+use super::{Kind, Object, fields};
+use crate::state::problem::{Problem, ProblemKind, nearest, one_line, quote};
 
 /// Largest file that is read.
 pub const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -17,6 +17,8 @@ pub const MAX_FILE_BYTES: u64 = 16 << 20;
 pub const MAX_DOCUMENTS: usize = 20_000;
 /// Most objects in one file, Lists unfolded.
 pub const MAX_OBJECTS: usize = 100_000;
+/// Most unknown fields of one file that are named.
+const MAX_UNKNOWN: usize = 100;
 /// Deepest nesting; Kubernetes objects need about 12.
 const MAX_DEPTH: usize = 64;
 
@@ -51,6 +53,8 @@ pub struct Manifest {
     pub objects: Vec<Object>,
     /// The documents that gave none, with the reason.
     pub problems: Vec<DocumentProblem>,
+    /// Fields of the objects that are none; the objects count all the same.
+    pub unknown: Vec<Problem>,
     /// How many documents hold something.
     pub documents: usize,
 }
@@ -195,6 +199,17 @@ impl Manifest {
         self.problems.push(DocumentProblem { document, line, flaw, reason });
     }
 
+    fn add(&mut self, (object, unknown): (Object, Vec<fields::Unknown>)) {
+        let room = MAX_UNKNOWN.saturating_sub(self.unknown.len());
+        self.unknown.extend(unknown.into_iter().take(room).map(|unknown| Problem {
+            kind: ProblemKind::Value,
+            subject: object.key().to_string(),
+            field: unknown.field,
+            reason: unknown.reason,
+        }));
+        self.objects.push(object);
+    }
+
     fn full(&mut self, line: u64) -> bool {
         let full = self.documents >= MAX_DOCUMENTS || self.objects.len() >= MAX_OBJECTS;
         if full {
@@ -215,7 +230,7 @@ impl Manifest {
             Ok(items) => items,
             Err(value) => {
                 match typed(value, piece) {
-                    Ok(object) => self.objects.push(object),
+                    Ok(read) => self.add(read),
                     Err(wrong) => self.report(document, line + wrong.offset, wrong.flaw, wrong.reason),
                 }
                 return;
@@ -226,7 +241,7 @@ impl Manifest {
                 return;
             }
             match typed(item, None) {
-                Ok(object) => self.objects.push(object),
+                Ok(read) => self.add(read),
                 Err(Wrong { flaw, reason, .. }) => {
                     self.report(document, line, flaw, format!("items[{index}]: {reason}"));
                 }
@@ -264,7 +279,7 @@ impl Wrong {
     }
 }
 
-fn typed(value: Value, piece: Option<&str>) -> Result<Object, Wrong> {
+fn typed(value: Value, piece: Option<&str>) -> Result<(Object, Vec<fields::Unknown>), Wrong> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
     let Some(name) = text("kind") else {
         let flaw = if is_begun(&value) { Flaw::Object } else { Flaw::Foreign };
@@ -285,15 +300,20 @@ fn typed(value: Value, piece: Option<&str>) -> Result<Object, Wrong> {
         let wanted = kind.api_version();
         return Err(Wrong::object(format!("apiVersion of a {name} is {wanted}, not {}", quote(&version))));
     }
+    let (unknown, misshapen) = (fields::unknown(kind, &value), fields::misshapen(kind, &value));
     let object = match kind {
         Kind::Node => into(value, piece).map(Object::Node),
         Kind::Service => into(value, piece).map(Object::Service),
         Kind::EndpointSlice => into(value, piece).map(Object::EndpointSlice),
         Kind::Pod => into(value, piece).map(Object::Pod),
         Kind::ServiceCidr => into(value, piece).map(Object::ServiceCidr),
-    }?;
+    };
+    let object = object.map_err(|wrong| match misshapen {
+        Some(reason) => Wrong { reason, ..wrong },
+        None => wrong,
+    })?;
     check_names(&object).map_err(Wrong::object)?;
-    Ok(object)
+    Ok((object, unknown))
 }
 
 /// Whether a document without a `kind` may be the beginning of an object of ours, whose writer is not done:

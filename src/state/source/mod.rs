@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::problem::Problem;
 
 pub mod dir;
+mod fields;
 pub mod folder;
 pub mod manifest;
 
