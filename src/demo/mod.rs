@@ -7,10 +7,10 @@
 //!    ends, however it ends, the kernel kills everything in the PID namespace, and with the last process the
 //!    anonymous namespaces, their devices, nft tables and the tmpfs that holds the files are gone.
 //! 2. `world`: the stage builds the underlay, the nodes and the pods with `link`, and starts one
-//!    `agents` process per node, fed from a folder of Kubernetes YAML, which `services` keeps in step. One more
-//!    pod is the cluster's `dns`.
-//! 3. `scenes` and `service_scenes`: what is shown, on the `stage`, in plain words through `report`; the packets
-//!    come from `traffic`, a tiny server and client that run inside the pods.
+//!    `agents` process per node, fed from a folder of Kubernetes YAML, which `services` keeps in step. One
+//!    more pod is the cluster's `dns`.
+//! 3. `scenes` and `service_scenes`: what is shown, on the `stage`, in plain words through `report`; the
+//!    packets come from `traffic`, a tiny server and client that run inside the pods.
 //! 4. `attach`: `warren demo enter POD` and `warren demo stop`, for a demo that was started with `--keep`.
 
 mod agents;

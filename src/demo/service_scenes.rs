@@ -110,7 +110,9 @@ impl Stage {
         let server = services::dns_socket(false);
         self.open(
             "Pods find it by its name",
-            &format!("The pod `dns` answers at {server}, a Service as well, from the objects that the agents read too."),
+            &format!(
+                "The pod `dns` answers at {server}, a Service too, from the same objects as the agents."
+            ),
         );
         let client = Asker::pod(self.pod(0, 0)?);
         let v4 = vec![services::address(false)];
@@ -181,7 +183,8 @@ impl Stage {
         services::endpoints(&self.world).into_iter().map(|(_, pod)| pod.name.clone()).collect()
     }
 
-    /// Each must be answered, by all of the pods that are behind it and nobody else, who all saw the client's own address.
+    /// Each must be answered, by all of the pods that are behind it and nobody else, and all must have seen
+    /// the client's own address.
     fn many(
         &mut self,
         from: &Asker,
@@ -209,7 +212,7 @@ impl Stage {
         let seen = match &heard {
             Ok(heard) if ok => {
                 format!(
-                    "{times} by all {}, who saw {own} ({:.1} ms)",
+                    "{times} answers; all {} pods saw {own} ({:.1} ms)",
                     behind.len(),
                     heard.median as f64 / 1000.0
                 )

@@ -1,5 +1,6 @@
-//! The demo's Services, as ordinary objects in the folder that the agents watch. Kubernetes' controllers would
-//! keep the EndpointSlices in step with the pods; here the scenes write them anew when a pod goes or comes.
+//! The demo's Services, as ordinary objects in the folder that the agents watch. Kubernetes' controllers
+//! would keep the EndpointSlices in step with the pods; here the scenes write them anew when a pod goes or
+//! comes.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -206,7 +207,7 @@ fn cluster_ip(host: u8, v6: bool) -> IpAddr {
 mod tests {
     use super::*;
     use crate::snapshot::service::Protocol;
-    use crate::state::services::{service, slice};
+    use crate::state::services::service;
     use crate::state::source::Object;
     use crate::state::source::manifest;
 
@@ -230,7 +231,9 @@ mod tests {
                     assert_eq!(info.ports[1].protocol, Protocol::Udp);
                 }
                 Object::EndpointSlice(object) => {
-                    assert!(slice::slice(object).0.is_some());
+                    let labels = object.metadata.labels.clone().expect("labels");
+                    assert_eq!(labels.get("kubernetes.io/service-name").map(String::as_str), Some(NAME));
+                    assert_eq!(object.ports.as_ref().map(Vec::len), Some(ports.len()));
                 }
                 Object::Node(_) | Object::Pod(_) | Object::ServiceCidr(_) => panic!("{object:?}"),
             }

@@ -1,4 +1,5 @@
-//! Asks one server one question, without the system's resolver: so that nothing else is tried when it is silent.
+//! Asks one server one question, without the system's resolver: so that nothing else is tried when it is
+//! silent.
 
 use std::io;
 use std::net::{IpAddr, TcpStream, UdpSocket};

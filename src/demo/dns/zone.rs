@@ -61,8 +61,8 @@ impl Zone {
         }
     }
 
-    /// A name by its labels, from the left, in small letters. In the zone are `SERVICE.NAMESPACE.svc.cluster.local`
-    /// and the names above it.
+    /// A name by its labels, from the left, in small letters. In the zone are
+    /// `SERVICE.NAMESPACE.svc.cluster.local` and the names above it.
     pub(super) fn look_up(&self, labels: &[String]) -> Found {
         let zone: Vec<_> = CLUSTER_DOMAIN.split('.').collect();
         let Some((inside, end)) = labels.len().checked_sub(zone.len()).map(|at| labels.split_at(at)) else {

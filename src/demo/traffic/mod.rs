@@ -182,7 +182,8 @@ fn read_line(stream: &mut TcpStream) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
-/// What a download consists of: each byte says where it belongs, within a period that fits no packet's length.
+/// What a download consists of: each byte says where it belongs, within a period that fits no packet's
+/// length.
 struct Pattern(Vec<u8>);
 
 impl Pattern {

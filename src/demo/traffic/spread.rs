@@ -18,7 +18,7 @@ const IMPATIENT: Duration = Duration::from_millis(150);
 /// So many in a row must go well before counting begins: then who has gone is not asked any more.
 const SETTLED: u32 = 16;
 /// More failures than that say nothing new, and each may cost the whole timeout.
-const ENOUGH_FAILURES: u32 = 3;
+const ENOUGH_FAILURES: u32 = 2;
 
 /// What to ask.
 #[derive(Args, Clone, Debug)]
@@ -32,7 +32,7 @@ pub(in crate::demo) struct SpreadArgs {
     #[arg(long, default_value_t = 100)]
     pub times: u32,
     /// How long a change of the Service may take to reach this node, before anything is counted.
-    #[arg(long, default_value_t = 3000)]
+    #[arg(long, default_value_t = 2000)]
     pub settle_ms: u64,
 }
 
