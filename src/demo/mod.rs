@@ -42,6 +42,7 @@ use crate::snapshot::Encap;
         warren demo --nodes 5 --encap vxlan  five nodes, VXLAN only\n  \
         warren demo --keep                   leave it up until Ctrl-C or `warren demo stop`\n  \
         warren demo enter pod-1a             a shell inside a pod of a demo that was started with --keep\n  \
+        warren demo enter outside            and on a machine beside the nodes, which knows no pods\n  \
         warren demo --json > report.json     for programs; the words go to stderr\n\n\
         Nothing of it is visible outside: it all lives in namespaces of its own and ends with this command."
 )]

@@ -27,7 +27,7 @@ const DOWNLOAD_BYTES: u64 = 250 * 32 * 1024;
 /// The endpoint dies in the middle.
 const LIVES_FOR: Duration = Duration::from_millis(700);
 /// Longer silence of a download is not "untouched". Nothing should show but the scheduler of a busy machine.
-const LONGEST_PAUSE_US: u64 = 1_000_000;
+const LONGEST_PAUSE_US: u64 = 1_500_000;
 /// A client hears that its endpoint is gone, and has another, within that: the keepalive's second, and some.
 const RESET_WITHIN_US: u64 = 2_500_000;
 const AGAIN_WITHIN_US: u64 = 1_000_000;

@@ -65,8 +65,10 @@ pub(in crate::demo) struct Download {
 
 /// Opens them all, says so, and reads them to their ends. Times are in microseconds.
 pub(in crate::demo) fn download(args: &DownloadArgs) -> Result<Vec<Download>, String> {
-    let streams = open_all(args)?;
+    let opened = open_all(args);
+    // Said even if not: then the answer says why.
     say("downloading");
+    let streams = opened?;
     let (bytes, target) = (args.bytes, args.target);
     let readers: Vec<_> = streams
         .into_iter()
