@@ -150,10 +150,15 @@ pub struct Who {
 impl Who {
     /// Starts it on [`TARGET`] of each address.
     pub fn start(name: &'static str, ns: &Netns, addresses: &[IpAddr]) -> Who {
+        Who::start_at(TARGET, name, ns, addresses)
+    }
+
+    /// Starts it on another port.
+    pub fn start_at(port: u16, name: &'static str, ns: &Netns, addresses: &[IpAddr]) -> Who {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         for address in addresses {
-            let here = SocketAddr::new(*address, TARGET);
+            let here = SocketAddr::new(*address, port);
             let (tcp, udp) = ns.enter(|| {
                 let tcp = TcpListener::bind(here).unwrap_or_else(|e| panic!("listen on {here}: {e}"));
                 (tcp, UdpSocket::bind(here).unwrap_or_else(|e| panic!("bind {here}: {e}")))

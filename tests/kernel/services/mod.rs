@@ -3,6 +3,7 @@
 mod clients;
 mod hosts;
 mod path;
+mod policies;
 mod sctp;
 
 use std::io;
