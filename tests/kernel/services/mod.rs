@@ -2,6 +2,7 @@
 
 mod clients;
 mod hosts;
+mod meetings;
 mod path;
 mod policies;
 mod sctp;
