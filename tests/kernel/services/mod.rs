@@ -1,6 +1,7 @@
 //! Services on real kernels: one row for everything that a Service can be.
 
 mod clients;
+mod flood;
 mod hosts;
 mod meetings;
 mod path;
