@@ -65,7 +65,7 @@ fn masquerade(node: &Node, host: u8, by_nftables: bool) {
 }
 
 /// Gives nft a script.
-fn nft(ns: &Netns, rules: &str) {
+pub(super) fn nft(ns: &Netns, rules: &str) {
     let mut child = ns.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().expect("run nft");
     child.stdin.take().expect("a pipe").write_all(rules.as_bytes()).expect("write rules");
     assert!(child.wait().expect("wait for nft").success(), "nft refuses: {rules}");

@@ -13,15 +13,15 @@ use crate::lab::service::{Over, PORT, Service, TARGET, Who, open};
 use crate::lab::{Underlay, wait_for};
 
 /// A connection whose answers are read one by one.
-struct Talk {
+pub(super) struct Talk {
     stream: TcpStream,
     /// The client as the server sees it.
-    seen: SocketAddr,
+    pub(super) seen: SocketAddr,
 }
 
 impl Talk {
     /// Says hello on a stream.
-    fn begin(what: &str, server: &str, mut stream: TcpStream) -> Talk {
+    pub(super) fn begin(what: &str, server: &str, mut stream: TcpStream) -> Talk {
         stream.write_all(b"hello").unwrap_or_else(|e| panic!("{what}: {e}"));
         let mut room = [0; 200];
         let mut text = String::new();
@@ -37,7 +37,7 @@ impl Talk {
     }
 
     /// Says something, which comes back.
-    fn say(&mut self, what: &str, words: &str) {
+    pub(super) fn say(&mut self, what: &str, words: &str) {
         self.stream.write_all(words.as_bytes()).unwrap_or_else(|e| panic!("{what}: {e}"));
         let mut back = vec![0; words.len()];
         self.stream.read_exact(&mut back).unwrap_or_else(|e| panic!("{what}: {e}"));

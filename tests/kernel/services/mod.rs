@@ -2,6 +2,7 @@
 
 mod clients;
 mod flood;
+mod handover;
 mod hosts;
 mod meetings;
 mod path;
