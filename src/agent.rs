@@ -228,6 +228,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     handle.update(|live| {
         live.pod_mtu = plan.pod_mtu;
         live.pod_ranges.clone_from(&plan.pod_ranges);
+        live.services_elsewhere = services::elsewhere(&config, kube_proxy.as_deref());
         live.not_ready = None;
     });
     recent::call(&files, &outputs.snapshot.load(), &fleet);
@@ -324,6 +325,9 @@ impl Running {
             Some(place) => services::yielded(&self.config, place),
             None => services::taken(&self.config),
         }
+        let place = self.host_state.borrow().kube_proxy.clone();
+        let elsewhere = services::elsewhere(&self.config, place.as_deref());
+        self.handle.update(|live| live.services_elsewhere.clone_from(&elsewhere));
         self.answer();
     }
 

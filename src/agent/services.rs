@@ -32,6 +32,15 @@ pub(super) fn answers(config: &AgentConfig, plan: &HostPlan, kube_proxy: bool) -
     Answers { healthz: config.healthz, proxy_mode: config.proxy_mode, checks }
 }
 
+/// Why Services are not ours, for `status`; empty when they are.
+pub(super) fn elsewhere(config: &AgentConfig, kube_proxy: Option<&str>) -> String {
+    match (config.services, kube_proxy) {
+        (ServicesArg::Off, _) => "not Warren's (--services off)".to_owned(),
+        (ServicesArg::Auto, Some(place)) => format!("left to kube-proxy, whose rules are here ({place})"),
+        (ServicesArg::Auto, None) | (ServicesArg::On, _) => String::new(),
+    }
+}
+
 /// Says what was found and what to do about it.
 pub(super) fn yielded(config: &AgentConfig, place: &str) {
     match config.services {

@@ -142,6 +142,8 @@ pub(super) fn state() -> StateReport {
     StateReport {
         listed: true,
         nodes: 4,
+        services: 7,
+        endpoints: 40,
         problems_seen: ProblemKind::ALL.into_iter().zip([3, 0, 0, 1, 0, 0]).collect(),
         cluster_ranges: vec!["10.244.0.0/16".parse().unwrap()],
         ..StateReport::default()

@@ -44,6 +44,8 @@ pub struct Live {
     pub not_ready: Option<String>,
     /// What is wrong now.
     pub problems: Vec<pb::Problem>,
+    /// Why this node's Services are not ours; empty when they are.
+    pub services_elsewhere: String,
     /// What the state line knows; `None` until it has said so.
     pub state: Option<pb::StateView>,
 }

@@ -115,6 +115,7 @@ fn head(out: &mut String, view: &pb::NodeView) {
     if let Some(state) = &view.state {
         rows.push(vec!["state".to_owned(), state_summary(view, state)]);
         rows.push(vec!["cluster".to_owned(), cluster_summary(state)]);
+        rows.push(vec!["services".to_owned(), service_summary(view, state)]);
         rows.push(vec!["problems".to_owned(), problem_summary(view.problems.len(), state)]);
     }
     if !view.settings.is_empty() {
@@ -150,6 +151,13 @@ fn state_summary(view: &pb::NodeView, state: &pb::StateView) -> String {
         (None, true) => return format!("{nodes}, generation {}", view.generation),
     };
     format!("{nodes}, generation {}, {word}", view.generation)
+}
+
+fn service_summary(view: &pb::NodeView, state: &pb::StateView) -> String {
+    match view.services_elsewhere.as_str() {
+        "" => format!("{}, {} endpoints", state.services, state.endpoints),
+        why => clean(why),
+    }
 }
 
 fn cluster_summary(state: &pb::StateView) -> String {
@@ -417,6 +425,7 @@ node-a: ready
   offloads  all on, but: tun-udp off; udp-segmentation given up (the kernel refused it) on lane 1
   state     4 nodes, generation 9
   cluster   10.244.0.0/16
+  services  7, 40 endpoints
   problems  none now, 4 since the start: 3 file, 1 annotation
   settings  encap=auto port=51820
 

@@ -71,6 +71,7 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         totals: totals(all),
         problems: live.problems.clone(),
         state: live.state.clone(),
+        services_elsewhere: live.services_elsewhere.clone(),
     }
 }
 
@@ -99,6 +100,8 @@ impl From<&StateReport> for pb::StateView {
                 .collect(),
             cluster_ranges: report.cluster_ranges.iter().map(ToString::to_string).collect(),
             cluster_ranges_guessed: report.cluster_ranges_guessed,
+            services: u32::try_from(report.services).unwrap_or(u32::MAX),
+            endpoints: u32::try_from(report.endpoints).unwrap_or(u32::MAX),
         }
     }
 }
