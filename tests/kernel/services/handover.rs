@@ -8,9 +8,9 @@ use warren::io::clock;
 
 use super::hosts::nft;
 use super::meetings::Talk;
-use super::{NODE_PORT, SERVICES, asked, pods, refused, service, vips};
+use super::{NODE_PORT, SERVICES, SOON, asked, pods, refused, service, vips};
 use crate::lab::agent::Mesh;
-use crate::lab::service::{Over, PORT, Service, TARGET, Who, ask, open};
+use crate::lab::service::{Over, PORT, Service, TARGET, Who, ask, ask_udp, open, udp};
 use crate::lab::{Lab, Node, Underlay, wait_for};
 
 /// How soon the loop has taken over.
@@ -24,7 +24,10 @@ fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
         let mut own = String::new();
         for (vip, node_port, endpoint) in services.iter().filter(|(vip, ..)| vip.is_ipv6() == v6) {
             let to = SocketAddr::new(*endpoint, TARGET);
-            let _ = writeln!(own, "{family} daddr {vip} tcp dport {PORT} dnat to {to}");
+            let _ = writeln!(
+                own,
+                "{family} daddr {vip} meta l4proto {{ tcp, udp }} th dport {PORT} dnat to {to}"
+            );
             let _ = writeln!(
                 own,
                 "fib daddr type local tcp dport {node_port} mark set mark or 0x4000 dnat to {to}"
@@ -49,6 +52,18 @@ fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
     nft(&node.ns, &rules);
 }
 
+/// On every node, for two Services of one endpoint each.
+fn kube_proxies(lab: &Lab) {
+    let [node1, node2] = [&lab.nodes[0], &lab.nodes[1]];
+    let mut known = Vec::new();
+    for family in [0, 1] {
+        for (number, endpoint) in [(1, node1.inner(11)), (2, node2.inner(10))] {
+            known.push((vips(number)[family], NODE_PORT + u16::from(number), endpoint[family]));
+        }
+    }
+    lab.nodes.iter().for_each(|node| kube_proxy(node, &known));
+}
+
 #[test]
 fn kube_proxy_hands_over() {
     for encap in ["wireguard", "vxlan"] {
@@ -56,20 +71,8 @@ fn kube_proxy_hands_over() {
         for node in &mut lab.nodes {
             node.add_pod(1500);
             node.add_pod(1500);
-            let [near, far] = [(1, 11), (2, 10)].map(|(n, host): (u8, u8)| {
-                [
-                    IpAddr::from([10, 244, n, host]),
-                    format!("fd00:10:244:{n}::{host:x}").parse().expect("an address"),
-                ]
-            });
-            let of = |family: usize| {
-                let to = |number, endpoint: [IpAddr; 2]| {
-                    (vips(number)[family], NODE_PORT + u16::from(number), endpoint[family])
-                };
-                [to(1, near), to(2, far)]
-            };
-            kube_proxy(node, &[of(0), of(1)].concat());
         }
+        kube_proxies(&lab);
         let mesh = Mesh::start(lab, &["--encap", encap, "--services", "auto", "--service-cidr", SERVICES]);
         let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
         let _servers = [
@@ -111,6 +114,8 @@ fn kube_proxy_hands_over() {
             let stream = open(client, None, target).unwrap_or_else(|e| panic!("{what}: {e}"));
             talks.push((what.clone(), Talk::begin(&what, server, stream)));
         }
+        let socket = udp(&node1.pods[0], None, at(2, 0)).expect("a socket");
+        assert_eq!(ask_udp(&socket, 10).expect("an answer").server, "far");
         assert!(talks[1].1.seen.ip() != mesh.lab.outside(), "kube-proxy hides who is outside");
 
         for node in [node1, node2] {
@@ -141,6 +146,20 @@ fn kube_proxy_hands_over() {
         // And what began under kube-proxy still goes on.
         for (what, talk) in &mut talks {
             talk.say(what, "and on");
+        }
+        assert_eq!(ask_udp(&socket, 10).expect("an answer").server, "far");
+
+        // And back.
+        let stream = open(&mesh.lab.switch, None, here(2)).expect("a connection");
+        talks.push(("from outside, through the loop".to_owned(), Talk::begin("the loop's", "far", stream)));
+        kube_proxies(&mesh.lab);
+        for agent in &mesh.agents {
+            let yielded = || agent.log().matches("kube-proxy has its rules here").count() == 2;
+            wait_for("Services are kube-proxy's again", SOON, || yielded().then_some(()));
+        }
+        asked(&node1.pods[0], None, at(2, 0), Over::Tcp);
+        for (what, talk) in &mut talks {
+            talk.say(what, "and back");
         }
     }
 }
