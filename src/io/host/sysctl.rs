@@ -97,6 +97,7 @@ pub(super) async fn apply_node(
     if !config.has_v6() {
         return Ok(());
     }
+    answer_nodes(saved, report);
     let key = "net/ipv6/conf/all/forwarding";
     if read(key).as_deref() == Some("1") {
         return Ok(());
@@ -111,6 +112,18 @@ pub(super) async fn apply_node(
         }
     }
     set_and_save(key, "1", saved, report).map_err(|e| refused(key, "1", e))
+}
+
+/// A node's IPv6 address is the first of its pod range, to which peers have a route: that is how the kernel
+/// knows a subnet's anycast address (`ipv6_anycast_destination`, include/net/ip6_route.h), and to those it
+/// sends no ICMP error. Without "too big" a node's own processes would never learn of a narrow path.
+fn answer_nodes(saved: &mut Saved, report: &mut Report) {
+    const KEY: &str = "net/ipv6/icmp/error_anycast_as_unicast";
+    if path(KEY).exists()
+        && let Err(error) = set_and_save(KEY, "1", saved, report)
+    {
+        once(&format!("sysctl {} stays as it is: {error}", dotted(KEY)));
+    }
 }
 
 const CONNTRACK_MAX: &str = "net/netfilter/nf_conntrack_max";

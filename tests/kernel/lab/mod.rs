@@ -5,6 +5,7 @@ pub mod agent;
 pub mod netns;
 pub mod peer;
 pub mod probe;
+pub mod raw;
 pub mod service;
 pub mod traffic;
 
@@ -134,6 +135,14 @@ impl Lab {
     /// The address that a node's peers know.
     pub fn outer(&self, node: &Node) -> IpAddr {
         node.outer(self.underlay)
+    }
+
+    /// The address of the switch, who is a stranger to the mesh.
+    pub fn outside(&self) -> IpAddr {
+        match self.underlay {
+            Underlay::V4 => Ipv4Addr::new(10, 99, 0, 254).into(),
+            Underlay::V6 => Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 0xfe).into(),
+        }
     }
 
     /// Writes every node's object, without annotations.

@@ -22,15 +22,17 @@ pub const TARGET: u16 = 8080;
 /// The Service's own port.
 pub const PORT: u16 = 80;
 
-/// A Service with one port for TCP and one for UDP, as `kubectl apply` would take it.
+/// A Service with one port for TCP and one for UDP, perhaps for SCTP, as `kubectl apply` would take it.
 #[derive(Clone, Debug, Default)]
 pub struct Service {
     /// Its name.
     pub name: &'static str,
     /// ClusterIPs, of one or both families.
     pub cluster_ips: Vec<IpAddr>,
-    /// The node port of both protocols; 0 for none.
+    /// The node port of all protocols; 0 for none.
     pub node_port: u16,
+    /// Whether it has a port for SCTP as well.
+    pub sctp: bool,
     /// Further lines of the spec, two blanks in.
     pub spec: String,
     /// Load-balancer addresses in its status.
@@ -57,6 +59,10 @@ impl Service {
         std::fs::remove_file(file).expect("remove the Service");
     }
 
+    fn protocols(&self) -> impl Iterator<Item = &'static str> {
+        ["TCP", "UDP"].into_iter().chain(self.sctp.then_some("SCTP"))
+    }
+
     fn object(&self) -> String {
         let kind = match (self.ingress.is_empty(), self.node_port) {
             (false, _) => "LoadBalancer",
@@ -70,8 +76,8 @@ impl Service {
             0 => String::new(),
             port => format!("    nodePort: {port}\n"),
         };
-        let ports: String = ["TCP", "UDP"]
-            .iter()
+        let ports: String = self
+            .protocols()
             .map(|protocol| {
                 let name = protocol.to_lowercase();
                 format!(
@@ -95,6 +101,11 @@ impl Service {
 
     fn slices(&self, target: u16) -> String {
         let mut text = String::new();
+        let port = |protocol: &str| {
+            let name = protocol.to_lowercase();
+            format!("- name: {name}\n  protocol: {protocol}\n  port: {target}\n")
+        };
+        let ports: String = self.protocols().map(port).collect();
         for family_name in ["IPv4", "IPv6"] {
             let mut endpoints = String::new();
             for (address, node, ready) in self.endpoints.iter().filter(|e| family(e.0) == family_name) {
@@ -115,8 +126,7 @@ impl Service {
                 text,
                 "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}-{low}\n  \
                  namespace: default\n  labels:\n    kubernetes.io/service-name: {name}\naddressType: \
-                 {family_name}\nports:\n- name: tcp\n  protocol: TCP\n  port: {target}\n- name: udp\n  protocol: \
-                 UDP\n  port: {target}\n{endpoints}",
+                 {family_name}\nports:\n{ports}{endpoints}",
                 name = self.name,
                 low = family_name.to_lowercase(),
             );
@@ -140,10 +150,15 @@ pub struct Who {
 impl Who {
     /// Starts it on [`TARGET`] of each address.
     pub fn start(name: &'static str, ns: &Netns, addresses: &[IpAddr]) -> Who {
+        Who::start_at(TARGET, name, ns, addresses)
+    }
+
+    /// Starts it on another port.
+    pub fn start_at(port: u16, name: &'static str, ns: &Netns, addresses: &[IpAddr]) -> Who {
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
         for address in addresses {
-            let here = SocketAddr::new(*address, TARGET);
+            let here = SocketAddr::new(*address, port);
             let (tcp, udp) = ns.enter(|| {
                 let tcp = TcpListener::bind(here).unwrap_or_else(|e| panic!("listen on {here}: {e}"));
                 (tcp, UdpSocket::bind(here).unwrap_or_else(|e| panic!("bind {here}: {e}")))

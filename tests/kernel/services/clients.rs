@@ -1,68 +1,17 @@
-//! Services on real kernels: every kind of client to every kind of endpoint, over TCP and UDP, IPv4 and
-//! IPv6, with what the server saw.
+//! Every kind of client to every kind of endpoint, over TCP and UDP, IPv4 and IPv6, with what the server saw.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use socket2::{Domain, Socket, Type};
-use warren::io::clock;
 use warren::snapshot::service::loop_address;
 
+use super::{NODE_PORT, SOON, asked, pods, refused, service, services, vips};
 use crate::lab::agent::Mesh;
-use crate::lab::netns::Netns;
-use crate::lab::service::{
-    Answer, BOTH, Over, PORT, Service, TARGET, Who, ask, ask_again, ask_udp, open, udp,
-};
+use crate::lab::service::{BOTH, Over, PORT, Service, TARGET, Who, ask, ask_again, ask_udp, open, udp};
 use crate::lab::traffic::{Echo, tcp_bulk};
-use crate::lab::{Lab, Underlay, wait_for};
-
-/// The Service ranges of the laboratory.
-const SERVICES: &str = "10.96.0.0/16,fd00:10:96::/112";
-/// How soon a change of an object must have reached the packets.
-const SOON: Duration = Duration::from_secs(5);
-const NODE_PORT: u16 = 30_007;
-
-/// Nodes with two pods each, Services switched on.
-fn services(nodes: u8, encap: &str, underlay: Underlay) -> Mesh {
-    let mut lab = Lab::new(nodes, underlay, 1500);
-    for node in &mut lab.nodes {
-        node.add_pod(1500);
-        node.add_pod(1500);
-    }
-    Mesh::start(lab, &["--encap", encap, "--services", "on", "--service-cidr", SERVICES])
-}
-
-fn vips(number: u8) -> Vec<IpAddr> {
-    vec![IpAddr::from([10, 96, 0, number]), format!("fd00:10:96::{number:x}").parse().expect("an address")]
-}
-
-/// Endpoints of both families: the host-th pod addresses of nodes, by their number.
-fn pods(mesh: &Mesh, which: &[(u8, u8)]) -> Vec<(IpAddr, String, bool)> {
-    let of = |(node, host): &(u8, u8)| {
-        let node = &mesh.lab.nodes[usize::from(*node) - 1];
-        node.inner(*host).map(|address| (address, node.name.clone(), true))
-    };
-    which.iter().flat_map(of).collect()
-}
-
-fn service(name: &'static str, number: u8, endpoints: Vec<(IpAddr, String, bool)>) -> Service {
-    Service { name, cluster_ips: vips(number), endpoints, ..Service::default() }
-}
-
-/// Asks until it is answered: objects take a moment.
-fn asked(ns: &Netns, source: Option<IpAddr>, target: SocketAddr, over: Over) -> Answer {
-    let deadline = clock::now() + SOON;
-    loop {
-        match ask(ns, source, target, over, 100) {
-            Ok(answer) => return answer,
-            Err(error) if clock::now() > deadline => {
-                panic!("{} is not answered by {target} over {over:?}: {error}", ns.name())
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
-        }
-    }
-}
+use crate::lab::{Underlay, wait_for};
 
 #[test]
 fn cluster_ips_with_wireguard() {
@@ -153,8 +102,7 @@ fn node_ports(encap: &str, underlay: Underlay) {
     let mesh = services(3, encap, underlay);
     let family = if underlay == Underlay::V4 { 0 } else { 1 };
     let [node1, node2, node3] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1], &mesh.lab.nodes[2]];
-    let (outside, strangers) = (&mesh.lab.switch, if family == 0 { "10.99.0.254" } else { "fd00:99::fe" });
-    let strangers: IpAddr = strangers.parse().expect("an address");
+    let (outside, strangers) = (&mesh.lab.switch, mesh.lab.outside());
     let _servers = [
         Who::start("near", &node1.pods[1], &node1.inner(11)),
         Who::start("far", &node2.pods[0], &node2.inner(10)),
@@ -214,17 +162,6 @@ fn a_client_from_outside_may_come_by_another_node_when_it_is_done_with_the_first
         let answer = ask_again(&mut stream, 10).expect("an answer");
         assert_eq!(answer.client, stranger, "by {}", node.name);
     }
-}
-
-/// Whether the client is told at once that nobody is there.
-fn refused(ns: &Netns, target: SocketAddr, over: Over) -> bool {
-    let before = clock::now();
-    let result = match over {
-        Over::Tcp => open(ns, None, target).map(drop),
-        Over::Udp => udp(ns, None, target).and_then(|socket| ask_udp(&socket, 10)).map(drop),
-    };
-    let quick = clock::now().duration_since(before) < Duration::from_secs(1);
-    quick && result.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
 #[test]

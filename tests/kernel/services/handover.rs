@@ -1,0 +1,165 @@
+//! From kube-proxy to Warren on a node that is in use.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use warren::io::clock;
+
+use super::hosts::nft;
+use super::meetings::Talk;
+use super::{NODE_PORT, SERVICES, SOON, asked, pods, refused, service, vips};
+use crate::lab::agent::Mesh;
+use crate::lab::service::{Over, PORT, Service, TARGET, Who, ask, ask_udp, open, udp};
+use crate::lab::{Lab, Node, Underlay, wait_for};
+
+/// How soon the loop has taken over.
+const AT_ONCE: Duration = Duration::from_secs(2);
+
+/// What kube-proxy writes in nftables mode, as far as it matters here: ClusterIPs and node ports, those with a
+/// masquerade by mark.
+fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
+    let mut rules = String::new();
+    for (family, v6) in [("ip", false), ("ip6", true)] {
+        let mut own = String::new();
+        for (vip, node_port, endpoint) in services.iter().filter(|(vip, ..)| vip.is_ipv6() == v6) {
+            let to = SocketAddr::new(*endpoint, TARGET);
+            let _ = writeln!(
+                own,
+                "{family} daddr {vip} meta l4proto {{ tcp, udp }} th dport {PORT} dnat to {to}"
+            );
+            let _ = writeln!(
+                own,
+                "fib daddr type local tcp dport {node_port} mark set mark or 0x4000 dnat to {to}"
+            );
+        }
+        let _ = write!(
+            rules,
+            "table {family} kube-proxy {{
+                 chain services {{
+                     {own}
+                 }}
+                 chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
+                 chain nat-output {{ type nat hook output priority -100; jump services; }}
+                 chain nat-postrouting {{
+                     type nat hook postrouting priority srcnat;
+                     mark & 0x4000 != 0 mark set mark xor 0x4000 masquerade
+                 }}
+             }}
+"
+        );
+    }
+    nft(&node.ns, &rules);
+}
+
+/// On every node, for two Services of one endpoint each.
+fn kube_proxies(lab: &Lab) {
+    let [node1, node2] = [&lab.nodes[0], &lab.nodes[1]];
+    let mut known = Vec::new();
+    for family in [0, 1] {
+        for (number, endpoint) in [(1, node1.inner(11)), (2, node2.inner(10))] {
+            known.push((vips(number)[family], NODE_PORT + u16::from(number), endpoint[family]));
+        }
+    }
+    lab.nodes.iter().for_each(|node| kube_proxy(node, &known));
+}
+
+#[test]
+fn kube_proxy_hands_over() {
+    for encap in ["wireguard", "vxlan"] {
+        let mut lab = Lab::new(2, Underlay::V4, 1500);
+        for node in &mut lab.nodes {
+            node.add_pod(1500);
+            node.add_pod(1500);
+        }
+        kube_proxies(&lab);
+        let mesh = Mesh::start(lab, &["--encap", encap, "--services", "auto", "--service-cidr", SERVICES]);
+        let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
+        let _servers = [
+            Who::start("near", &node1.pods[1], &node1.inner(11)),
+            Who::start("far", &node2.pods[0], &node2.inner(10)),
+        ];
+        for (name, number, which) in [("near", 1, (1, 11)), ("far", 2, (2, 10))] {
+            let node_port = NODE_PORT + u16::from(number);
+            Service { node_port, ..service(name, number, pods(&mesh, &[which])) }.write(&mesh.lab);
+        }
+        // kube-proxy has not heard of this one: who can speak to it speaks through the loop.
+        service("new", 3, pods(&mesh, &[(2, 10)])).write(&mesh.lab);
+        for agent in &mesh.agents {
+            let log = agent.log();
+            assert!(log.contains("kube-proxy has its rules here (nft table ip kube-proxy)"), "{log}");
+        }
+        let at = |number: u8, family: usize| SocketAddr::new(vips(number)[family], PORT);
+        let here = |number| SocketAddr::new(mesh.lab.outer(node1), NODE_PORT + number);
+        for family in [0, 1] {
+            assert!(ask(&node1.pods[0], None, at(3, family), Over::Tcp, 10).is_err(), "nobody serves it yet");
+        }
+        let mut clients = vec![
+            ("outside to a pod of the node", &mesh.lab.switch, here(1), "near"),
+            ("outside to a pod elsewhere", &mesh.lab.switch, here(2), "far"),
+            // These nodes have no IPv6 way to anywhere, and without one the kernel does not come to DNAT.
+            ("the host to a pod elsewhere", &node1.ns, at(2, 0), "far"),
+            ("the host to a pod of its own", &node1.ns, at(1, 0), "near"),
+        ];
+        for family in [0, 1] {
+            clients.extend([
+                ("a pod to a pod elsewhere", &node1.pods[0], at(2, family), "far"),
+                ("a pod to a pod of its node", &node1.pods[0], at(1, family), "near"),
+            ]);
+        }
+        let mut talks: Vec<(String, Talk)> = Vec::new();
+        for (what, client, target, server) in clients {
+            let what = format!("{what}, {target}, {encap}");
+            asked(client, None, target, Over::Tcp);
+            let stream = open(client, None, target).unwrap_or_else(|e| panic!("{what}: {e}"));
+            talks.push((what.clone(), Talk::begin(&what, server, stream)));
+        }
+        let socket = udp(&node1.pods[0], None, at(2, 0)).expect("a socket");
+        assert_eq!(ask_udp(&socket, 10).expect("an answer").server, "far");
+        assert!(talks[1].1.seen.ip() != mesh.lab.outside(), "kube-proxy hides who is outside");
+
+        for node in [node1, node2] {
+            node.ns.run_all("nft delete table ip kube-proxy\n nft delete table ip6 kube-proxy");
+        }
+        let gone = clock::now();
+        for family in [0, 1] {
+            wait_for("the loop has the Services", AT_ONCE, || {
+                ask(&node1.pods[0], None, at(3, family), Over::Tcp, 10).ok()
+            });
+        }
+        eprintln!("{encap}: in the loop after {:?}", clock::now().duration_since(gone));
+        for (what, talk) in &mut talks {
+            for round in 0..3 {
+                talk.say(what, &format!("{what}, round {round}"));
+            }
+        }
+        // Who is outside is known by his address from now on, and closed ports of ClusterIPs say so.
+        for number in [1, 2] {
+            wait_for("the client's own address", AT_ONCE, || {
+                let answer = ask(&mesh.lab.switch, None, here(number), Over::Tcp, 10).ok()?;
+                (answer.client.ip() == mesh.lab.outside()).then_some(())
+            });
+        }
+        assert!(refused(&node1.pods[0], SocketAddr::new(vips(1)[0], PORT + 1), Over::Tcp));
+        let log = mesh.agents[0].log();
+        assert!(log.contains("kube-proxy's rules are gone: Services are Warren's now"), "{log}");
+        // And what began under kube-proxy still goes on.
+        for (what, talk) in &mut talks {
+            talk.say(what, "and on");
+        }
+        assert_eq!(ask_udp(&socket, 10).expect("an answer").server, "far");
+
+        // And back.
+        let stream = open(&mesh.lab.switch, None, here(2)).expect("a connection");
+        talks.push(("from outside, through the loop".to_owned(), Talk::begin("the loop's", "far", stream)));
+        kube_proxies(&mesh.lab);
+        for agent in &mesh.agents {
+            let yielded = || agent.log().matches("kube-proxy has its rules here").count() == 2;
+            wait_for("Services are kube-proxy's again", SOON, || yielded().then_some(()));
+        }
+        asked(&node1.pods[0], None, at(2, 0), Over::Tcp);
+        for (what, talk) in &mut talks {
+            talk.say(what, "and back");
+        }
+    }
+}
