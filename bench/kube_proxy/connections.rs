@@ -39,6 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The section of the results.
 pub fn measure(options: &Options) -> Value {
+    let about = report::about(&warren());
     let all = Contestant::ALL.to_vec();
     let contestants = if options.only.is_empty() { all } else { options.only.clone() };
     let mut samples = Vec::new();
@@ -51,23 +52,27 @@ pub fn measure(options: &Options) -> Value {
         }
     }
     let rates = |who: Contestant| samples.iter().filter(move |s| s.0 == who).map(|s| s.2).collect::<Vec<_>>();
-    let rows: Vec<Value> = contestants
-        .iter()
-        .map(|&who| {
-            let spread = report::Spread::of(&rates(who));
-            let bar = who.bar().filter(|(peer, _)| contestants.contains(peer)).map(|(peer, bar)| {
-                let ratio = spread.median / report::Spread::of(&rates(peer)).median;
-                json!({"peer": peer.name(), "ratio": ratio, "bar": bar})
-            });
-            json!({"contestant": who.name(), "settings": who.settings(), "per_second": spread.json(), "beside": bar})
+    let row = |&who: &Contestant| {
+        let mine = rates(who);
+        let spread = report::Spread::of(&mine);
+        let beside = who.bar().filter(|(peer, _)| contestants.contains(peer)).map(|(peer, bar)| {
+            let theirs = rates(peer);
+            let by_round: Vec<f64> = mine.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+            json!({
+                "peer": peer.name(), "ratio": spread.median / report::Spread::of(&theirs).median, "bar": bar,
+                "ratio_by_round": report::Spread::of(&by_round).json(),
+            })
+        });
+        json!({
+            "contestant": who.name(), "settings": who.settings(), "per_second": spread.json(), "beside": beside,
         })
-        .collect();
+    };
     let sample = |s: &(Contestant, u32, f64, u64)| json!({"round": s.1, "contestant": s.0.name(), "per_second": s.2, "failed": s.3});
     json!({
-        "about": report::about(&warren()),
+        "about": about,
         "rounds": options.rounds, "seconds": options.seconds, "threads": options.threads,
         "ports": "1024 to 65535 with tcp_tw_reuse=1 in the client's pod, so that TIME_WAIT does not limit",
-        "rows": rows, "samples": samples.iter().map(sample).collect::<Vec<_>>(),
+        "rows": contestants.iter().map(row).collect::<Vec<_>>(), "samples": samples.iter().map(sample).collect::<Vec<_>>(),
     })
 }
 

@@ -119,14 +119,19 @@ fn connections(out: &mut String, section: &Value) {
         section["rounds"],
         section["seconds"],
     );
-    out.push_str("| | per second | ratio to | | bar |\n|---|---|---|---|---|\n");
+    out.push_str("| | per second | beside | ratio of medians | ratios of single rounds | bar |\n");
+    out.push_str("|---|---|---|---|---|---|\n");
     for row in rows(section) {
         let beside = &row["beside"];
         let cells = match beside.is_null() {
-            true => "| | |".to_owned(),
-            false => {
-                format!("{} | {:.2} | {}", text(&beside["peer"]), number(&beside["ratio"]), beside["bar"])
-            }
+            true => "- | - | - | -".to_owned(),
+            false => format!(
+                "{} | {:.2} | {} | {}",
+                text(&beside["peer"]),
+                number(&beside["ratio"]),
+                spread(&beside["ratio_by_round"], 2),
+                beside["bar"]
+            ),
         };
         let _ =
             writeln!(out, "| {} | {} | {cells} |", text(&row["contestant"]), spread(&row["per_second"], 0));

@@ -53,11 +53,12 @@ const TARGET: u16 = 8080;
 
 /// The section of the results.
 pub fn measure(options: &Options) -> Value {
+    let about = report::about(&warren());
     let beside = options.beside.as_ref().map(|file| fs::read_to_string(file).expect("read --beside"));
     let beside: Value =
         beside.map_or(Value::Null, |text| serde_json::from_str(&text).expect("--beside is JSON"));
     let rows: Vec<Value> = [10, options.services].iter().map(|&services| run(services, options)).collect();
-    json!({"about": report::about(&warren()), "changes": options.changes, "rows": rows, "warren": beside})
+    json!({"about": about, "changes": options.changes, "rows": rows, "warren": beside})
 }
 
 fn run(services: u32, options: &Options) -> Value {

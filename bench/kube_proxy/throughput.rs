@@ -27,6 +27,7 @@ pub struct Options {
 
 /// The section of the results.
 pub fn measure(options: &Options) -> Value {
+    let about = report::about(&warren());
     let ours = vec![Contestant::WarrenVxlan, Contestant::WarrenWireguard];
     let contestants = if options.only.is_empty() { ours } else { options.only.clone() };
     let stands: Vec<(Contestant, Stand)> = contestants.iter().map(|&who| (who, who.set_up())).collect();
@@ -56,7 +57,7 @@ pub fn measure(options: &Options) -> Value {
     let sample =
         |s: &(Contestant, f64, f64)| json!({"contestant": s.0.name(), "pod_gbit": s.1, "service_gbit": s.2});
     json!({
-        "about": report::about(&warren()),
+        "about": about,
         "rounds": options.rounds, "seconds": options.seconds,
         "rows": contestants.iter().map(row).collect::<Vec<_>>(),
         "samples": samples.iter().map(sample).collect::<Vec<_>>(),
