@@ -65,11 +65,18 @@ pub fn measure(options: &Options) -> Value {
 }
 
 fn stream(stand: &Stand, to: &str, seconds: u32) -> f64 {
-    let mut command = stand.client().pod().ns.command("iperf3");
-    let output = command.args(["-c", to, "-t", &seconds.to_string(), "-C", "cubic", "-J"]).output();
-    let json: Value = output.ok().and_then(|o| serde_json::from_slice(&o.stdout).ok()).unwrap_or_default();
-    let bits = json.pointer("/end/sum_received/bits_per_second").and_then(Value::as_f64);
-    bits.unwrap_or_else(|| panic!("iperf3 to {to}: {}", json["error"])) / 1e9
+    let seconds = seconds.to_string();
+    // Its server may still be busy with the end of the stream before; then nothing was measured.
+    wait_for(&format!("iperf3 measures to {to}"), Duration::from_secs(30), || {
+        let mut command = stand.client().pod().ns.command("iperf3");
+        let output = command.args(["-c", to, "-t", &seconds, "-C", "cubic", "-J"]).output();
+        let json: Value = serde_json::from_slice(&output.ok()?.stdout).ok()?;
+        if let Some(error) = json["error"].as_str() {
+            eprintln!("iperf3 to {to}, once more: {error}");
+            return None;
+        }
+        Some(json.pointer("/end/sum_received/bits_per_second")?.as_f64()? / 1e9)
+    })
 }
 
 /// iperf3 in the server's pod.
