@@ -349,6 +349,7 @@ fn affinity_outlives_the_agent() {
     for _ in 0..20 {
         assert_eq!(from(&mesh), first);
     }
+    mesh.agents[0].wait_saved(&mesh.lab, &mesh.lab.nodes[1]);
     mesh.agents[0].kill();
     let node = &mesh.lab.nodes[0];
     mesh.agents[0].restart(&mesh.lab, node);
@@ -366,6 +367,8 @@ fn a_connection_through_a_service_outlives_the_agent() {
     let target = SocketAddr::new(vips(1)[0], PORT);
     asked(&mesh.lab.nodes[0].pods[0], None, target, Over::Tcp);
     let mut stream = open(&mesh.lab.nodes[0].pods[0], None, target).expect("a connection");
+    // What was lost while the agent was away is sent again, later each time.
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
     let mut say = |what: &str| {
         stream.write_all(b"x").unwrap_or_else(|e| panic!("{what}: {e}"));
         let mut answer = [0; 200];
@@ -374,6 +377,7 @@ fn a_connection_through_a_service_outlives_the_agent() {
     };
     say("before");
     for index in [0, 1] {
+        mesh.agents[index].wait_saved(&mesh.lab, &mesh.lab.nodes[1 - index]);
         mesh.agents[index].kill();
         let node = &mesh.lab.nodes[index];
         mesh.agents[index].restart(&mesh.lab, node);
