@@ -248,6 +248,7 @@ impl AgentConfig {
                 encaps,
                 vxlan_mac: encaps.vxlan.then_some(mac),
                 keepalive: self.keepalive,
+                services: self.services != ServicesArg::Off,
             },
             vxlan_port: self.vxlan_port,
             vni: self.vni,

@@ -111,6 +111,8 @@ pub struct Peer {
     pub mtu: u16,
     /// Seconds between keepalives, for peers behind NAT; 0 for none.
     pub keepalive: u16,
+    /// Whether it takes packets of clients outside the mesh that are sent to an endpoint of its own.
+    pub takes_strangers: bool,
 }
 
 /// Whose address this is, when a packet comes out of a peer's tunnel.

@@ -35,7 +35,7 @@ pub(super) struct Passage {
 }
 
 /// How many source ports are tried for a flow whose own is taken.
-const PORT_TRIES: u16 = 128;
+const PORT_TRIES: u16 = 32;
 /// The ports to choose from (RFC 6056 section 3.2: all but the well-known ones).
 const FIRST_PORT: u16 = 1024;
 /// How often an entry is tried for that another lane holds at the moment.
@@ -235,7 +235,8 @@ impl Lane {
     /// - the endpoint is no part of the mesh: the kernel brings the packet there, and must bring the reply
     ///   here (what came from a pod it masquerades, and remembers);
     /// - the client is another node, or a stranger with a pod's address, and the endpoint is on a third one,
-    ///   which would answer it directly; or it is a stranger at a ClusterIP, whom that node would not take.
+    ///   which would answer it directly; or it is a stranger whom that node would not take: at a ClusterIP, or
+    ///   where no Warren does Services.
     fn source_for(
         &self,
         snapshot: &Snapshot,
@@ -264,9 +265,11 @@ impl Lane {
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None, Exit::LocalPod | Exit::LocalNode) => client,
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None, Exit::Outside) => loop_address(client),
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)), Exit::Peer(_)) => own()?,
-            // Its node takes strangers only for what is shown to the world.
-            (None, Exit::Peer(_)) if way == Way::Cluster => own()?,
-            (None, Exit::Peer(_)) => client,
+            // Not every node takes strangers, and none but for what is shown to the world.
+            (None, Exit::Peer(peer)) => {
+                let takes = snapshot.mesh.peer(peer).is_some_and(|peer| peer.takes_strangers);
+                if takes && way != Way::Cluster { client } else { own()? }
+            }
         };
         if source != client {
             self.counters.add(Total::SourcesRewritten, 1);

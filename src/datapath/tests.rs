@@ -54,6 +54,7 @@ fn world() -> World {
             addresses: Vec::new(),
             mtu: 1450,
             keepalive: 0,
+            takes_strangers: true,
         })));
     }
     let local = LocalNode {

@@ -149,6 +149,7 @@ fn snapshot_of(peers: u8) -> Snapshot {
             addresses: Vec::new(),
             mtu: 1450,
             keepalive: 0,
+            takes_strangers: true,
         })));
     }
     let local = LocalNode {

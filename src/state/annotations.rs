@@ -9,6 +9,7 @@
 //! | `warren.dev/encaps` | `wireguard`, `vxlan` or `wireguard,vxlan`: what the node sends and accepts |
 //! | `warren.dev/vxlan-mac` | `02:00:00:aa:bb:cc`: inner MAC address of its VXLAN end |
 //! | `warren.dev/keepalive` | seconds between keepalives with it, both ways |
+//! | `warren.dev/services` | `on`: it takes packets of clients from outside that another node sends to its endpoints |
 //!
 //! For a WireGuard peer written by hand: `warren.dev/public-key` and `warren.dev/endpoint`.
 //! A value that is wrong counts as not given; a protocol we do not speak makes all of them so.
@@ -42,10 +43,11 @@ const LOCATION: &str = "warren.dev/location";
 const ENCAPS: &str = "warren.dev/encaps";
 const VXLAN_MAC: &str = "warren.dev/vxlan-mac";
 const KEEPALIVE: &str = "warren.dev/keepalive";
+const SERVICES: &str = "warren.dev/services";
 const PUBLIC_KEY: &str = "warren.dev/public-key";
 const ENDPOINT: &str = "warren.dev/endpoint";
-const KNOWN: [&str; 9] =
-    [PROTOCOL_NAME, LANES, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, PUBLIC_KEY, ENDPOINT];
+const KNOWN: [&str; 10] =
+    [PROTOCOL_NAME, LANES, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, SERVICES, PUBLIC_KEY, ENDPOINT];
 
 /// The encapsulations that a node sends and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -87,6 +89,8 @@ pub struct Announcement {
     pub vxlan_mac: Option<[u8; 6]>,
     /// Seconds between keepalives; 0 for none.
     pub keepalive: u16,
+    /// Whether it does Services, and takes clients from outside that another node sends to its endpoints.
+    pub services: bool,
 }
 
 /// Why one annotation does not count.
@@ -116,6 +120,7 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
         encaps: reader.value(ENCAPS, encaps).unwrap_or_default(),
         vxlan_mac: reader.value(VXLAN_MAC, mac),
         keepalive: reader.value(KEEPALIVE, keepalive).unwrap_or_default(),
+        services: reader.value(SERVICES, switch).unwrap_or_default(),
     };
     reader.by_hand(&mut announcement);
     reader.mistyped();
@@ -143,6 +148,9 @@ pub fn render(announcement: &Announcement) -> BTreeMap<String, String> {
     put(VXLAN_MAC, announcement.vxlan_mac.map(mac_text).unwrap_or_default());
     if announcement.keepalive > 0 {
         put(KEEPALIVE, announcement.keepalive.to_string());
+    }
+    if announcement.services {
+        put(SERVICES, "on".to_owned());
     }
     out
 }
@@ -348,6 +356,14 @@ fn keepalive(text: &str) -> Result<u16, String> {
     seconds.ok_or_else(|| format!("{} is not a number of seconds from 0 to 3600", quote(text)))
 }
 
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(format!("{} is neither on nor off", quote(other))),
+    }
+}
+
 fn port(text: &str) -> Result<u16, String> {
     let port = text.parse().ok().filter(|port| *port > 0 && !text.starts_with('+'));
     port.ok_or_else(|| format!("{} is not a port", quote(text)))
@@ -445,6 +461,7 @@ mod tests {
             location in proptest::option::of("[a-zA-Z0-9_./-]{1,63}"),
             (wireguard, vxlan) in (any::<bool>(), any::<bool>()),
             mac in proptest::option::of(any::<[u8; 6]>()), keepalive in 0..=3600_u16,
+            services in any::<bool>(),
         ) -> Announcement {
             let plain = |endpoint: &SocketAddr| {
                 endpoint.port() != 0 && is_reachable(endpoint.ip())
@@ -453,7 +470,7 @@ mod tests {
             let encaps = Encaps { wireguard: wireguard || !lanes.is_empty(), vxlan: vxlan || mac.is_some() };
             Announcement {
                 lanes, endpoints: endpoints.filter(plain).collect(), location, encaps,
-                vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive,
+                vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive, services,
             }
         }
     }

@@ -369,6 +369,7 @@ impl Compiler {
             mtu,
             // Whoever of the two is behind NAT, its own packets keep the way in open.
             keepalive: shortest(info.announcement.keepalive, settings.announcement.keepalive),
+            takes_strangers: info.announcement.services,
         };
         let before = self.known.get(&info.name).map(|known| &known.peer).filter(|before| ***before == peer);
         let (peer, reused) = match before {

@@ -401,6 +401,7 @@ mod tests {
                 addresses: ["192.0.2.2", "10.244.2.0", "fd00:2::"].map(ip).to_vec(),
                 mtu: 1450,
                 keepalive: 0,
+                takes_strangers: true,
             };
             let mut mesh = Mesh::default();
             mesh.vxlan_sources.insert(ip("192.0.2.2"), peer.id);

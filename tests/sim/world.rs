@@ -283,6 +283,7 @@ impl World {
             addresses: vec![node_v4(id).into(), node_v6(id).into()],
             mtu: self.mtu,
             keepalive: node.spec.keepalive,
+            takes_strangers: true,
         }
     }
 

@@ -651,3 +651,18 @@ fn a_forged_reset_ends_nothing() {
     assert_eq!(world.take_frame(&ack).1.len(), 1, "it is open as before");
     assert_eq!(world.drops(), []);
 }
+
+#[test]
+fn a_stranger_is_not_sent_as_himself_to_who_takes_none() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    let mut mesh = Mesh { routes: world.snapshot.mesh.routes.clone(), ..Mesh::default() };
+    mesh.vxlan_sources = world.snapshot.mesh.vxlan_sources.clone();
+    for peer in world.snapshot.mesh.peers.iter().flatten() {
+        mesh.peers.push(Some(Arc::new(Peer { takes_strangers: false, ..(**peer).clone() })));
+    }
+    world.snapshot.mesh = Arc::new(mesh);
+    let (_, datagrams) = world.take_frame(&tcp_between((OUTSIDE, 5000), (LOOP, 30080), SYN));
+    assert_eq!(ends(&one(datagrams).1), ((ME, 5000), (PEERS[0], 8080)));
+    let (frames, _) = world.take_datagram(0, &tcp_between((PEERS[0], 8080), (ME, 5000), "SA"));
+    assert_eq!(ends(&one(frames)), ((LOOP, 30080), (OUTSIDE, 5000)));
+}
