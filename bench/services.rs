@@ -10,10 +10,14 @@
 //! State line and packet line of the agent, in one process, without a kernel: no root needed.
 
 use std::hint::black_box;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+#[allow(dead_code)]
+#[path = "objects.rs"]
+pub mod objects;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
@@ -32,7 +36,8 @@ use warren::state::source::{Kind, Object, SourceEvent, manifest};
 use warren::tunnel::vxlan_link::Neighbours;
 use x25519_dalek::{PublicKey as Public, StaticSecret};
 
-const NODES: u32 = 10;
+use objects::{NODES, cluster_ip};
+
 const CHANGES: u32 = 100;
 const PRIVATE: [[u8; 32]; 2] = [[1; 32], [2; 32]];
 
@@ -46,6 +51,9 @@ struct Arguments {
     /// How many endpoints each has.
     #[arg(long, default_value_t = 25)]
     endpoints: u32,
+    /// Prints JSON, in milliseconds and MiB, instead of a table.
+    #[arg(long)]
+    json: bool,
     #[command(subcommand)]
     what: Option<What>,
     /// Given by `cargo bench`.
@@ -82,29 +90,38 @@ fn main() -> ExitCode {
             bursts(encap, to, services);
             ExitCode::SUCCESS
         }
-        None => changes(arguments.services, arguments.endpoints),
+        None => changes(arguments.services, arguments.endpoints, arguments.json),
     }
 }
 
 // --- changes -----------------------------------------------------------------------------------------
 
-fn changes(services: u32, endpoints: u32) -> ExitCode {
+fn changes(services: u32, endpoints: u32, as_json: bool) -> ExitCode {
+    let measured = [10, services].map(|services| (services, measure(services, endpoints)));
+    if as_json {
+        let entry = |(services, m): &(u32, Measured)| {
+            json!({
+                "services": services, "endpoints": services * endpoints, "changes": CHANGES,
+                "from_nothing_ms": ms(m.from_nothing), "change_p50_ms": ms(m.median),
+                "change_p99_ms": ms(m.p99), "memory_mib": m.memory_kib as f64 / 1024.0,
+            })
+        };
+        println!("{:#}", json!(measured.iter().map(entry).collect::<Vec<_>>()));
+        return ExitCode::SUCCESS;
+    }
     println!(
         "{:>9} {:>10} {:>14} {:>16} {:>12} {:>12}",
         "Services", "endpoints", "from nothing", "one change p50", "p99", "memory"
     );
-    let mut p99 = Vec::new();
-    for services in [10, services] {
-        let measured = measure(services, endpoints);
+    for (services, measured) in &measured {
         let [from_nothing, median, worst] = [measured.from_nothing, measured.median, measured.p99].map(ms);
         let memory = measured.memory_kib as f64 / 1024.0;
         println!(
             "{services:>9} {:>10} {from_nothing:>11.1} ms {median:>13.3} ms {worst:>9.3} ms {memory:>8.1} MiB",
             services * endpoints
         );
-        p99.push(measured.p99);
     }
-    let ratio = p99[1].as_secs_f64() / p99[0].as_secs_f64();
+    let ratio = measured[1].1.p99.as_secs_f64() / measured[0].1.p99.as_secs_f64();
     println!("p99 of a change at {services} Services is {ratio:.2} times that at 10");
     ExitCode::SUCCESS
 }
@@ -254,49 +271,15 @@ fn object(value: Value) -> Object {
 }
 
 fn node(n: u32) -> Object {
-    object(json!({
-        "apiVersion": "v1", "kind": "Node",
-        "metadata": {"name": format!("n{n}")},
-        "spec": {"podCIDRs": [format!("10.244.{n}.0/24")]},
-        "status": {"addresses": [{"type": "InternalIP", "address": format!("192.0.2.{}", n + 1)}]},
-    }))
-}
-
-fn cluster_ip(n: u32) -> [u8; 4] {
-    (0x0a60_0000 + 10 + n).to_be_bytes()
+    object(objects::node(n))
 }
 
 fn service(n: u32) -> Object {
-    let ip = IpAddr::from(cluster_ip(n)).to_string();
-    object(json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": format!("s{n}"), "namespace": "bench"},
-        "spec": {
-            "type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip],
-            "ports": [{"name": "web", "port": 80, "protocol": "TCP", "targetPort": 8080}],
-        },
-    }))
+    object(objects::service(n))
 }
 
-/// The endpoints of a Service; another `set` shares none with this one.
 fn slice(n: u32, endpoints: u32, set: u32) -> Object {
-    let endpoint = |i: u32| {
-        let node = (n + i) % (NODES - 1) + 1;
-        json!({
-            "addresses": [format!("10.244.{node}.{}", 10 + (i + set * 80) % 240)],
-            "conditions": {"ready": true},
-            "nodeName": format!("n{node}"),
-        })
-    };
-    object(json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {
-            "name": format!("s{n}-1"), "namespace": "bench",
-            "labels": {"kubernetes.io/service-name": format!("s{n}")},
-        },
-        "ports": [{"name": "web", "port": 8080, "protocol": "TCP"}],
-        "endpoints": (0..endpoints).map(endpoint).collect::<Vec<_>>(),
-    }))
+    object(objects::slice(n, endpoints, set))
 }
 
 // --- the packet line ---------------------------------------------------------------------------------

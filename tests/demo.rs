@@ -25,6 +25,8 @@ const NOBODY: &str = "setpriv --reuid 65534 --regid 65534 --clear-groups";
 /// In a mount namespace: a /dev/net/tun that everybody may open, as on an ordinary machine.
 const TUN_FOR_ALL: &str =
     "set -e; mount -t tmpfs none /dev/net; mknod /dev/net/tun c 10 200; chmod 666 /dev/net/tun; set +e";
+/// What is said when everything is up: tunnels, rules, agents.
+const BEGUN: &str = "different nodes talk";
 /// What the issue promises.
 const FIRST_REPLY_WITHIN_SECONDS: f64 = 15.0;
 
@@ -53,7 +55,44 @@ fn every_scene_goes_well_with_both_encapsulations() {
     for address in ["server saw 10.244.1.2 ", "server saw fd00:10:244:1::2 "] {
         assert!(words.contains(address), "the client's own address was not seen: {words}");
     }
+    services_were_shown(&report);
     assert_nothing_left(&before);
+}
+
+/// That the scenes of Services are there, and each of their checks says what it must.
+fn services_were_shown(report: &serde_json::Value) {
+    let scenes = report["scenes"].as_array().expect("scenes");
+    let seen = |title: &str, what: &str| -> Vec<String> {
+        let scene = scenes.iter().find(|scene| scene["title"].as_str().is_some_and(|t| t.contains(title)));
+        let checks =
+            scene.unwrap_or_else(|| panic!("no scene {title:?}"))["checks"].as_array().expect("checks");
+        let text = |check: &serde_json::Value, part: &str| check[part].as_str().expect("text").to_owned();
+        let fitting = checks.iter().filter(|check| text(check, "what").contains(what));
+        fitting.map(|check| text(check, "seen")).collect()
+    };
+    for (title, what, count, words) in [
+        ("by its ClusterIP", "pod-1a -> my-service 10.96.0.20:80", 1, "pods saw 10.244.1.2 "),
+        ("by its ClusterIP", "-> my-service", 6, "100 answers; all 3 pods saw "),
+        ("by its ClusterIP", "who answered those 600", 1, "pod-3b "),
+        ("by its ClusterIP", "10.96.0.20:81", 1, "connection refused"),
+        ("same Service", "who answered those 600", 1, "pod-3c "),
+        ("port 30007", "TCP  outside -> node1 10.99.0.11:30007", 1, "pods saw 10.99.0.200 "),
+        ("port 30007", "outside -> node", 6, "all 3 pods saw "),
+        ("by its name", "asks for A of my-service", 2, "10.96.0.20 "),
+        ("by its name", "asks for AAAA of my-service", 1, "fd00:10:96::14 "),
+        ("by its name", "of no-service", 1, "no such name"),
+        ("by its name", "-> my-service.my-namespace.svc.cluster.local", 1, " saw "),
+        ("by its name", "pod-2a -> my-service.my-namespace", 1, " saw "),
+        ("dies", "downloads from pod-3b, killed", 3, "connection reset after "),
+        ("dies", "downloads from pod-3b, killed", 3, " answers a new one in "),
+        ("dies", "downloads from pod-1b and pod-2c", 3, "untouched, "),
+    ] {
+        let seen = seen(title, what);
+        assert!(
+            seen.len() == count && seen.iter().all(|seen| seen.contains(words)),
+            "{title}, {what}: {seen:?} and not {count} times {words:?}"
+        );
+    }
 }
 
 #[test]
@@ -176,22 +215,27 @@ fn without_a_demo_enter_and_stop_say_so_and_whose_there_is() {
 
 #[test]
 fn ctrl_c_leaves_nothing() {
-    ends_without_a_trace(|demo| killpg(demo, Signal::SIGINT), Some(130));
+    ends_without_a_trace(BEGUN, |demo| killpg(demo, Signal::SIGINT), Some(130));
+}
+
+#[test]
+fn ctrl_c_in_the_middle_of_downloads_leaves_nothing() {
+    ends_without_a_trace("dies in the middle", |demo| killpg(demo, Signal::SIGINT), Some(130));
 }
 
 #[test]
 fn sigterm_leaves_nothing() {
-    ends_without_a_trace(|demo| kill(demo, Signal::SIGTERM), Some(143));
+    ends_without_a_trace(BEGUN, |demo| kill(demo, Signal::SIGTERM), Some(143));
 }
 
 #[test]
 fn sigkill_leaves_nothing() {
-    ends_without_a_trace(|demo| kill(demo, Signal::SIGKILL), None);
+    ends_without_a_trace(BEGUN, |demo| kill(demo, Signal::SIGKILL), None);
 }
 
 #[test]
 fn a_stage_that_is_killed_takes_everything_along() {
-    ends_without_a_trace(|demo| kill(stage_of(demo), Signal::SIGKILL), Some(1));
+    ends_without_a_trace(BEGUN, |demo| kill(stage_of(demo), Signal::SIGKILL), Some(1));
 }
 
 #[test]
@@ -209,6 +253,34 @@ fn a_kept_demo_can_be_entered_and_stopped() {
         .expect("enter starts");
     let answer = String::from_utf8_lossy(&entered.stdout);
     assert!(answer.contains(r#""by":"pod-2a","saw":"10.244.1.2""#), "{answer} {entered:?} {said}");
+    // By name, as every program there looks names up; and from a machine that is no node.
+    for (place, target, saw) in [
+        ("pod-1a", "my-service.my-namespace.svc.cluster.local:80", &["10.244.1.2", "fd00:10:244:1::2"][..]),
+        ("pod-2a", "my-service.my-namespace:80", &["10.244.2.2", "fd00:10:244:2::2"]),
+        ("outside", "10.99.0.12:30007", &["10.99.0.200"]),
+    ] {
+        let entered = Command::new(WARREN)
+            .args([
+                "demo", "enter", "--demo", &pid, place, "warren", "demo", "internal", "ask", "tcp", target,
+            ])
+            .output()
+            .expect("enter starts");
+        let answer = String::from_utf8_lossy(&entered.stdout);
+        let seen = |address: &&str| answer.contains(&format!(r#""saw":"{address}""#));
+        assert!(saw.iter().any(seen), "{place} to {target}: {answer} {entered:?}");
+    }
+    for (place, has) in [("pod-1a", true), ("node1", false)] {
+        let file = Command::new(WARREN)
+            .args(["demo", "enter", "--demo", &pid, place, "cat", "/etc/resolv.conf"])
+            .output()
+            .expect("enter starts");
+        let text = String::from_utf8_lossy(&file.stdout);
+        assert_eq!(
+            text.contains("svc.cluster.local cluster.local\nnameserver 10.96.0.10\n"),
+            has,
+            "{place}: {text}"
+        );
+    }
     let nowhere =
         Command::new(WARREN).args(["demo", "enter", "--demo", &pid, "pod-9z"]).output().expect("it starts");
     assert!(String::from_utf8_lossy(&nowhere.stderr).contains("pod-1a"), "the pods there are must be named");
@@ -233,12 +305,11 @@ fn impossible_wishes_are_refused() {
     }
 }
 
-fn ends_without_a_trace(end: impl Fn(Pid) -> nix::Result<()>, code: Option<i32>) {
+fn ends_without_a_trace(when: &str, end: impl Fn(Pid) -> nix::Result<()>, code: Option<i32>) {
     let _turn = alone();
     let before = footprint();
     let mut demo = start(&["--encap", "wireguard"]);
-    // Now everything is up: tunnels, rules, agents.
-    read_until(&mut demo, "different nodes talk");
+    read_until(&mut demo, when);
     let pid = pid_of(&demo.0);
     let space = pid_namespace(stage_of(pid));
     assert!(inhabitants(&space).len() > 10, "the stage, holders, servers and agents");
@@ -352,13 +423,14 @@ fn footprint() -> BTreeSet<String> {
         "/var/run/warren",
         "/tmp/warren-demo",
     ];
-    const LINKS: [&str; 6] = ["underlay", "cbr0", "warren0", "node1", "veth1a", "veth2b"];
+    const LINKS: [&str; 7] = ["underlay", "cbr0", "warren0", "node1", "outside", "veth1a", "veth2b"];
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let links = LINKS.map(|name| format!("/sys/class/net/{name}"));
     let named = ["node1", "pod-1a"].map(|name| format!("/run/netns/{name}"));
     let paths = FILES.iter().map(|path| path.to_string()).chain(links).chain(named);
     paths
         .filter(|path| fs::symlink_metadata(path).is_ok())
+        .chain([format!("/etc/resolv.conf: {:?}", fs::read("/etc/resolv.conf"))])
         .chain(mounts.lines().filter(|line| line.contains("warren-demo")).map(String::from))
         .collect()
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the other programs that Warren is tested with and measured against, outside the tree:
 #
-#     tests/peers.sh          build what is missing, print the folder
-#     tests/peers.sh --path   print the folder only
+#     tests/peers.sh              build what is missing, print the folder
+#     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/connections and bench/rules need
+#     tests/peers.sh --path       print the folder only
 #
-# Needs cargo, go and a C compiler. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
+# Needs cargo, go and a C compiler; kube-proxy downloads about 0.4 GB of Go modules. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
 # wireguard-go is the reference and many kernels (the reason for Warren) have no module.
 set -euo pipefail
 
@@ -12,6 +13,7 @@ set -euo pipefail
 wireguard_go=v0.0.0-20260522210424-ecfc5a8d5446
 boringtun=0.7.1
 gotatun=0.10.2
+kube_proxy=1.36.3
 
 cache=${WARREN_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/warren-peers}
 bin=$cache/bin
@@ -44,5 +46,33 @@ crate() {
 }
 crate boringtun-cli "$boringtun" boringtun-cli
 crate gotatun-cli "$gotatun" gotatun
+
+# kubernetes names the libraries of its own tree by folder ("replace k8s.io/api => ./staging/..."), which
+# `go install` of another module refuses: a module of our own names their published versions instead.
+kube_proxy() {
+    fresh kube-proxy "$kube_proxy" && return
+    need go kube-proxy
+    local folder=$cache/kube-proxy own library
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    cd "$folder"
+    export GOFLAGS=''
+    go mod init warren-peers >&2
+    own=$(go mod download -json "k8s.io/kubernetes@v$kube_proxy" | sed -n 's/.*"GoMod": "\(.*\)".*/\1/p')
+    {
+        echo "require k8s.io/kubernetes v$kube_proxy"
+        sed -n 's|^\t\(k8s.io/[a-z-]*\) => ./staging/.*|\1|p' "$own" | while read -r library; do
+            echo "replace $library => $library v0.${kube_proxy#1.}"
+        done
+    } >>go.mod
+    # Linked as upstream links its releases, and with its version, which kube-proxy writes in its log.
+    CGO_ENABLED=0 nice go build -mod=mod -trimpath -o "$bin/kube-proxy" \
+        -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$kube_proxy" \
+        k8s.io/kubernetes/cmd/kube-proxy >&2
+    built kube-proxy "$kube_proxy"
+}
+if [[ ${1:-} == kube-proxy ]]; then
+    (kube_proxy)
+fi
 
 echo "$bin"

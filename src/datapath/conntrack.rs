@@ -312,7 +312,12 @@ impl FlowTable {
                 Err(changed) => word = changed,
             }
         }
-        Err(self.busy())
+        // Other lanes change it all the time; what they write will do.
+        let whole = entry[entry::SEQUENCE].load(Ordering::Acquire) == hit.flow.sequence;
+        match StateWord::unpack(word).filter(|_| whole) {
+            Some(state) => self.tracked(hit, entry, &state).map(Some),
+            None => Err(self.busy()),
+        }
     }
 
     fn step(&self, now: u64, packet: &Sighting, hit: &Hit, old: &StateWord) -> Step {

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use crate::packet::{DropReason, Fragment, Headers};
 use crate::snapshot::PeerId;
 
-/// How long fragments wait for each other, and a decision is kept: what Linux gives a reassembly
-/// (net.ipv4.ipfrag_time, net.ipv6.ip6frag_time are 30 and 60 s); shorter, as identifications come again.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// How long fragments wait for each other, and a decision is kept. Linux gives a reassembly 30 s
+/// (net.ipv4.ipfrag_time), but IPv4's identifications come again sooner than that.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// Datagrams whose decision is kept.
 const DECISIONS: usize = 4096;
 /// Bytes that may wait, and fragments of one datagram (65,535 bytes in pieces of 1,280 are 52).
 const WAITING_BYTES: usize = 512 << 10;
+/// Bytes that may wait of one peer, or of this node.
+const WAITING_OF_PEER: usize = WAITING_BYTES / 4;
 const WAITING_OF_ONE: usize = 64;
 
 /// What the fragments of one datagram have in common.
@@ -45,11 +47,18 @@ pub(super) struct Fragments<P> {
     /// When each of them is to be forgotten, first comes first.
     ends: VecDeque<(Instant, Datagram)>,
     bytes: usize,
+    bytes_of: HashMap<Option<PeerId>, usize>,
 }
 
 impl<P> Default for Fragments<P> {
     fn default() -> Fragments<P> {
-        Fragments { decided: HashMap::new(), waiting: HashMap::new(), ends: VecDeque::new(), bytes: 0 }
+        Fragments {
+            decided: HashMap::new(),
+            waiting: HashMap::new(),
+            ends: VecDeque::new(),
+            bytes: 0,
+            bytes_of: HashMap::new(),
+        }
     }
 }
 
@@ -73,17 +82,18 @@ impl<P: Copy> Fragments<P> {
         if self.decided.insert(datagram, decision).is_none() {
             self.ends.push_back((now + PATIENCE, datagram));
         }
-        let waited = self.waiting.remove(&datagram).unwrap_or_default();
-        self.bytes -= waited.iter().map(Vec::len).sum::<usize>();
-        waited
+        self.take_waiting(&datagram)
     }
 
     /// Lets a fragment wait for its first.
     pub(super) fn wait(&mut self, now: Instant, datagram: Datagram, packet: &[u8]) -> Result<(), DropReason> {
         let others = self.waiting.get(&datagram).map_or(0, Vec::len);
-        if self.bytes + packet.len() > WAITING_BYTES || others >= WAITING_OF_ONE {
+        let of_peer = self.bytes_of.get(&datagram.from).copied().unwrap_or(0) + packet.len();
+        let full = self.bytes + packet.len() > WAITING_BYTES || of_peer > WAITING_OF_PEER;
+        if full || others >= WAITING_OF_ONE {
             return Err(DropReason::AwaitingFragment);
         }
+        self.bytes_of.insert(datagram.from, of_peer);
         if others == 0 {
             self.ends.push_back((now + PATIENCE, datagram));
         }
@@ -111,9 +121,20 @@ impl<P: Copy> Fragments<P> {
 
     fn forget(&mut self, datagram: &Datagram) -> usize {
         self.decided.remove(datagram);
+        self.take_waiting(datagram).len()
+    }
+
+    fn take_waiting(&mut self, datagram: &Datagram) -> Vec<Vec<u8>> {
         let waited = self.waiting.remove(datagram).unwrap_or_default();
-        self.bytes -= waited.iter().map(Vec::len).sum::<usize>();
-        waited.len()
+        let bytes = waited.iter().map(Vec::len).sum::<usize>();
+        self.bytes -= bytes;
+        if let Some(of_peer) = self.bytes_of.get_mut(&datagram.from) {
+            *of_peer -= bytes;
+            if *of_peer == 0 {
+                self.bytes_of.remove(&datagram.from);
+            }
+        }
+        waited
     }
 }
 
@@ -165,7 +186,9 @@ mod tests {
     fn a_flood_costs_a_bounded_amount() {
         let (mut fragments, now) = (Fragments::<u8>::default(), start());
         let refused = (0..100_000).filter(|n| fragments.wait(now, datagram(*n), &[0; 1000]).is_err()).count();
-        assert_eq!(refused, 100_000 - WAITING_BYTES / 1000);
+        assert_eq!(refused, 100_000 - WAITING_OF_PEER / 1000, "one sender");
+        let other = |n| Datagram { from: Some(PeerId(1)), ..datagram(n) };
+        assert!(fragments.wait(now, other(0), &[0; 1000]).is_ok(), "another one");
         for n in 0..100_000 {
             fragments.decide(now, datagram(n), Ok(0));
         }

@@ -2,10 +2,10 @@
 
 use std::time::Instant;
 
-use super::conntrack::FlowKey;
+use super::conntrack::{FlowKey, FlowState, Tracked};
 use super::fragments::Datagram;
 use super::route::{Entrance, untranslated};
-use super::service::Passage;
+use super::service::{Passage, opens};
 use super::{Arrival, Exit, Lane, Output, Total};
 use crate::packet::checksum::complete_owed;
 use crate::packet::coalesce::{Memory, Region};
@@ -238,10 +238,14 @@ impl Lane {
             return spoofed;
         }
         match self.flows.peek(self.boot_ms(now), &key) {
-            // The same client by two nodes at once, with one port, to one endpoint: the first has it.
             Some(tracked) if tracked.peer == Some(peer) && tracked.from_peer => Ok(Entry::AsItIs),
-            Some(_) => spoofed,
-            None => {
+            // The same client by two nodes at once, with one port, to one endpoint: the first has it, as long
+            // as it is there.
+            Some(tracked) if !self.may_be_replaced(now, snapshot, &tracked, headers) => spoofed,
+            found => {
+                if let Some(tracked) = found {
+                    self.flows.remove(tracked.flow);
+                }
                 let listen =
                     |protocol| Listen { address: key.destination, protocol, port: key.destination_port };
                 let exposed = Protocol::of(key.protocol).map(listen);
@@ -249,6 +253,28 @@ impl Lane {
                 if exposed { Ok(Entry::AsItIs) } else { spoofed }
             }
         }
+    }
+
+    /// Whether a flow gives way to the same one by another node: it is over or never began, its node is gone, or
+    /// its client has been silent and begins anew.
+    fn may_be_replaced(
+        &self,
+        now: Instant,
+        snapshot: &Snapshot,
+        tracked: &Tracked,
+        headers: &Headers,
+    ) -> bool {
+        const SILENT: u64 = 1_000;
+        let over = match tracked.state {
+            FlowState::SynSent | FlowState::TimeWait | FlowState::Close => true,
+            FlowState::FinWait | FlowState::CloseWait | FlowState::LastAck => opens(headers),
+            FlowState::Unreplied | FlowState::Replied | FlowState::Stream => false,
+            FlowState::SynRecv | FlowState::Established => false,
+        };
+        let gone = tracked.peer.is_none_or(|peer| snapshot.mesh.peer(peer).is_none());
+        let record = self.flows.record(tracked.flow);
+        let silent = record.is_none_or(|record| self.boot_ms(now).saturating_sub(record.seen) > SILENT);
+        tracked.from_peer && (over || gone || (silent && opens(headers)))
     }
 
     /// Packets that do not show their own flow, or not all of it; translated here, one by one.
@@ -326,8 +352,10 @@ impl Lane {
         let plain = raw.and_then(|exit| untranslated(Entrance::Peer, exit));
         if let Some(about) = about {
             // Whoever is on the way may speak about a flow that this peer has with us.
+            // It goes no further than that flow's packets would.
+            let ends = about.change.is_some() || snapshot.mesh.is_ours(headers.destination);
             return match plain {
-                Err(reason) if about.tracked.peer != Some(peer) => Err(reason),
+                Err(reason) if about.tracked.peer != Some(peer) || !ends => Err(reason),
                 Ok(_) | Err(_) => Ok(Passage { change: about.change, exit: about.exit(snapshot, headers) }),
             };
         }

@@ -65,10 +65,10 @@ impl Lane {
         headers: &Headers,
     ) -> Result<Option<Passage>, DropReason> {
         let Some(about) = self.about(now, packet, headers)? else { return Ok(None) };
-        let Some(change) = about.change else {
-            return Ok(answers_a_stranger(snapshot, &about.tracked, headers.destination)
-                .map(|peer| Passage { change: None, exit: Exit::Peer(peer) }));
-        };
+        if let Some(peer) = answers_a_stranger(snapshot, &about.tracked, headers.destination) {
+            return Ok(Some(Passage { change: about.change, exit: Exit::Peer(peer) }));
+        }
+        let Some(change) = about.change else { return Ok(None) };
         let exit = about.exit(snapshot, headers);
         Ok(Some(Passage { change: Some(change), exit }))
     }
@@ -90,7 +90,9 @@ pub(super) fn answers_a_stranger(
     tracked: &Tracked,
     destination: IpAddr,
 ) -> Option<PeerId> {
-    let answer = tracked.from_peer && tracked.direction == Direction::Reply && tracked.rewrite.is_none();
+    // A translated one has at most another port.
+    let same = tracked.rewrite.is_none_or(|rewrite| rewrite.service == 0);
+    let answer = tracked.from_peer && tracked.direction == Direction::Reply && same;
     let outside = || snapshot.mesh.routes.lookup(destination).is_none();
     tracked.peer.filter(|_| answer && outside())
 }

@@ -21,6 +21,16 @@ pub enum Exit {
     Outside,
 }
 
+impl Exit {
+    /// The peer that this is the way to.
+    pub fn peer(self) -> Option<PeerId> {
+        match self {
+            Exit::Peer(peer) => Some(peer),
+            Exit::LocalPod | Exit::LocalNode | Exit::Outside => None,
+        }
+    }
+}
+
 /// The two ways into the packet loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entrance {

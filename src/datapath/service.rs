@@ -16,13 +16,13 @@ use std::time::Instant;
 
 use siphasher::sip::SipHasher13;
 
-use super::conntrack::{Direction, FlowKey, FlowState, Sighting, Tracked, Translation, Untracked};
+use super::conntrack::{Direction, FlowKey, Sighting, Tracked, Translation, Untracked};
 use super::odd::answers_a_stranger;
 use super::route::{self, Entrance, Exit};
 use super::{Lane, Output, Total};
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
 use crate::packet::{DropReason, Headers, L4, Rewrite, parse};
-use crate::snapshot::service::{Endpoint, Frontend, Listen, Protocol, Refusal, loop_address};
+use crate::snapshot::service::{Endpoint, Frontend, Listen, Protocol, Refusal, Way, loop_address};
 use crate::snapshot::{Owner, Snapshot};
 
 /// What becomes of a packet: how it is changed, and where it goes then.
@@ -54,7 +54,7 @@ impl Lane {
         sighting: &Sighting,
         out: &mut Output,
     ) -> Result<Passage, DropReason> {
-        match self.flows.lookup(self.boot_ms(now), sighting) {
+        match self.look_up(now, sighting) {
             Ok(Some(tracked)) => {
                 if self.is_stale(snapshot, &tracked, headers) {
                     self.flows.remove(tracked.flow);
@@ -77,10 +77,21 @@ impl Lane {
                 | Untracked::Quota
                 | Untracked::Taken,
             ) => self.as_it_is(snapshot, headers),
-            Err(Untracked::Busy) => match snapshot.services.frontend_of(&sighting.key) {
-                Some(_) => Err(DropReason::FlowTableBusy),
-                None => self.as_it_is(snapshot, headers),
-            },
+            // Whether it must be translated is not known.
+            Err(Untracked::Busy) => Err(DropReason::FlowTableBusy),
+        }
+    }
+
+    /// The packet's flow; a place that another lane is writing at the moment is looked at again.
+    pub(super) fn look_up(&self, now: Instant, sighting: &Sighting) -> Result<Option<Tracked>, Untracked> {
+        let ms = self.boot_ms(now);
+        let mut tries = 1;
+        loop {
+            match self.flows.lookup(ms, sighting) {
+                Err(Untracked::Busy) if tries < BUSY_TRIES => tries += 1,
+                result => return result,
+            }
+            std::hint::spin_loop();
         }
     }
 
@@ -92,13 +103,13 @@ impl Lane {
         tracked: &Tracked,
         headers: &Headers,
     ) -> Result<Passage, DropReason> {
-        let Some(rewrite) = tracked.rewrite else {
-            let peer = answers_a_stranger(snapshot, tracked, headers.destination);
-            return match peer.filter(|_| snapshot.mesh.is_ours(headers.source)) {
-                Some(peer) => Ok(Passage { change: None, exit: Exit::Peer(peer) }),
-                None => self.as_it_is(snapshot, headers),
-            };
-        };
+        if let Some(peer) = answers_a_stranger(snapshot, tracked, headers.destination)
+            && snapshot.mesh.is_ours(headers.source)
+        {
+            let change = tracked.rewrite.map(|rewrite| to(&rewrite.to));
+            return Ok(Passage { change, exit: Exit::Peer(peer) });
+        }
+        let Some(rewrite) = tracked.rewrite else { return self.as_it_is(snapshot, headers) };
         let exit = route::exit_translated(&snapshot.mesh, &rewrite.to);
         Ok(Passage { change: Some(to(&rewrite.to)), exit })
     }
@@ -110,16 +121,21 @@ impl Lane {
             return false;
         }
         let endpoint = Endpoint { address: rewrite.to.destination, port: rewrite.to.destination_port };
+        // What was saved before a restart may be older than the flow.
+        if !snapshot.services.is_complete() {
+            return false;
+        }
         match snapshot.services.port(rewrite.service) {
             Some(port) => {
-                // A connection that is not open yet may still turn to who takes new ones.
-                let opening = tracked.state == FlowState::SynSent && opens(headers);
-                let protocol = if opening { Protocol::Udp.number() } else { rewrite.to.protocol };
+                // What only begins may still turn to who takes new ones.
+                let tcp = rewrite.to.protocol == Protocol::Tcp.number();
+                let protocol =
+                    if tcp && opens(headers) { Protocol::Udp.number() } else { rewrite.to.protocol };
                 !port.keeps(protocol, endpoint)
             }
-            // Its Service is gone, or not known yet. A connection may come to its own end, as it may under
-            // kube-proxy; datagrams go by what is there now.
-            None => snapshot.services.is_complete() && opens(headers),
+            // Its Service is gone. A connection may come to its own end, as it may under kube-proxy; datagrams
+            // go by what is there now.
+            None => opens(headers),
         }
     }
 
@@ -143,7 +159,10 @@ impl Lane {
         }
         let to = headers.destination;
         if snapshot.services.is_cluster_ip(to) || to == loop_address(to) {
-            self.refuse(now, snapshot, packet, headers, out);
+            // Before all is known, nobody is told that there is nothing.
+            if snapshot.services.is_complete() {
+                self.refuse(now, snapshot, packet, headers, out);
+            }
             return Err(DropReason::ServicePortClosed);
         }
         self.as_it_is(snapshot, headers)
@@ -190,7 +209,7 @@ impl Lane {
             self.affinity.note(ms, port.id, key.source, chosen);
         }
         let exit = route::exit(&snapshot.mesh, chosen.address);
-        let source = self.source_for(snapshot, key.source, chosen.address, exit)?;
+        let source = self.source_for(snapshot, key.source, chosen.address, frontend.way, exit)?;
         let reply = FlowKey {
             source: chosen.address,
             source_port: chosen.port,
@@ -198,7 +217,8 @@ impl Lane {
             destination_port: key.source_port,
             protocol: key.protocol,
         };
-        let change = self.enter(now, sighting, reply, exit, port.id)?;
+        let sighting = Sighting { peer: exit.peer(), owner: self.owner(key.source), ..*sighting };
+        let change = self.enter(now, &sighting, reply, port.id)?;
         Ok(Passage { change: Some(change), exit })
     }
 
@@ -215,12 +235,13 @@ impl Lane {
     /// - the endpoint is no part of the mesh: the kernel brings the packet there, and must bring the reply
     ///   here (what came from a pod it masquerades, and remembers);
     /// - the client is another node, or a stranger with a pod's address, and the endpoint is on a third one,
-    ///   which would answer it directly.
+    ///   which would answer it directly; or it is a stranger at a ClusterIP, whom that node would not take.
     fn source_for(
         &self,
         snapshot: &Snapshot,
         client: IpAddr,
         endpoint: IpAddr,
+        way: Way,
         exit: Exit,
     ) -> Result<IpAddr, DropReason> {
         let own = || Lane::own_address(snapshot, client).ok_or(DropReason::NoRoute);
@@ -229,7 +250,9 @@ impl Lane {
             owner = Some(Owner::LocalNode);
         }
         let source = match (owner, exit) {
-            _ if client == endpoint => loop_address(client),
+            (_, Exit::LocalPod | Exit::LocalNode | Exit::Outside) if client == endpoint => {
+                loop_address(client)
+            }
             (Some(Owner::LocalNode), Exit::LocalPod | Exit::LocalNode | Exit::Outside) => {
                 loop_address(client)
             }
@@ -241,6 +264,8 @@ impl Lane {
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None, Exit::LocalPod | Exit::LocalNode) => client,
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)) | None, Exit::Outside) => loop_address(client),
             (Some(Owner::PeerPod(_) | Owner::PeerNode(_)), Exit::Peer(_)) => own()?,
+            // Its node takes strangers only for what is shown to the world.
+            (None, Exit::Peer(_)) if way == Way::Cluster => own()?,
             (None, Exit::Peer(_)) => client,
         };
         if source != client {
@@ -250,28 +275,27 @@ impl Lane {
     }
 
     /// Enters a translated flow; if its replies could be taken for another's, with another source port.
-    fn enter(
+    pub(super) fn enter(
         &mut self,
         now: Instant,
         sighting: &Sighting,
         mut reply: FlowKey,
-        exit: Exit,
         service: u32,
     ) -> Result<Rewrite, DropReason> {
-        let peer = match exit {
-            Exit::Peer(peer) => Some(peer),
-            Exit::LocalPod | Exit::LocalNode | Exit::Outside => None,
-        };
         let ms = self.boot_ms(now);
-        let owner = self.owner(sighting.key.source);
-        let sighting = Sighting { peer, owner, ..*sighting };
         let own_port = reply.destination_port;
         let (mut tries, mut busy) = (0, 0);
         loop {
             let translation = Translation { reply, service, endpoint: 0 };
-            match self.flows.insert(ms, &sighting, Some(&translation)) {
+            match self.flows.insert(ms, sighting, Some(&translation)) {
                 Ok(_) => break,
                 Err(Untracked::Taken) if tries < PORT_TRIES => {
+                    // Another lane may have entered this very flow meanwhile.
+                    if tries == 0
+                        && let Ok(Some(Tracked { rewrite: Some(rewrite), .. })) = self.look_up(now, sighting)
+                    {
+                        return Ok(to(&rewrite.to));
+                    }
                     // From a place that nobody can foresee, one after the other (RFC 6056 section 3.3.3).
                     let span = u32::from(u16::MAX - FIRST_PORT) + 1;
                     let start = flow_number(!self.seed, &sighting.key) as u32 % span;
@@ -311,7 +335,7 @@ impl Lane {
         match inserted {
             // A Service's flow has the same addresses and ports already, and was here first.
             Err(Untracked::Taken) if opens(headers) => {
-                let change = self.enter(now, &sighting, sighting.key.reversed(), passage.exit, 0)?;
+                let change = self.enter(now, &sighting, sighting.key.reversed(), 0)?;
                 Ok(Passage { change: Some(change), ..passage })
             }
             // A flow that finds no place in the table is carried all the same.
@@ -357,7 +381,7 @@ impl Lane {
 }
 
 /// Whether the packet may begin something: for TCP that is a SYN alone.
-fn opens(headers: &Headers) -> bool {
+pub(super) fn opens(headers: &Headers) -> bool {
     match headers.l4 {
         L4::Tcp { flags, .. } => flags & (SYN | ACK) == SYN,
         L4::Udp { .. } | L4::Sctp { .. } | L4::Icmp { .. } | L4::Other | L4::None => true,

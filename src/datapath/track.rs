@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Lane;
 use super::conntrack::{FlowKey, Sighting, Untracked};
-use super::service::to;
+use super::service::{opens, to};
 use crate::packet::{DropReason, Headers, L4, Rewrite};
 use crate::snapshot::PeerId;
 
@@ -55,7 +55,7 @@ impl Lane {
         let Some(sighting) = self.sighting(headers, packets) else { return Ok(None) };
         let sighting = Sighting { from_peer: true, peer: Some(peer), ..sighting };
         let ms = self.boot_ms(now);
-        let tracked = match self.flows.lookup(ms, &sighting) {
+        let tracked = match self.look_up(now, &sighting) {
             Ok(None) if !known => {
                 self.sweep_soon(now);
                 self.flows.insert(ms, &sighting, None).map(Some)
@@ -67,10 +67,18 @@ impl Lane {
                 Ok(tracked.rewrite.map(|rewrite| to(&rewrite.to)))
             }
             Ok(_) => Err(DropReason::NotOurs),
+            // The same client came another way already: its answers are that flow's.
+            Err(Untracked::Taken) if opens(headers) => {
+                self.enter(now, &sighting, sighting.key.reversed(), 0).map(Some)
+            }
+            Err(Untracked::Taken) => Err(DropReason::NoSourcePort),
             Err(Untracked::Invalid { translated: true }) => Err(DropReason::InvalidTcp),
-            Err(_) if known => Err(DropReason::FlowTableBusy),
+            Err(Untracked::Busy) => Err(DropReason::FlowTableBusy),
             // A flow that finds no place in the table is carried all the same.
-            Err(_) => Ok(None),
+            Err(Untracked::Invalid { translated: false } | Untracked::Full | Untracked::Quota) if !known => {
+                Ok(None)
+            }
+            Err(_) => Err(DropReason::NotOurs),
         }
     }
 

@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::DemoError;
 use super::sandbox::{FOLDER, OURSELVES};
+use super::services::SERVICE_RANGES;
 use super::world::{CLUSTER_RANGES, Node, Process, World, ourselves};
 use crate::io::clock;
 use crate::snapshot::Encap;
@@ -132,6 +133,7 @@ fn start_one(node: &Node, encap: Encap) -> Result<Process, DemoError> {
         // In the node's own /run, where `warren status` looks.
         .args(["--run-dir", "/run/warren"])
         .args(["--port", &WIREGUARD_PORT.to_string(), "--cluster-cidr", CLUSTER_RANGES])
+        .args(["--services", "on", "--service-cidr", SERVICE_RANGES])
         // The log is a file.
         .env("NO_COLOR", "1")
         .stdin(Stdio::null())

@@ -10,6 +10,9 @@ use std::process::{Command, ExitCode};
 use clap::{Args, Subcommand};
 use nix::sched::{CloneFlags, setns};
 
+use super::dns::{self, DnsArgs, LookupArgs};
+use super::traffic::download::{self, DownloadArgs};
+use super::traffic::spread::{self, SpreadArgs};
 use super::traffic::{AskArgs, EavesdropArgs, MeasureArgs, ServeArgs, client, eavesdrop, server};
 use super::{DemoError, DemoOptions, sandbox, scenes};
 
@@ -35,6 +38,9 @@ enum Part {
         /// A node's own /run.
         #[arg(long)]
         run_folder: Option<PathBuf>,
+        /// A pod's own /etc/resolv.conf.
+        #[arg(long)]
+        resolv_conf: Option<PathBuf>,
     },
     /// Becomes another program.
     Exec {
@@ -48,6 +54,14 @@ enum Part {
     Ask(AskArgs),
     /// Somebody who listens in between the nodes.
     Eavesdrop(EavesdropArgs),
+    /// Asks one address many times, and counts who answers.
+    Spread(SpreadArgs),
+    /// Downloads through a Service, one from each endpoint.
+    Download(DownloadArgs),
+    /// The cluster's DNS.
+    Dns(DnsArgs),
+    /// Asks a DNS server for the addresses of a name.
+    Lookup(LookupArgs),
     /// How much fits through.
     Throughput(MeasureArgs),
     /// How long one byte takes there and back.
@@ -64,11 +78,17 @@ pub(super) fn run(args: InternalArgs) -> Result<ExitCode, DemoError> {
             sandbox::settle()?;
             scenes::play(&options)
         }
-        Part::Hold { name, run_folder } => hold(&name, run_folder.as_deref()),
+        Part::Hold { name, run_folder, resolv_conf } => {
+            hold(&name, run_folder.as_deref(), resolv_conf.as_deref())
+        }
         Part::Exec { command } => exec(&command),
         Part::Serve(args) => server::serve(&args).map(|()| ExitCode::SUCCESS),
         Part::Ask(args) => answer(&client::ask(&args)),
         Part::Eavesdrop(args) => answer(&eavesdrop::listen(&args)),
+        Part::Spread(args) => answer(&spread::spread(&args)),
+        Part::Download(args) => answer(&download::download(&args)),
+        Part::Dns(args) => dns::server::serve(&args).map(|()| ExitCode::SUCCESS),
+        Part::Lookup(args) => answer(&dns::client::look_up(&args)),
         Part::Throughput(args) => answer(&client::throughput(&args)),
         Part::Latency(args) => answer(&client::latency(&args)),
     }
@@ -91,8 +111,8 @@ fn join(pid: i32) -> Result<(), DemoError> {
     Ok(())
 }
 
-fn hold(name: &str, run_folder: Option<&Path>) -> Result<ExitCode, DemoError> {
-    sandbox::settle_in_place(name, run_folder)?;
+fn hold(name: &str, run_folder: Option<&Path>, resolv_conf: Option<&Path>) -> Result<ExitCode, DemoError> {
+    sandbox::settle_in_place(name, run_folder, resolv_conf)?;
     say("ready");
     // Until the stage lets go of the other end.
     let _ = io::stdin().read(&mut [0u8; 1]);

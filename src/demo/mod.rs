@@ -7,18 +7,22 @@
 //!    ends, however it ends, the kernel kills everything in the PID namespace, and with the last process the
 //!    anonymous namespaces, their devices, nft tables and the tmpfs that holds the files are gone.
 //! 2. `world`: the stage builds the underlay, the nodes and the pods with `link`, and starts one
-//!    `agents` process per node, fed from a folder of Kubernetes YAML.
-//! 3. `scenes`: what is shown, on the `stage`, in plain words through `report`; the packets come from
-//!    `traffic`, a tiny server and client that run inside the pods.
+//!    `agents` process per node, fed from a folder of Kubernetes YAML, which `services` keeps in step. One
+//!    more pod is the cluster's `dns`.
+//! 3. `scenes` and `service_scenes`: what is shown, on the `stage`, in plain words through `report`; the
+//!    packets come from `traffic`, a tiny server and client that run inside the pods.
 //! 4. `attach`: `warren demo enter POD` and `warren demo stop`, for a demo that was started with `--keep`.
 
 mod agents;
 mod attach;
+mod dns;
 mod internal;
 mod link;
 mod report;
 mod sandbox;
 mod scenes;
+mod service_scenes;
+mod services;
 mod stage;
 mod traffic;
 mod world;
@@ -38,6 +42,7 @@ use crate::snapshot::Encap;
         warren demo --nodes 5 --encap vxlan  five nodes, VXLAN only\n  \
         warren demo --keep                   leave it up until Ctrl-C or `warren demo stop`\n  \
         warren demo enter pod-1a             a shell inside a pod of a demo that was started with --keep\n  \
+        warren demo enter outside            and on a machine beside the nodes, which knows no pods\n  \
         warren demo --json > report.json     for programs; the words go to stderr\n\n\
         Nothing of it is visible outside: it all lives in namespaces of its own and ends with this command."
 )]

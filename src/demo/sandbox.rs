@@ -67,8 +67,13 @@ pub(super) fn settle() -> Result<(), DemoError> {
     fs::create_dir_all(FOLDER).map_err(|e| DemoError::system(format!("making {FOLDER}"), e))
 }
 
-/// What a process that keeps a pod's or a node's namespaces alive does first; `run_folder` becomes its /run.
-pub(super) fn settle_in_place(name: &str, run_folder: Option<&Path>) -> Result<(), DemoError> {
+/// What a process that keeps a pod's or a node's namespaces alive does first; `run_folder` becomes its /run,
+/// `resolv_conf` its /etc/resolv.conf.
+pub(super) fn settle_in_place(
+    name: &str,
+    run_folder: Option<&Path>,
+    resolv_conf: Option<&Path>,
+) -> Result<(), DemoError> {
     let spaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWUTS;
     unshare(spaces).map_err(|e| refused("namespaces for a pod", e))?;
     nix::unistd::sethostname(name).map_err(|e| DemoError::system(format!("naming {name}"), e))?;
@@ -77,6 +82,10 @@ pub(super) fn settle_in_place(name: &str, run_folder: Option<&Path>) -> Result<(
     let _ = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, none);
     if let Some(folder) = run_folder {
         own_run(folder).map_err(|e| DemoError::system(format!("giving {name} a /run of its own"), e))?;
+    }
+    if let Some(file) = resolv_conf {
+        own_resolv_conf(name, file)
+            .map_err(|e| DemoError::system(format!("giving {name} a resolv.conf of its own"), e))?;
     }
     Ok(())
 }
@@ -94,6 +103,36 @@ fn own_run(folder: &Path) -> nix::Result<()> {
     let none = None::<&str>;
     mount(Some(FOLDER), &folder.join("warren-demo"), none, MsFlags::MS_BIND, none)?;
     mount(Some(folder), "/run", none, MsFlags::MS_BIND | MsFlags::MS_REC, none)
+}
+
+/// Mounted over what the machine has; nothing of the machine's own /etc changes.
+fn own_resolv_conf(name: &str, file: &Path) -> io::Result<()> {
+    const PLACE: &str = "/etc/resolv.conf";
+    let none = None::<&str>;
+    let mut place = Path::new("/etc").join(fs::read_link(PLACE).unwrap_or_else(|_| PLACE.into()));
+    if !place.exists() {
+        // systemd-resolved's is a link into /run, which here is the demo's own.
+        let inside = place.strip_prefix("/etc/../run").or(place.strip_prefix("/run")).ok();
+        if let Some(inside) = inside {
+            place = Path::new("/run").join(inside);
+            if let Some(folder) = place.parent() {
+                fs::create_dir_all(folder)?;
+            }
+            fs::write(&place, "")?;
+        } else {
+            // There is none (small containers): a layer over /etc has room for it.
+            let layer = file.with_file_name(format!("etc-{name}"));
+            let (upper, work) = (layer.join("upper"), layer.join("work"));
+            fs::create_dir_all(&upper)?;
+            fs::create_dir_all(&work)?;
+            let options = format!("lowerdir=/etc,upperdir={},workdir={}", upper.display(), work.display());
+            mount(Some("overlay"), "/etc", Some("overlay"), MsFlags::empty(), Some(options.as_str()))?;
+            place = PLACE.into();
+            let _ = fs::remove_file(&place);
+            fs::write(&place, "")?;
+        }
+    }
+    Ok(mount(Some(file), &place, none, MsFlags::MS_BIND, none)?)
 }
 
 /// The stage, killed with everything in its PID namespace when this goes.

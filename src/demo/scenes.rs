@@ -15,15 +15,15 @@ use super::sandbox::{self, FOLDER};
 use super::stage::{Asker, Stage};
 use super::traffic::eavesdrop::Overheard;
 use super::traffic::{PORT, Protocol, RoundTrips, Sunk};
-use super::world::{CLUSTER_RANGES, Node, Process, World, ourselves};
-use super::{DemoError, DemoOptions, agents};
+use super::world::{CLUSTER_RANGES, Node, Outside, Process, World, ourselves};
+use super::{DemoError, DemoOptions, agents, services};
 use crate::io::clock;
 use crate::snapshot::{Encap, MAX_LANES};
 
 /// Only inside a pod: no other pod can reach it.
 const SIDECAR_PORT: u16 = 9000;
 /// How long a throughput measurement sends.
-const THROUGHPUT_MS: u64 = 3000;
+const THROUGHPUT_MS: u64 = 2000;
 /// How long a latency measurement asks.
 const LATENCY_MS: u64 = 300;
 /// How often it is repeated. The best counts: where the scheduler happens to put the two ends (one core, two
@@ -39,6 +39,7 @@ pub(super) fn play(options: &DemoOptions) -> Result<ExitCode, DemoError> {
     ));
     let world = World::build(options, |what| report.waiting(&format!("making {what}"), clock::now()))?;
     agents::write_nodes(&world)?;
+    services::write(&world)?;
     let mut stage = Stage { world, report };
     stage.introduce();
     // What went well until then is said too, and in the document.
@@ -63,6 +64,12 @@ impl Stage {
             if turn == 0 {
                 self.pod_replaced()?;
             }
+            self.service_by_address(turn > 0)?;
+            if turn == 0 {
+                self.service_from_outside()?;
+                self.service_by_name()?;
+                self.endpoint_dies()?;
+            }
             self.measure(encap)?;
             agents::all_there(&mut self.world)?;
         }
@@ -76,7 +83,7 @@ impl Stage {
             self.report.say("  (this kernel has no IPv6: IPv4 only)");
         }
         for node in &self.world.nodes {
-            let pods: Vec<_> = node.pods.iter().map(|pod| pod.name.as_str()).collect();
+            let pods: Vec<_> = node.all_pods().map(|pod| pod.name.as_str()).collect();
             self.report.node(&format!(
                 "{:7} {}   pods {} in {}",
                 node.name,
@@ -85,6 +92,8 @@ impl Stage {
                 node.pod_ranges(v6).join(", ")
             ));
         }
+        let outside = self.world.outside.v4;
+        self.report.say(&format!("  {:7} {outside}  no node: it knows nothing of all this", Outside::NAME));
     }
 
     fn without_warren(&mut self) -> Result<(), DemoError> {
@@ -206,8 +215,10 @@ impl Stage {
         let (name, target) = self.whom(1, 1, false)?;
         self.must_answer(&from, Protocol::Tcp, target, &name)?;
         self.world.kill_pod(1, 1)?;
+        services::write(&self.world)?;
         self.must_not_answer(&from, target, &format!("{name}, killed,"), "no reply or unreachable")?;
         self.world.add_pod(1)?;
+        services::write(&self.world)?;
         for v6 in self.families() {
             let (name, target) = self.whom(1, 1, v6)?;
             self.must_answer(&from, Protocol::Tcp, target, &name)?;
@@ -314,11 +325,17 @@ impl Stage {
         }
         let (first, far) = (self.pod(0, 0)?, self.pod(1, 0)?);
         let (pod, socket) = (&first.name, far.socket(false));
+        let (name, node) = (services::short_name(), self.node(0)?.address(false));
         let tries = [
             (pod.clone(), "a shell in that pod"),
             (format!("{pod} ping {}", far.v4), "where ping is installed"),
             (format!("{pod} curl http://{socket}"), "where curl is"),
             (format!("{pod} warren demo internal ask tcp {socket}"), ""),
+            (format!("{pod} warren demo internal ask tcp {name}:{}", services::PORT), "by its name in DNS"),
+            (
+                format!("{} curl http://{node}:{}", Outside::NAME, services::NODE_PORT),
+                "from no node of the mesh",
+            ),
             ("node1".to_owned(), "a shell on that node; try: ip route; warren status"),
             (format!("node1 cat {FOLDER}/nodes/node1/agent.log"), ""),
             (format!("node1 ls {FOLDER}/cluster"), "what the agents watch"),

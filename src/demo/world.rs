@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use super::link::{End, configure, sysctl, within};
 use super::sandbox::{FOLDER, OURSELVES};
 use super::traffic::PORT;
-use super::{DemoError, DemoOptions};
+use super::{DemoError, DemoOptions, agents, dns, services};
 
 /// All pods of all nodes.
 pub(super) const CLUSTER_RANGES: &str = "10.244.0.0/16,fd00:10:244::/48";
@@ -24,6 +24,10 @@ const POD_BRIDGE: &str = "cbr0";
 const UNDERLAY_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 /// The bridge that joins the nodes.
 const UNDERLAY: &str = "underlay";
+/// The number of the machine beside the nodes, in both families.
+const OUTSIDE_HOST: u8 = 200;
+/// The number of the DNS pod on its node.
+const DNS_HOST: u8 = 53;
 
 /// Everything there is.
 pub(super) struct World {
@@ -31,10 +35,27 @@ pub(super) struct World {
     pub underlay: File,
     /// Numbered from 1; `nodes[0]` is `node1`.
     pub nodes: Vec<Node>,
+    /// A machine on the network between the nodes that is none of them.
+    pub outside: Outside,
     /// What was asked for.
     pub options: DemoOptions,
     /// Whether this kernel has IPv6.
     pub v6: bool,
+}
+
+/// A machine that knows nothing of Warren, pods or Services.
+pub(super) struct Outside {
+    /// Keeps its namespaces.
+    pub holder: Holder,
+    /// Its address.
+    pub v4: Ipv4Addr,
+    /// And of the other family.
+    pub v6: Ipv6Addr,
+}
+
+impl Outside {
+    /// What to call it.
+    pub(super) const NAME: &str = "outside";
 }
 
 /// A machine of the cluster.
@@ -47,6 +68,8 @@ pub(super) struct Node {
     pub holder: Holder,
     /// Its pods, `pod-1a` first.
     pub pods: Vec<Pod>,
+    /// The cluster's DNS, on the last node.
+    dns: Option<Pod>,
     /// Its agent, while it runs.
     pub agent: Option<Process>,
     /// What pods are wired with.
@@ -86,11 +109,7 @@ impl Pod {
 impl Node {
     /// Its address on the underlay.
     pub(super) fn address(&self, v6: bool) -> IpAddr {
-        if v6 {
-            Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, reads_as(10 + self.number)).into()
-        } else {
-            Ipv4Addr::new(10, 99, 0, 10 + self.number).into()
-        }
+        if v6 { underlay_v6(10 + self.number).into() } else { underlay_v4(10 + self.number).into() }
     }
 
     /// Its pod ranges, as `spec.podCIDRs` says.
@@ -103,6 +122,11 @@ impl Node {
     /// Its folder: the agent's state and log, and `run`, which is the node's /run.
     pub(super) fn folder(&self) -> PathBuf {
         Path::new(FOLDER).join("nodes").join(&self.name)
+    }
+
+    /// All pods on it, the cluster's DNS too.
+    pub(super) fn all_pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.iter().chain(&self.dns)
     }
 
     fn bridge_addresses(&self, v6: bool) -> Vec<(IpAddr, u8)> {
@@ -127,16 +151,26 @@ impl World {
             }
             Ok(())
         })?;
-        let mut world = World { underlay, nodes: Vec::new(), options: options.clone(), v6 };
+        let outside = make_outside(&underlay, v6, mtu)?;
+        let mut world = World { underlay, nodes: Vec::new(), outside, options: options.clone(), v6 };
+        write_resolv_conf(v6)?;
         for number in 1..=options.nodes {
             progress(&format!("node{number} and its pods"));
             let mut node = world.make_node(number)?;
             for _ in 0..2 {
                 add_pod(&mut node, v6)?;
             }
+            if number == options.nodes {
+                node.dns = Some(make_dns(&node, v6)?);
+            }
             world.nodes.push(node);
         }
         Ok(world)
+    }
+
+    /// The pod that is the cluster's DNS, and its node.
+    pub(super) fn dns(&self) -> Option<(&Node, &Pod)> {
+        self.nodes.iter().find_map(|node| Some((node, node.dns.as_ref()?)))
     }
 
     /// Starts one more pod on a node, with a name and an address of its own.
@@ -145,28 +179,25 @@ impl World {
         add_pod(self.node_mut(node)?, v6)
     }
 
-    /// Kills a pod with all its containers, and takes its veth away as CNI DEL would.
+    /// Kills a pod with all its containers, and takes its veth away as CNI DEL would. That first: what is
+    /// killed with connections open says nothing more to anybody, as if its machine had lost power.
     pub(super) fn kill_pod(&mut self, node: usize, pod: usize) -> Result<(), DemoError> {
         let node = self.node_mut(node)?;
         if pod >= node.pods.len() {
             return Err(DemoError::Usage(format!("{} has no such pod", node.name)));
         }
         let gone = node.pods.remove(pod);
-        let veth = gone.veth.clone();
-        drop(gone);
-        // The kernel removes it too, when it gets round to it: then there is none left to remove.
-        let _ = configure(&node.holder.network, async |links| links.remove(&veth).await);
-        Ok(())
+        configure(&node.holder.network, async |links| links.remove(&gone.veth).await)
     }
 
     /// Gives the pods of a node the MTU that its agent says is safe.
     pub(super) fn set_pod_mtu(&mut self, node: usize, mtu: u16) -> Result<(), DemoError> {
         let node = self.node_mut(node)?;
         node.pod_mtu = mtu;
-        for pod in &node.pods {
+        for pod in node.all_pods() {
             configure(&pod.holder.network, async |links| links.set_mtu("eth0", mtu).await)?;
         }
-        let veths: Vec<_> = node.pods.iter().map(|pod| pod.veth.as_str()).collect();
+        let veths: Vec<_> = node.all_pods().map(|pod| pod.veth.as_str()).collect();
         configure(&node.holder.network, async |links| {
             for veth in veths {
                 links.set_mtu(veth, mtu).await?;
@@ -187,20 +218,17 @@ impl World {
             fs::create_dir_all(&path)
                 .map_err(|e| DemoError::system(format!("making {}", path.display()), e))?;
         }
-        let holder = Holder::start(&name, Some(&folder.join("run")))?;
+        let holder = Holder::start(&name, &[("--run-folder", &folder.join("run"))])?;
         prepare(&holder.network, self.v6, true)?;
         let (v6, mtu) = (self.v6, self.options.mtu);
-        configure(&self.underlay, async |links| {
-            let far = End { name: "eth0", namespace: Some(&holder.network) };
-            links.add_veth(&name, far, mtu).await?;
-            links.attach(&name, UNDERLAY, false).await
-        })?;
-        let server = Process::serve(&name, holder.pid(), &[any_address(v6)], false)?;
+        plug_in(&self.underlay, &name, &holder, mtu)?;
+        let server = Process::serve(&name, holder.pid(), &[any_address(v6, PORT)], false)?;
         let node = Node {
             number,
             name,
             holder,
             pods: Vec::new(),
+            dns: None,
             agent: None,
             pod_mtu: mtu,
             _server: server,
@@ -233,11 +261,11 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    fn start(name: &str, run_folder: Option<&Path>) -> Result<Holder, DemoError> {
+    fn start(name: &str, own: &[(&str, &Path)]) -> Result<Holder, DemoError> {
         let mut command = ourselves(None);
         command.args(["hold", name]);
-        if let Some(folder) = run_folder {
-            command.arg("--run-folder").arg(folder);
+        for (flag, path) in own {
+            command.arg(flag).arg(path);
         }
         let process = Process::start(command, &format!("{name}'s holder"), "ready")?;
         let network = open_namespace(&process.id().to_string())?;
@@ -264,7 +292,8 @@ impl Process {
         let mut process = Process(child);
         let mut line = String::new();
         if let Some(out) = process.0.stdout.as_mut() {
-            BufReader::new(out)
+            // No byte more than the line: what follows is for somebody else.
+            BufReader::with_capacity(1, out)
                 .read_line(&mut line)
                 .map_err(|e| DemoError::system(format!("hearing {who}"), e))?;
         }
@@ -318,12 +347,39 @@ pub(super) fn ourselves(join: Option<u32>) -> Command {
 
 fn add_pod(node: &mut Node, v6: bool) -> Result<(), DemoError> {
     let host = node.next_host;
-    node.next_host = host.checked_add(1).ok_or_else(|| DemoError::Usage(format!("{} is full", node.name)))?;
+    let full = || DemoError::Usage(format!("{} is full", node.name));
+    // The DNS pod's number is passed by.
+    let next = if host + 1 == DNS_HOST { DNS_HOST.checked_add(1) } else { host.checked_add(1) };
+    node.next_host = next.ok_or_else(full)?;
     let letter = char::from(b'a' + (host - 2) % 26);
-    let name = format!("pod-{}{letter}", node.number);
-    let veth = format!("veth{}{letter}", node.number);
+    let (name, veth) = (format!("pod-{}{letter}", node.number), format!("veth{}{letter}", node.number));
+    let serve = |holder: u32| Process::serve(&name, holder, &[any_address(v6, PORT)], true);
+    let pod = make_pod(node, &name, veth, host, v6, serve)?;
+    node.pods.push(pod);
+    Ok(())
+}
+
+/// The cluster's DNS, as CoreDNS would be: a pod like any other, known by its Service's address.
+fn make_dns(node: &Node, v6: bool) -> Result<Pod, DemoError> {
+    let serve = |holder: u32| {
+        let mut command = ourselves(Some(holder));
+        command.args(["dns", "--listen", &any_address(v6, dns::PORT).to_string()]);
+        command.arg("--objects").arg(agents::cluster_folder());
+        Process::start(command, "the DNS server", "listening")
+    };
+    make_pod(node, "dns", "vethdns".into(), DNS_HOST, v6, serve)
+}
+
+fn make_pod(
+    node: &Node,
+    name: &str,
+    veth: String,
+    host: u8,
+    v6: bool,
+    serve: impl FnOnce(u32) -> Result<Process, DemoError>,
+) -> Result<Pod, DemoError> {
     let (v4_address, v6_address) = (pod_address_v4(node.number, host), pod_address_v6(node.number, host));
-    let holder = Holder::start(&name, None)?;
+    let holder = Holder::start(name, &[("--resolv-conf", &resolv_conf())])?;
     prepare(&holder.network, v6, false)?;
     let mtu = node.pod_mtu;
     configure(&node.holder.network, async |links| {
@@ -343,9 +399,43 @@ fn add_pod(node: &mut Node, v6: bool) -> Result<(), DemoError> {
         }
         Ok(())
     })?;
-    let server = Process::serve(&name, holder.pid(), &[any_address(v6)], true)?;
-    node.pods.push(Pod { name, v4: v4_address, v6: v6_address, holder, veth, _server: server });
-    Ok(())
+    let server = serve(holder.pid())?;
+    Ok(Pod { name: name.into(), v4: v4_address, v6: v6_address, holder, veth, _server: server })
+}
+
+fn make_outside(underlay: &File, v6: bool, mtu: u16) -> Result<Outside, DemoError> {
+    let holder = Holder::start(Outside::NAME, &[])?;
+    prepare(&holder.network, v6, false)?;
+    plug_in(underlay, Outside::NAME, &holder, mtu)?;
+    let outside = Outside { holder, v4: underlay_v4(OUTSIDE_HOST), v6: underlay_v6(OUTSIDE_HOST) };
+    configure(&outside.holder.network, async |links| {
+        links.up("eth0").await?;
+        links.add_address("eth0", outside.v4.into(), 24).await?;
+        if v6 {
+            links.add_address("eth0", outside.v6.into(), 64).await?;
+        }
+        Ok(())
+    })?;
+    Ok(outside)
+}
+
+/// Connects a machine to the network between the nodes.
+fn plug_in(underlay: &File, name: &str, holder: &Holder, mtu: u16) -> Result<(), DemoError> {
+    configure(underlay, async |links| {
+        let far = End { name: "eth0", namespace: Some(&holder.network) };
+        links.add_veth(name, far, mtu).await?;
+        links.attach(name, UNDERLAY, false).await
+    })
+}
+
+/// One file for all pods: they are all of one namespace.
+fn resolv_conf() -> PathBuf {
+    Path::new(FOLDER).join("resolv.conf")
+}
+
+fn write_resolv_conf(v6: bool) -> Result<(), DemoError> {
+    fs::write(resolv_conf(), services::resolv_conf(v6))
+        .map_err(|e| DemoError::system("writing the pods' resolv.conf", e))
 }
 
 /// What every new namespace needs before its first device: loopback, and addresses that work at once.
@@ -380,6 +470,14 @@ fn underlay_gateways(v6: bool) -> Vec<(IpAddr, u8)> {
     gateways
 }
 
+fn underlay_v4(host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 99, 0, host)
+}
+
+fn underlay_v6(host: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, reads_as(host))
+}
+
 fn pod_address_v4(node: u8, host: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 244, node, host)
 }
@@ -400,9 +498,9 @@ fn reads_as(decimal: u8) -> u16 {
     ((decimal / 100) << 8) | ((decimal / 10 % 10) << 4) | (decimal % 10)
 }
 
-fn any_address(v6: bool) -> SocketAddr {
+fn any_address(v6: bool, port: u16) -> SocketAddr {
     let any: IpAddr = if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
-    SocketAddr::new(any, PORT)
+    SocketAddr::new(any, port)
 }
 
 #[cfg(test)]

@@ -15,6 +15,9 @@ use super::clock;
 use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Timeouts};
 
+/// The kernel's, with what kube-proxy and we set there ourselves: a half-closed connection may be silent for
+/// an hour (nf_conntrack_tcp_timeout_close_wait).
+const TIMEOUTS: Timeouts = Timeouts { close_wait: 3_600, ..Timeouts::KERNEL };
 /// Clients whose endpoints are remembered: 4 MiB.
 const AFFINITY_CLIENTS: usize = 1 << 16;
 
@@ -43,13 +46,12 @@ fn open_with(
     let capacity = FlowTable::default_capacity(physical_memory());
     let words = FlowTable::words_for(capacity);
     let epoch = boot_id()?;
-    let new =
-        |memory| FlowTable::create(memory, capacity, epoch, seed, Timeouts::KERNEL).map_err(io::Error::other);
+    let new = |memory| FlowTable::create(memory, capacity, epoch, seed, TIMEOUTS).map_err(io::Error::other);
     let (first, known) = memory(path, words, "the flow table", &reserve)?;
     if !known {
         return new(first);
     }
-    match FlowTable::attach(first, clock::since_boot_ms(), epoch, seed, Timeouts::KERNEL) {
+    match FlowTable::attach(first, clock::since_boot_ms(), epoch, seed, TIMEOUTS) {
         Ok(table) => {
             info!(flows = table.counters().entries, "took over the flow table");
             return Ok(table);

@@ -238,6 +238,12 @@ impl ServiceTable {
         self.complete = true;
     }
 
+    /// Says that it has not, as after a restart.
+    #[cfg(test)]
+    pub(crate) fn set_incomplete(&mut self) {
+        self.complete = false;
+    }
+
     /// Lets a Service listen; returns who did before.
     pub fn listen(&mut self, at: Listen, frontend: Frontend) -> Option<Frontend> {
         let cluster = frontend.way == Way::Cluster;

@@ -185,6 +185,9 @@ impl Timeouts {
             FlowState::CloseWait => self.close_wait,
             FlowState::LastAck => self.last_ack,
             FlowState::TimeWait => self.time_wait,
+            // Sequence numbers are not followed, so a reset may be a stranger's: a connection that was open has
+            // the time of one that nobody acknowledges to show that it still is.
+            FlowState::Close if replied => self.close.max(self.unacknowledged),
             FlowState::Close => self.close,
         };
         u64::from(seconds) * 1000
@@ -285,7 +288,9 @@ pub(super) fn tcp_step(state: FlowState, direction: Direction, flags: u8) -> Ste
         // The answer to a SYN that the server took for an old one (RFC 9293 section 3.5.1): a reset follows.
         (Segment::Ack, SynSent) => Step::Ignore,
         (Segment::Ack, SynRecv) if direction == Original => Step::To(Established),
-        (Segment::Ack, SynRecv | Established | TimeWait | Close) => Step::To(state),
+        // Whoever goes on after a reset did not take it: it was forged, or out of its window.
+        (Segment::Ack, Close) => Step::To(Established),
+        (Segment::Ack, SynRecv | Established | TimeWait) => Step::To(state),
         (Segment::Ack, FinWait | CloseWait) => Step::To(CloseWait),
         (Segment::Ack, LastAck) => Step::To(TimeWait),
     }

@@ -491,6 +491,16 @@ fn a_super_packet_turns_round_whole() {
     assert!(datagrams.is_empty());
     let frame = one(frames);
     assert_eq!(frame[40..], packet[40..], "one frame with all of it");
+    let headers = parse(&frame).expect("a packet");
+    assert_eq!((headers.source, headers.destination), (OURS.into(), OTHER.into()));
+    assert_eq!(headers.ports(), Some((1000, 8080)));
+    // As the kernel will find it: the pseudo-header's sum where the checksum is owed.
+    let pseudo = crate::packet::checksum::pseudo_header(headers.source, headers.destination, 6, 5020);
+    let before = crate::packet::checksum::pseudo_header(OURS.into(), VIP.into(), 6, 5020);
+    let fold = crate::packet::checksum::fold;
+    let field = |bytes: &[u8]| u16::from_be_bytes([bytes[36], bytes[37]]);
+    let moved = u32::from(field(&packet)) + u32::from(!fold(before)) + u32::from(fold(pseudo));
+    assert_eq!(fold(moved), field(&frame), "the sum followed the addresses");
     assert_eq!(world.drops(), []);
 }
 
@@ -544,4 +554,100 @@ proptest! {
         prop_assert_eq!(ends(&whole(got)), ((VIP, 80), (OURS, 4000)));
         prop_assert_eq!(world.drops(), []);
     }
+}
+
+#[test]
+fn another_node_that_is_its_own_endpoint_is_answered() {
+    // 10.244.1.0 is that node itself, behind a node port of ours.
+    let mut world = serving(&service(&[PEERS[1]]));
+    let (_, datagrams) = world.take_frame(&tcp_between((PEERS[1], 5000), (LOOP, 30080), SYN));
+    assert_eq!(ends(&one(datagrams).1), ((ME, 5000), (PEERS[1], 8080)), "no loop address leaves the node");
+    let (frames, _) = world.take_datagram(1, &tcp_between((PEERS[1], 8080), (ME, 5000), "SA"));
+    assert_eq!(ends(&one(frames)), ((LOOP, 30080), (PEERS[1], 5000)));
+}
+
+#[test]
+fn a_stranger_at_a_cluster_ip_gets_our_address() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    let (_, datagrams) = world.take_frame(&tcp_between((OUTSIDE, 5000), (VIP, 80), SYN));
+    assert_eq!(ends(&one(datagrams).1), ((ME, 5000), (PEERS[0], 8080)));
+    let (frames, _) = world.take_datagram(0, &tcp_between((PEERS[0], 8080), (ME, 5000), "SA"));
+    assert_eq!(ends(&one(frames)), ((VIP, 80), (OUTSIDE, 5000)));
+}
+
+#[test]
+fn what_was_saved_before_resets_nothing() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    world.take_frame(&tcp_between((OURS, 4001), (VIP, 80), SYN));
+    world.take_datagram(0, &tcp_between((PEERS[0], 8080), (OURS, 4001), "SA"));
+    // The last save did not know this endpoint yet; the source has not spoken.
+    let mut saved = (*service(&[PEERS[1]]).table()).clone();
+    saved.set_incomplete();
+    world.snapshot.services = Arc::new(saved);
+    let ack = tcp_between((OURS, 4001), (VIP, 80), "A");
+    assert_eq!(world.take_frame(&ack).1[0].0, outer(0));
+    // Nor is anybody told that there is nothing.
+    assert_eq!(world.take_frame(&tcp_between((OURS, 4002), (VIP, 81), SYN)), (vec![], vec![]));
+    world.serve(&service(&[PEERS[1]]));
+    assert_eq!(world.take_frame(&ack).0.len(), 1, "now it is reset");
+}
+
+#[test]
+fn one_client_by_two_nodes_to_one_endpoint() {
+    // By our own node port first, and then by another node.
+    let mut world = serving(&service(&[OURS]));
+    world.take_frame(&udp_between((OUTSIDE, 5000), (LOOP, 30080), b"to us"));
+    let (frames, _) = world.take_datagram(1, &udp_between((OUTSIDE, 5000), (OURS, 8080), b"to them"));
+    let ((from, port), to) = ends(&one(frames));
+    assert_eq!((from, to), (OUTSIDE, (OURS, 8080)));
+    assert_ne!(port, 5000, "the pod can tell them apart");
+    let (frames, _) = world.take_frame(&udp_between((OURS, 8080), (OUTSIDE, 5000), b"from us"));
+    assert_eq!(ends(&one(frames)), ((LOOP, 30080), (OUTSIDE, 5000)));
+    let (_, datagrams) = world.take_frame(&udp_between((OURS, 8080), (OUTSIDE, port), b"from them"));
+    let (to, packet) = one(datagrams);
+    assert_eq!((to, ends(&packet)), (outer(1), ((OURS, 8080), (OUTSIDE, 5000))));
+    assert_eq!(world.drops(), []);
+
+    // By one node, and after a while by another: the first may be gone.
+    let mut world = serving(&service(&[OURS]));
+    let question = udp_between((OUTSIDE, 5000), (OURS, 8080), b"question");
+    assert_eq!(world.take_datagram(0, &question).0.len(), 1);
+    assert_eq!(world.take_datagram(1, &question).0.len(), 0);
+    world.now += std::time::Duration::from_millis(1_100);
+    assert_eq!(world.take_datagram(1, &question).0.len(), 1);
+    let (_, datagrams) = world.take_frame(&udp_between((OURS, 8080), (OUTSIDE, 5000), b"answer"));
+    assert_eq!(one(datagrams).0, outer(1));
+}
+
+#[test]
+fn errors_of_a_peer_end_here() {
+    let mut world = serving(&service(&[OURS]));
+    let question = udp_between((OUTSIDE, 5000), (OURS, 8080), b"question");
+    world.take_datagram(0, &question);
+    // About that flow, to the client: we are nobody's way out.
+    let headers = parse(&question).expect("a packet");
+    let mut room = [0; 1500];
+    let error = IcmpError::PortUnreachable;
+    let len = build_error(&mut room, error, [198, 51, 100, 66].into(), &question, &headers).expect("one");
+    assert_eq!(world.take_datagram(0, &room[..len]), (vec![], vec![]));
+    assert_eq!(world.drops(), [DropReason::SpoofedSource]);
+}
+
+#[test]
+fn a_forged_reset_ends_nothing() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    world.take_frame(&tcp_between((OURS, 4001), (VIP, 80), SYN));
+    world.take_datagram(0, &tcp_between((PEERS[0], 8080), (OURS, 4001), "SA"));
+    let ack = tcp_between((OURS, 4001), (VIP, 80), "A");
+    world.take_frame(&ack);
+    let mut reset = Vec::new();
+    let builder = etherparse::PacketBuilder::ipv4(OURS, VIP, 64).tcp(4001, 80, 77_777, 100).rst();
+    builder.write(&mut reset, &[]).expect("a packet");
+    world.take_frame(&reset);
+    // A keepalive, a minute later.
+    world.now += std::time::Duration::from_secs(60);
+    assert_eq!(world.take_frame(&ack).1.len(), 1);
+    world.now += std::time::Duration::from_secs(3600);
+    assert_eq!(world.take_frame(&ack).1.len(), 1, "it is open as before");
+    assert_eq!(world.drops(), []);
 }

@@ -1,7 +1,7 @@
 //! A container that asks, and one that measures. What it hears goes to the stage as JSON.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::time::Duration;
 
 use super::{Answer, AskArgs, MeasureArgs, Protocol, RoundTrips, Sunk, ping, read_greeting};
@@ -20,20 +20,9 @@ const WARM_UP: usize = 50;
 pub(in crate::demo) fn ask(args: &AskArgs) -> Result<Answer, String> {
     let deadline = clock::now() + Duration::from_millis(args.retry_ms);
     let timeout = Duration::from_millis(args.timeout_ms);
-    let mut sequence = 0;
     loop {
-        sequence += 1;
-        let asked = clock::now();
-        let heard = match args.protocol {
-            Protocol::Tcp => ask_stream(args.target, "who", timeout),
-            Protocol::Udp => ask_datagram(args.target, timeout),
-            Protocol::Icmp => ask_ping(args.target, sequence, timeout),
-        };
-        match heard {
-            Ok((by, saw, micros)) => {
-                let whole = clock::now().duration_since(asked);
-                return Ok(Answer { by, saw, micros: micros.unwrap_or(in_micros(whole)) });
-            }
+        match ask_by_name(args, timeout) {
+            Ok(answer) => return Ok(answer),
             Err(error) if clock::now() >= deadline => return Err(in_words(&error)),
             Err(_) => std::thread::sleep(PAUSE),
         }
@@ -50,7 +39,37 @@ pub(in crate::demo) fn latency(args: &MeasureArgs) -> Result<RoundTrips, String>
     round_trips(args).map_err(|e| in_words(&e))
 }
 
+/// Who answered, whom it saw, and how long it took if not all of it counts.
 type Heard = (String, IpAddr, Option<u64>);
+
+/// One conversation.
+pub(in crate::demo) fn ask_once(
+    protocol: Protocol,
+    target: SocketAddr,
+    timeout: Duration,
+) -> io::Result<Heard> {
+    match protocol {
+        Protocol::Tcp => ask_stream(target, "who", timeout),
+        Protocol::Udp => ask_datagram(target, timeout),
+        Protocol::Icmp => ask_ping(target, 1, timeout),
+    }
+}
+
+/// The system's resolver turns a name into addresses, as in any program; the first that answers counts.
+fn ask_by_name(args: &AskArgs, timeout: Duration) -> io::Result<Answer> {
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    let begun = clock::now();
+    for to in args.target.to_socket_addrs()? {
+        match ask_once(args.protocol, to, timeout) {
+            Ok((by, saw, micros)) => {
+                let whole = clock::now().duration_since(begun);
+                return Ok(Answer { by, saw, micros: micros.unwrap_or(in_micros(whole)), to });
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
 
 fn ask_stream(target: SocketAddr, question: &str, timeout: Duration) -> io::Result<Heard> {
     let mut stream = TcpStream::connect_timeout(&target, timeout)?;
@@ -132,14 +151,17 @@ fn summary(mut trips: Vec<u64>) -> Option<RoundTrips> {
     Some(RoundTrips { count: trips.len(), p50: at(50)?, p99: at(99)? })
 }
 
-fn in_micros(time: Duration) -> u64 {
+/// For a report.
+pub(in crate::demo) fn in_micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn in_words(error: &io::Error) -> String {
+/// For people.
+pub(in crate::demo) fn in_words(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => "no reply".into(),
         io::ErrorKind::ConnectionRefused => "connection refused".into(),
+        io::ErrorKind::ConnectionReset => "connection reset".into(),
         io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "unreachable".into(),
         _ => error.to_string(),
     }

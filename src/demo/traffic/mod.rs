@@ -9,14 +9,18 @@
 //! | `pinged ID` | from which address the ICMP echo requests with that identifier came |
 //! | `sink` | reads until the end, then says how much came in how long |
 //! | `echo` | every byte back |
+//! | `source BYTES` | as `who`, then that many bytes, at a steady pace |
 //! | `GET ...` | as `who`, for curl and browsers |
 
 pub(super) mod client;
+pub(super) mod download;
 pub(super) mod eavesdrop;
 pub(super) mod ping;
 pub(super) mod server;
+pub(super) mod spread;
 
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
@@ -47,8 +51,8 @@ pub(super) struct AskArgs {
     /// Over which protocol.
     #[arg(value_enum)]
     pub protocol: Protocol,
-    /// Whom.
-    pub target: SocketAddr,
+    /// Whom: an address or a name, and a port.
+    pub target: String,
     /// How long one try may take.
     #[arg(long, default_value_t = 1000)]
     pub timeout_ms: u64,
@@ -133,6 +137,8 @@ pub(super) struct Answer {
     pub saw: IpAddr,
     /// From question to answer, in microseconds; of the try that succeeded.
     pub micros: u64,
+    /// Where the question went.
+    pub to: SocketAddr,
 }
 
 /// What went through.
@@ -166,6 +172,36 @@ fn read_greeting(text: &str) -> Option<(String, IpAddr)> {
     Some((name.to_string(), saw.parse().ok()?))
 }
 
+/// Byte by byte, so that nothing of what follows the line is swallowed.
+fn read_line(stream: &mut TcpStream) -> io::Result<String> {
+    let mut line = Vec::with_capacity(LONGEST_LINE);
+    let mut byte = [0u8; 1];
+    while line.len() < LONGEST_LINE && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&line).into_owned())
+}
+
+/// What a download consists of: each byte says where it belongs, within a period that fits no packet's
+/// length.
+struct Pattern(Vec<u8>);
+
+impl Pattern {
+    /// A prime.
+    const PERIOD: usize = 251;
+
+    /// For pieces of at most that length.
+    fn new(longest: usize) -> Pattern {
+        Pattern((0..longest + Self::PERIOD).map(|n| (n % Self::PERIOD) as u8).collect())
+    }
+
+    /// A piece, from a place on; empty if it is longer than was said.
+    fn piece(&self, from: u64, length: usize) -> &[u8] {
+        let start = (from % Self::PERIOD as u64) as usize;
+        self.0.get(start..start + length).unwrap_or_default()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +210,18 @@ mod tests {
     fn a_greeting_is_understood() {
         let saw = "fd00:10:244:1::2".parse().expect("an address");
         assert_eq!(read_greeting(&greeting("pod-1a", saw)), Some(("pod-1a".into(), saw)));
+    }
+
+    #[test]
+    fn a_pattern_goes_on_where_it_was_left() {
+        let pattern = Pattern::new(1000);
+        let whole = pattern.piece(0, 1000);
+        for at in [0, 1, 250, 251, 252, 600] {
+            assert_eq!(pattern.piece(at as u64, 1000 - at), &whole[at..], "{at}");
+        }
+        assert_eq!(pattern.piece(251, 10), pattern.piece(0, 10));
+        assert_ne!(pattern.piece(1, 10), pattern.piece(0, 10));
+        assert!(pattern.piece(0, 2000).is_empty());
     }
 
     #[test]

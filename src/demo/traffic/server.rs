@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use super::{LONGEST_LINE, ServeArgs, Sunk, greeting, ping, read_greeting};
+use socket2::SockRef;
+
+use super::{Pattern, ServeArgs, Sunk, greeting, ping, read_greeting, read_line};
 use crate::demo::DemoError;
 use crate::demo::internal::say;
 use crate::io::clock;
@@ -18,6 +20,9 @@ const REMEMBERED_PINGS: usize = 64;
 const CHUNK: usize = 256 * 1024;
 /// A request with more than that is cut off.
 const MOST_HEADER_LINES: usize = 256;
+/// A download's pace, 3.2 MB/s: many at once are no measurement.
+const DOWNLOAD_CHUNK: u64 = 32 * 1024;
+const DOWNLOAD_PAUSE: Duration = Duration::from_millis(10);
 /// A client that says nothing for so long has gone.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -93,6 +98,10 @@ fn answer_stream(mut stream: TcpStream, name: &str, pings: &Pings) -> io::Result
             stream.write_all(serde_json::to_string(&sunk)?.as_bytes())
         }
         ("echo", _) => echo(&mut stream),
+        ("source", bytes) => {
+            stream.write_all(greeting(name, from).as_bytes())?;
+            source(&mut stream, bytes.parse().unwrap_or(0))
+        }
         ("GET", _) => answer_browser(&mut stream, &greeting(name, from)),
         (_, _) => Ok(()),
     }
@@ -108,16 +117,6 @@ fn answer_browser(stream: &mut TcpStream, text: &str) -> io::Result<()> {
     }
     let length = text.len();
     stream.write_all(format!("HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n{text}").as_bytes())
-}
-
-/// Byte by byte, so that nothing of what follows the line is swallowed.
-fn read_line(stream: &mut TcpStream) -> io::Result<String> {
-    let mut line = Vec::with_capacity(LONGEST_LINE);
-    let mut byte = [0u8; 1];
-    while line.len() < LONGEST_LINE && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        line.push(byte[0]);
-    }
-    Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
 fn sink(stream: &mut TcpStream) -> io::Result<Sunk> {
@@ -143,6 +142,23 @@ fn echo(stream: &mut TcpStream) -> io::Result<()> {
         }
         stream.write_all(some.get(..got).unwrap_or_default())?;
     }
+}
+
+fn source(stream: &mut TcpStream, bytes: u64) -> io::Result<()> {
+    // A pod that is killed says nothing more, and its kernel does not go on for it.
+    SockRef::from(&*stream).set_linger(Some(Duration::ZERO))?;
+    let pattern = Pattern::new(DOWNLOAD_CHUNK as usize);
+    let begun = clock::now();
+    let mut sent = 0;
+    while sent < bytes {
+        let length = DOWNLOAD_CHUNK.min(bytes - sent);
+        stream.write_all(pattern.piece(sent, length as usize))?;
+        sent += length;
+        let due = DOWNLOAD_PAUSE * (sent / DOWNLOAD_CHUNK) as u32;
+        thread::sleep(due.saturating_sub(clock::now().duration_since(begun)));
+    }
+    // It went well: now the kernel may take its time with what it still has to send.
+    SockRef::from(&*stream).set_linger(None)
 }
 
 fn answer_datagrams(socket: &UdpSocket, name: &str) {

@@ -156,7 +156,7 @@ fn key_pair() -> (String, String) {
 }
 
 /// Where `tests/peers.sh` puts what it builds.
-fn binary(name: &str) -> PathBuf {
+pub fn binary(name: &str) -> PathBuf {
     let folder = std::env::var_os("WARREN_PEERS").map(PathBuf::from).unwrap_or_else(|| {
         let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
         std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("warren-peers")

@@ -4,11 +4,12 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use socket2::{Domain, Socket, Type};
 use warren::snapshot::service::loop_address;
 
 use super::{NODE_PORT, SOON, asked, pods, refused, service, services, vips};
 use crate::lab::agent::Mesh;
-use crate::lab::service::{BOTH, Over, PORT, Service, TARGET, Who, ask, ask_udp, open, udp};
+use crate::lab::service::{BOTH, Over, PORT, Service, TARGET, Who, ask, ask_again, ask_udp, open, udp};
 use crate::lab::traffic::{Echo, tcp_bulk};
 use crate::lab::{Underlay, wait_for};
 
@@ -134,6 +135,32 @@ fn node_ports(encap: &str, underlay: Underlay) {
         }
         // The pods' own way to the node's other addresses is not disturbed, and no other port is taken.
         assert!(refused(outside, at(NODE_PORT + 2), over), "{over:?}");
+    }
+}
+
+#[test]
+fn a_client_from_outside_may_come_by_another_node_when_it_is_done_with_the_first() {
+    let mesh = services(3, "vxlan", Underlay::V4);
+    let [node1, node2, node3] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1], &mesh.lab.nodes[2]];
+    let _server = Who::start("far", &node2.pods[0], &node2.inner(10));
+    Service { node_port: NODE_PORT, ..service("far", 1, pods(&mesh, &[(2, 10)])) }.write(&mesh.lab);
+    asked(&mesh.lab.switch, None, SocketAddr::new(mesh.lab.outer(node3), NODE_PORT), Over::Tcp);
+    asked(&mesh.lab.switch, None, SocketAddr::new(mesh.lab.outer(node1), NODE_PORT), Over::Tcp);
+    // The kernel, too, uses a port again that it has used towards another address.
+    let stranger = SocketAddr::from(([10, 99, 0, 254], 40_000));
+    for node in [node1, node3, node1] {
+        let target = SocketAddr::new(mesh.lab.outer(node), NODE_PORT);
+        let mut stream = mesh.lab.switch.enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            socket.set_reuse_address(true).expect("a port may be used again");
+            socket.bind(&stranger.into()).expect("the port");
+            let outcome = socket.connect_timeout(&target.into(), SOON);
+            outcome.unwrap_or_else(|e| panic!("by {}: {e}", node.name));
+            std::net::TcpStream::from(socket)
+        });
+        stream.set_read_timeout(Some(SOON)).expect("a timeout");
+        let answer = ask_again(&mut stream, 10).expect("an answer");
+        assert_eq!(answer.client, stranger, "by {}", node.name);
     }
 }
 

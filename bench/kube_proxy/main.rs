@@ -1,0 +1,74 @@
+//! Services side by side: Warren, and kube-proxy in nftables mode over other people's tunnels.
+//!
+//! ```text
+//! bench/kube-proxy                           everything: about 15 minutes
+//! bench/kube-proxy connections               connections per second through a ClusterIP
+//! bench/kube-proxy throughput                one TCP stream, to the pod and to its Service
+//! bench/kube-proxy rules --services 1000     how long kube-proxy takes to program Services, and a change
+//! ```
+//!
+//! Each figure is written into the results on its own; those of the others stay. Needs root, iperf3, nft and
+//! `tests/peers.sh kube-proxy`. kube-proxy reads its objects from a small API server of ours ([`api`]).
+
+// The tests' laboratory, of which measurements need a part.
+#[allow(dead_code)]
+#[path = "../../tests/kernel/lab/mod.rs"]
+pub mod lab;
+
+pub mod api;
+pub mod connections;
+#[path = "../objects.rs"]
+pub mod objects;
+pub mod proxy;
+pub mod report;
+pub mod rules;
+pub mod stand;
+pub mod throughput;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What to measure, and where the results go.
+#[derive(Debug, Parser)]
+#[command(about = "Measures Warren's Services beside kube-proxy", long_about = None)]
+struct Arguments {
+    #[command(subcommand)]
+    figure: Figure,
+    /// Where the results go: NAME.json and NAME.md.
+    #[arg(long, global = true, default_value = "bench/results/latest-services")]
+    output: PathBuf,
+    /// Given by `cargo bench`.
+    #[arg(long, hide = true, global = true)]
+    bench: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Figure {
+    /// Connections per second: connect, one byte there and back, close.
+    Connections(connections::Options),
+    /// One TCP stream pod to pod, directly and through a ClusterIP.
+    Throughput(throughput::Options),
+    /// kube-proxy's time from nothing, and for one change.
+    Rules(rules::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let (name, section) = match &arguments.figure {
+        Figure::Connections(options) => ("connections", connections::measure(options)),
+        Figure::Throughput(options) => ("throughput", throughput::measure(options)),
+        Figure::Rules(options) => ("rules", rules::measure(options)),
+    };
+    match report::write(&arguments.output, name, section) {
+        Ok(tables) => {
+            println!("{tables}");
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("cannot write the results to {}: {e}", arguments.output.display());
+            ExitCode::FAILURE
+        }
+    }
+}
