@@ -70,8 +70,8 @@ fn a_pods_flood_costs_itself() {
     Service { node_port: NODE_PORT, ..service("near", 3, pods(&mesh, &[(1, 11)])) }.write(&mesh.lab);
     const NAMES: [&str; 8] = ["t0", "t1", "t2", "t3", "t4", "t5", "t6", "t7"];
     for (number, name) in (10..).zip(NAMES) {
-        // Nobody listens there: each datagram stays the only one of its flow. To one endpoint there could not be
-        // more flows than ports.
+        // Nobody listens there: each datagram stays the only one of its flow. To one endpoint there could
+        // not be more flows than ports.
         service(name, number, pods(&mesh, &[(2, 11)])).write_for_port(&mesh.lab, u16::from(number));
     }
     let far = SocketAddr::new(vips(1)[0], PORT);
@@ -131,8 +131,8 @@ fn a_pods_flood_costs_itself() {
     let (sent, fullest) = (sent.into_inner(), fullest.into_inner());
     let quota = dropped(&mesh.agents[0], "flow-quota");
     eprintln!(
-        "{sent} flows, {quota} dropped for the quota, {asked} questions answered, conntrack at most {fullest} of \
-         {most}, longest pause {:?}",
+        "{sent} flows, {quota} dropped for the quota, {asked} questions answered, conntrack at most \
+         {fullest} of {most}, longest pause {:?}",
         flow.longest_pause()
     );
     assert!(quota > 0, "nothing was dropped for the pod's quota");

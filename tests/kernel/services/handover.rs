@@ -16,8 +16,8 @@ use crate::lab::{Lab, Node, Underlay, wait_for};
 /// How soon the loop has taken over.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// What kube-proxy writes in nftables mode, as far as it matters here: ClusterIPs and node ports, those with a
-/// masquerade by mark.
+/// What kube-proxy writes in nftables mode, as far as it matters here: ClusterIPs and node ports, those with
+/// a masquerade by mark.
 fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
     let mut rules = String::new();
     for (family, v6) in [("ip", false), ("ip6", true)] {

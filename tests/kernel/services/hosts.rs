@@ -14,8 +14,7 @@ use crate::lab::service::{BOTH, Over, PORT, Service, TARGET, Who, open};
 use crate::lab::traffic::pattern;
 use crate::lab::{Node, Underlay, wait_for};
 
-/// What the `bridge` plugin writes with `ipMasq: true` for one pod: by iptables (before 1.6), a chain for each
-/// pod; by nftables, one map for all.
+/// What the `bridge` plugin writes with `ipMasq: true` for one pod, by iptables or by nftables.
 fn masquerade(node: &Node, host: u8, by_nftables: bool) {
     let [v4, v6] = node.inner(host);
     let n = node.number;

@@ -179,7 +179,7 @@ fn a_connection_from_outside_outlives_both_agents() {
             talk
         };
         let outside = Some(mesh.lab.outside());
-        let mut talks = vec![
+        let mut talks = [
             begin(&mesh.lab.switch, 1, "near", outside),
             begin(&mesh.lab.switch, 2, "far", outside),
             begin(&node1.ns, 1, "near", Some(loop_address(here))),

@@ -1,5 +1,6 @@
 //! Services on real kernels: one row for everything that a Service can be.
 
+mod balancers;
 mod clients;
 mod flood;
 mod handover;

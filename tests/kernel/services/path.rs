@@ -30,9 +30,9 @@ fn learns(what: &str, ns: &Netns, target: SocketAddr, bytes: usize) {
     wait_for(what, SOON, || ask_udp(&socket, bytes).ok());
 }
 
-/// Switches br_netfilter off. With it the kernel joins a pod's fragments on the bridge and forgets how large they
-/// were, so that a large IPv6 datagram is too large again for a narrow place that its sender knows of; this
-/// happens below all Services, whoever does them.
+/// Switches br_netfilter off. With it the kernel joins a pod's fragments on the bridge and forgets how large
+/// they were, so that a large IPv6 datagram is too large again for a narrow place that its sender knows of;
+/// this happens below all Services, whoever does them.
 fn without_bridge_netfilter(mesh: &Mesh) {
     for node in &mesh.lab.nodes {
         node.ns.attempt("sysctl -qw net.bridge.bridge-nf-call-ip6tables=0");

@@ -250,8 +250,8 @@ impl Row {
                 let low = name.to_lowercase();
                 let _ = write!(
                     text,
-                    "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: row{number}-{index}-{low}\n  \
-                     namespace: default\n  labels:\n    kubernetes.io/service-name: row{number}\naddressType: {name}\n\
+                    "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  \
+                     name: row{number}-{index}-{low}\n  namespace: default\n  labels:\n    kubernetes.io/service-name: row{number}\naddressType: {name}\n\
                      ports:\n- name: tcp\n  protocol: TCP\n  port: {port}\n- name: udp\n  protocol: UDP\n  port: \
                      {port}\nendpoints:\n",
                 );
