@@ -149,11 +149,14 @@ fn measure(services: u32, endpoints: u32) -> Measured {
     let memory_kib = resident_kib().saturating_sub(memory);
 
     let mut world = World::new(Encap::Vxlan, outputs.snapshot.load_full());
+    let mut sets = vec![0; services as usize];
     let mut times: Vec<Duration> = (0..CHANGES)
         .map(|round| {
             let chosen = round * 97 % services;
-            // Another set of pods: no packet goes where it went before.
-            let changed = slice(chosen, endpoints, round % 2 + 1);
+            // Another set of pods than it has: no packet goes where it went before.
+            let set = &mut sets[chosen as usize];
+            *set = *set % 2 + 1;
+            let changed = slice(chosen, endpoints, *set);
             let before = world.ask(chosen, round);
             let begun = clock::now();
             line.handle(SourceEvent::Apply(changed));

@@ -89,10 +89,15 @@ fn run(services: u32, options: &Options) -> Value {
         assert_eq!(elements, services as usize, "all Services are in kube-proxy's map");
         eprintln!("{services} Services: first sync {sync:.2} s, answers after {answers_after:?}");
 
+        let mut sets = vec![0; services as usize];
         let changes: Vec<f64> = (0..options.changes)
             .map(|round| {
+                let chosen = round * 97 % services;
+                // Another set of pods than it has.
+                let set = &mut sets[chosen as usize];
+                *set = *set % 2 + 1;
                 std::thread::sleep(PAUSE);
-                let time = change(&node, &api, round * 97 % services, round % 2 + 1, options.endpoints);
+                let time = change(&node, &api, chosen, *set, options.endpoints);
                 eprintln!("{services} Services, change {}: {time:?}", round + 1);
                 time.as_secs_f64() * 1000.0
             })
