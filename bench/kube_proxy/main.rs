@@ -39,6 +39,9 @@ struct Arguments {
     /// Where the results go: NAME.json and NAME.md.
     #[arg(long, global = true, default_value = "bench/results/latest-services")]
     output: PathBuf,
+    /// A sentence to stand under the table: what else was going on, which build.
+    #[arg(long, global = true, default_value = "")]
+    note: String,
     /// Given by `cargo bench`.
     #[arg(long, hide = true, global = true)]
     bench: bool,
@@ -52,6 +55,8 @@ enum Figure {
     Throughput(throughput::Options),
     /// kube-proxy's time from nothing, and for one change.
     Rules(rules::Options),
+    /// Nothing: makes NAME.md of NAME.json again.
+    Tables,
 }
 
 fn main() -> ExitCode {
@@ -60,8 +65,9 @@ fn main() -> ExitCode {
         Figure::Connections(options) => ("connections", connections::measure(options)),
         Figure::Throughput(options) => ("throughput", throughput::measure(options)),
         Figure::Rules(options) => ("rules", rules::measure(options)),
+        Figure::Tables => ("", serde_json::Value::Null),
     };
-    match report::write(&arguments.output, name, section) {
+    match report::write(&arguments.output, name, section, &arguments.note) {
         Ok(tables) => {
             println!("{tables}");
             ExitCode::SUCCESS

@@ -72,23 +72,26 @@ fn command() -> String {
     while let Some(word) = given.next() {
         match word.as_str() {
             "--bench" => {}
-            "--beside" => drop(given.next()),
+            "--beside" | "--note" => drop(given.next()),
             _ => words.push(word),
         }
     }
     words.join(" ")
 }
 
-/// Puts a section into `NAME.json`, and makes `NAME.md` of all that are there; gives the tables.
-pub fn write(name: &Path, section: &str, content: Value) -> io::Result<String> {
+/// Puts a section into `NAME.json`, if there is one, and makes `NAME.md` of all that are there; gives the tables.
+pub fn write(name: &Path, section: &str, mut content: Value, note: &str) -> io::Result<String> {
     if let Some(folder) = name.parent() {
         fs::create_dir_all(folder)?;
     }
     let file = name.with_extension("json");
     let old = fs::read_to_string(&file).ok().and_then(|text| serde_json::from_str(&text).ok());
     let mut all: Value = old.unwrap_or_else(|| json!({}));
-    all[section] = content;
-    fs::write(&file, serde_json::to_string_pretty(&all)? + "\n")?;
+    if !content.is_null() {
+        content["about"]["note"] = json!(note);
+        all[section] = content;
+        fs::write(&file, serde_json::to_string_pretty(&all)? + "\n")?;
+    }
     let tables = tables(&all);
     fs::write(name.with_extension("md"), &tables)?;
     Ok(tables)
@@ -199,7 +202,7 @@ fn rules(out: &mut String, section: &Value) {
     for row in section["warren"].as_array().into_iter().flatten() {
         let _ = writeln!(
             out,
-            "| Warren | {} | {} | {} | - | {} | {} | {:.0} MiB (compiled state and objects) |",
+            "| Warren | {} | {} | {} | - | {} | {} | {:.0} MiB (growth by the compiled state) |",
             row["services"],
             row["endpoints"],
             ms(&row["from_nothing_ms"]),
@@ -214,9 +217,13 @@ fn rules(out: &mut String, section: &Value) {
 
 fn footer(out: &mut String, section: &Value) {
     let about = &section["about"];
+    let note = match text(&about["note"]) {
+        "" => String::new(),
+        note => format!(" {note}"),
+    };
     let _ = writeln!(
         out,
-        "{} processors ({}), Linux {}, load before {}; {}, {}, {}, commit {}; `{}`.{}{}",
+        "{} processors ({}), Linux {}, load before {}; {}, {}, {}, commit {}; `{}`.{}{}{}",
         about["processors"],
         text(&about["processor"]),
         text(&about["kernel"]),
@@ -228,6 +235,7 @@ fn footer(out: &mut String, section: &Value) {
         text(&about["command"]),
         if about["bench_debug_build"] == true { " The bench program was a debug build." } else { "" },
         if about["debug_build"] == true { " **A debug build: these figures mean nothing.**" } else { "" },
+        note,
     );
     for row in rows(section).iter().filter(|row| row["settings"].is_string()) {
         let _ = writeln!(out, "- {}: {}", text(&row["contestant"]), text(&row["settings"]));
@@ -253,7 +261,7 @@ fn spread(value: &Value, digits: usize) -> String {
 
 fn ms(value: &Value) -> String {
     match number(value) {
-        long if long >= 10_000.0 => format!("{:.1} s", long / 1000.0),
+        long if long >= 5_000.0 => format!("{:.1} s", long / 1000.0),
         ms if ms >= 10.0 => format!("{ms:.0} ms"),
         ms => format!("{ms:.2} ms"),
     }
