@@ -308,6 +308,7 @@ impl HostNetwork {
         sysctl::apply_bridges(&self.route, &interfaces, &bridges, &mut self.saved, &mut report).await?;
         self.reconcile_nft(generation, config, bridges, &mut report).await?;
         report.warnings.extend(foreign::legacy_warning(config));
+        report.warnings.extend(self.proxy.warning());
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
         // Who waits for news waits for kube-proxy; the time is there to be read.
         self.news.send_if_modified(|state| {
