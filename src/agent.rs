@@ -508,6 +508,8 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         node_ports: Arc::clone(&plan.services.node_ports),
         externals: Arc::clone(&plan.services.externals),
         nodeport_ranges: config.nodeport_ranges.clone(),
+        protected_ports: config.protected_ports(),
+        host_addresses: plan.host_addresses.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }
 }

@@ -193,7 +193,7 @@ fn externals_set(v6: bool) -> Set {
     set.map(SetDataType::Value(SetKeyType::InetService))
 }
 
-fn node_port((protocol, port): &(Protocol, u16)) -> SetElement {
+pub(super) fn node_port((protocol, port): &(Protocol, u16)) -> SetElement {
     SetElement::concat([SetElement::inet_proto(protocol.number()), SetElement::port(*port)])
 }
 

@@ -116,7 +116,11 @@ pub struct HostConfig {
     pub externals: Arc<BTreeMap<Listen, u16>>,
     /// The local addresses that have node ports; a family that is not named has them on all.
     pub nodeport_ranges: Vec<IpNet>,
-    /// Whether 127.0.0.0/8 has them too.
+    /// Ports of local addresses that never lead into the loop: the tunnels' own, the kubelet's, the API server's.
+    pub protected_ports: BTreeSet<(Protocol, u16)>,
+    /// The addresses that the node has outside the mesh and that the loop knows for its own.
+    pub host_addresses: Vec<IpAddr>,
+    /// Whether 127.0.0.0/8 has node ports too.
     pub nodeport_localhost: bool,
 }
 

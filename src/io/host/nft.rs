@@ -471,6 +471,8 @@ mod tests {
             node_ports: Default::default(),
             externals: Default::default(),
             nodeport_ranges: Vec::new(),
+            protected_ports: [(crate::snapshot::service::Protocol::Udp, 51_820)].into(),
+            host_addresses: vec!["192.0.2.1".parse().unwrap()],
             nodeport_localhost: false,
         }
     }

@@ -197,7 +197,9 @@ impl Builder<'_> {
                 protocol: port.protocol,
                 port: endpoint.port,
             };
-            exposed.extend(here().map(|candidate| listen(candidate.endpoint)));
+            // An endpoint that names no node may still be here: whose its address is, the packet line knows.
+            let maybe = candidates.iter().filter(|candidate| candidate.local || candidate.nowhere);
+            exposed.extend(maybe.map(|candidate| listen(candidate.endpoint)));
         }
         service.local.extend(here().filter(|candidate| candidate.ready).map(|one| one.endpoint.address));
         let name = match &*port.name {
@@ -264,6 +266,7 @@ impl Builder<'_> {
                         serving: endpoint.serving,
                         terminating: endpoint.terminating,
                         local: endpoint.node.as_deref() == Some(&self.around.node),
+                        nowhere: endpoint.node.is_none(),
                         hints: endpoint.hints.as_deref(),
                     });
                 }

@@ -154,6 +154,7 @@ impl ServiceCompiler {
         let judged = |address: &IpAddr| {
             before.pods.holds(*address) != around.pods.holds(*address)
                 || before.is_node(*address) != around.is_node(*address)
+                || before.tunnels_at(*address) != around.tunnels_at(*address)
         };
         for info in self.entries.values().filter_map(|entry| entry.info.as_ref()) {
             let addresses = info.cluster_ips.iter().chain(&info.external_ips).chain(&info.load_balancers);

@@ -91,8 +91,7 @@ fn externals(
         }
         for port in &info.ports {
             let listen = Listen { address: *address, protocol: port.protocol, port: port.port };
-            let protected = around.settings.protected_ports.contains(&(port.protocol, port.port));
-            if protected && around.is_node(*address) {
+            if around.is_protected(&listen) {
                 let reason = format!(
                     "{address} is a node's address, and nodes need {} {} for themselves",
                     port.protocol.name(),

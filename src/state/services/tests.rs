@@ -34,6 +34,7 @@ impl World {
             pods: ranges(&["10.244.0.0/16", "fd00:244::/48"]),
             services: ranges(&["10.96.0.0/16", "fd00:96::/112"]),
             nodes: vec!["192.0.2.1".parse().expect("address"), "192.0.2.2".parse().expect("address")],
+            tunnels: vec![("192.0.2.2".parse().expect("address"), 51_999)],
             settings: ServiceSettings {
                 enabled: true,
                 protected_ports: protected.into(),
@@ -246,6 +247,27 @@ fn services_are_served_when_their_endpoints_were_heard_of_too() {
             && !Arc::ptr_eq(&all.table, &some.table)
             && Arc::ptr_eq(&all.plan, &some.plan)
     );
+}
+
+#[test]
+fn an_endpoint_that_names_no_node_may_be_called_from_outside() {
+    let unnamed = slice("web-1", "web", &[("10.244.1.5", ""), ("10.244.1.6", ", nodeName: there")]);
+    let world = World::with(&[&service("web", "10.96.0.5", ", externalIPs: [203.0.113.9]"), &unnamed]);
+    let exposed = |at| world.table().is_exposed(&listen(at));
+    assert!(exposed("10.244.1.5:8080") && !exposed("10.244.1.6:8080"));
+}
+
+#[test]
+fn no_service_takes_a_port_that_a_tunnel_ends_at() {
+    let text = |port| format!(", externalIPs: [192.0.2.2], ports: [{{port: {port}, protocol: UDP}}]");
+    let mut world = World::with(&[&service("web", "10.96.0.5", &text(51_999))]);
+    assert!(world.external("192.0.2.2:51999/UDP").is_none() && world.said().contains("nodes need UDP 51999"));
+    world.around.tunnels.clear();
+    assert_eq!(world.compile(), 1);
+    assert!(world.external("192.0.2.2:51999/UDP").is_some());
+    world.around.tunnels = vec![("192.0.2.2".parse().expect("address"), 51_999)];
+    assert_eq!(world.compile(), 1);
+    assert!(world.external("192.0.2.2:51999/UDP").is_none());
 }
 
 #[test]
