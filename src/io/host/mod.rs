@@ -334,11 +334,13 @@ impl HostNetwork {
         if from == to {
             return true;
         }
-        match elements::change(&self.nft, generation, &from, &to).await {
+        let mut udp = stale::Changed::default();
+        let outcome = elements::change(&self.nft, generation, &from, &to, &mut udp).await;
+        self.forgetter.forget(udp, &config);
+        match outcome {
             Ok(written) => {
                 debug!("changed {} elements of nft table inet {}", written.count, services::NAME);
                 self.generation = Some(written.generation);
-                self.forgetter.forget(written.udp, &config);
                 self.applied = Some(config.into_owned());
                 true
             }
@@ -419,12 +421,13 @@ impl HostNetwork {
         if !config.services {
             return Ok(());
         }
-        let outcome = elements::compare(&self.nft, config).await;
+        let mut udp = stale::Changed::default();
+        let outcome = elements::compare(&self.nft, config, &mut udp).await;
+        self.forgetter.forget(udp, config);
         let written = outcome.map_err(|e| HostError::nft(doing(), e))?;
         if written.count > 0 {
             report.changed(format!("nft table inet {}: {} elements", services::NAME, written.count));
         }
-        self.forgetter.forget(written.udp, config);
         Ok(())
     }
 

@@ -55,7 +55,7 @@ const ND_FIRST: u8 = 133;
 const ND_LAST: u8 = ND_REDIRECT;
 
 /// Another commit can land between comparing and committing; then we compare again, so often.
-const ATTEMPTS: usize = 8;
+pub(super) const ATTEMPTS: usize = 8;
 
 /// Compares `wanted` with the kernel and commits the difference; says what in `report`.
 pub(super) async fn apply(

@@ -258,6 +258,73 @@ fn an_endpoint_that_names_no_node_may_be_called_from_outside() {
 }
 
 #[test]
+fn an_external_ip_takes_nothing_that_others_have() {
+    let old = "creationTimestamp: 2020-01-02T03:04:05Z, ";
+    let named = |text: String| text.replace("metadata: {", &format!("metadata: {{{old}"));
+    let thief = |ip: &str, port: u16| {
+        let more = format!(", externalIPs: [{ip}], ports: [{{port: {port}}}]");
+        named(service("thief", "10.96.0.6", &more))
+    };
+    let balancer = "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {type: LoadBalancer,\n\
+         clusterIP: 10.96.0.5, externalTrafficPolicy: Local, healthCheckNodePort: 31000,\n\
+         ports: [{port: 80, nodePort: 30080}]}, status: {loadBalancer: {ingress: [{ip: 198.51.100.1}]}}}";
+    for (ip, port) in [("198.51.100.1", 80), ("192.0.2.1", 30_080), ("192.0.2.2", 31_000)] {
+        let at = format!("{ip}:{port}");
+        let mut world = World::with(&[&thief(ip, port)]);
+        assert_eq!(world.external(&at).expect("alone it has it").way, Way::ExternalIp);
+        world.apply(balancer);
+        world.compile();
+        assert!(world.external(&at).is_none_or(|frontend| frontend.way == Way::LoadBalancer), "{at}");
+        assert!(world.said().contains("Service/default/web"), "{}", world.said());
+        assert_eq!(world.plan().health_checks.len(), 1);
+        world.delete(Kind::Service, "web");
+        world.compile();
+        assert!(world.external(&at).is_some(), "{at} is free again");
+    }
+}
+
+#[test]
+fn endpoints_of_all_services_have_a_bound() {
+    let mut world = World::new();
+    world.compiler = ServiceCompiler::with_room(3);
+    for (name, ip, year) in [("a", "10.96.0.5", 2026), ("b", "10.96.0.6", 2020)] {
+        let created = format!("metadata: {{creationTimestamp: {year}-01-02T03:04:05Z, ");
+        world.apply(&service(name, ip, "").replace("metadata: {", &created));
+        let number = ip.rsplit('.').next().expect("number");
+        let endpoints = [1, 2].map(|host| format!("10.244.{number}.{host}"));
+        world.apply(&slice(&format!("{name}-1"), name, &[(&endpoints[0], ""), (&endpoints[1], "")]));
+    }
+    world.compile();
+    assert_eq!((world.port("10.96.0.5:80").cluster.len(), world.port("10.96.0.6:80").cluster.len()), (1, 2));
+    assert!(world.said().contains("Service/default/a, endpoints: more than"), "{}", world.said());
+    world.delete(Kind::Service, "b");
+    world.compile();
+    assert_eq!((world.port("10.96.0.5:80").cluster.len(), world.compiler.endpoints()), (2, 2));
+    assert_eq!(world.said(), "");
+}
+
+#[test]
+fn cluster_ips_outside_of_the_ranges_keep_their_routes() {
+    let mut world = World::new();
+    let at = |number: usize| format!("10.97.{}.{}", number / 250, number % 250 + 1);
+    for number in 1..=MAX_OUTSIDE {
+        world.apply(&service(&format!("s{number}"), &at(number), ""));
+    }
+    world.compile();
+    let before = Arc::clone(&world.plan().cluster_ips_outside);
+    assert_eq!((before.len(), world.said()), (MAX_OUTSIDE, String::new()));
+    world.apply(&service("new", &at(0), ""));
+    world.compile();
+    assert_eq!(world.plan().cluster_ips_outside, before);
+    assert!(world.said().contains("1 ClusterIPs cannot be reached"), "{}", world.said());
+    assert!(world.said().contains("--service-cidr"));
+    world.delete(Kind::Service, "s7");
+    world.compile();
+    assert!(world.plan().cluster_ips_outside.contains(&at(0).parse().expect("address")));
+    assert_eq!(world.said(), "");
+}
+
+#[test]
 fn no_service_takes_a_port_that_a_tunnel_ends_at() {
     let text = |port| format!(", externalIPs: [192.0.2.2], ports: [{{port: {port}, protocol: UDP}}]");
     let mut world = World::with(&[&service("web", "10.96.0.5", &text(51_999))]);
