@@ -177,6 +177,7 @@ impl<'a> Local<'a> {
             service_ranges: IpNet::aggregate(&cluster.services),
             pod_mtu: self.pod_mtu(settings),
             encrypted: settings.encap != EncapPolicy::Vxlan,
+            leaving: self.info.is_some_and(|info| info.leaving),
             services,
         }
     }

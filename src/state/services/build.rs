@@ -11,7 +11,7 @@ use super::Surroundings;
 use super::claims::{Claim, Claims};
 use super::judge::{Wanted, judge};
 use super::loops::{Full, LoopPorts, MAX_OF_NAMESPACE};
-use super::plan::HealthCheck;
+use super::plan::{HealthCheck, MAX_HEALTH_CHECKS};
 use super::service::{PortInfo, Problems, ServiceInfo};
 use super::slice::SliceInfo;
 use super::store::ServiceStore;
@@ -37,7 +37,7 @@ pub(super) struct Built {
     pub(super) node_ports: Box<[(Protocol, u16)]>,
     pub(super) health_check: Option<(u16, HealthCheck)>,
     pub(super) endpoints: usize,
-    /// Whether endpoints were left out because all Services together have too many.
+    /// Whether something was left out because all Services together have too many.
     pub(super) starved: bool,
     pub(super) problems: Vec<Problem>,
 }
@@ -48,6 +48,25 @@ pub(super) struct BuiltPort {
     ipv4: bool,
     protocol: Protocol,
     pub(super) port: Arc<ServicePort>,
+}
+
+/// How much more Services may have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) endpoints: usize,
+    pub(super) health_checks: usize,
+}
+
+impl Room {
+    pub(super) fn give_back(&mut self, built: &Built) {
+        self.endpoints += built.endpoints;
+        self.health_checks += usize::from(built.health_check.is_some());
+    }
+
+    pub(super) fn take(&mut self, built: &Built) {
+        self.endpoints = self.endpoints.saturating_sub(built.endpoints);
+        self.health_checks = self.health_checks.saturating_sub(usize::from(built.health_check.is_some()));
+    }
 }
 
 /// What all Services have in common while one is built.
@@ -62,8 +81,8 @@ pub(super) struct Builder<'a> {
     pub(super) evicted: &'a mut Vec<Listen>,
     /// The ids of all ports.
     pub(super) ids: &'a mut HashSet<u32>,
-    /// How many endpoints there is room for.
-    pub(super) room: usize,
+    /// How much there is room for.
+    pub(super) room: Room,
 }
 
 impl Builder<'_> {
@@ -107,6 +126,14 @@ impl Builder<'_> {
         exposed.dedup();
         let health_check = wanted.health_check.filter(|port| {
             self.is_granted(&Claim::NodePort(Protocol::Tcp, *port), "spec.healthCheckNodePort", &mut service)
+        });
+        let health_check = health_check.filter(|port| {
+            if self.room.health_checks == 0 {
+                let reason = format!("{port} is not answered: more than {MAX_HEALTH_CHECKS} such ports");
+                service.problems.value("spec.healthCheckNodePort", reason);
+                service.built.starved = true;
+            }
+            self.room.health_checks > 0
         });
         let health = |port| {
             (port, HealthCheck { name: Arc::clone(&info.name), local_endpoints: service.local_endpoints() })
@@ -279,7 +306,7 @@ impl Builder<'_> {
         port: &PortInfo,
         service: &mut Building<'_>,
     ) -> Vec<Candidate<'s>> {
-        let room = self.room.saturating_sub(service.built.endpoints);
+        let room = self.room.endpoints.saturating_sub(service.built.endpoints);
         let most = MAX_ENDPOINTS.min(MAX_OF_SERVICE.saturating_sub(service.built.endpoints)).min(room);
         let mut found: Vec<Candidate<'s>> = Vec::new();
         for slice in slices {

@@ -8,11 +8,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Surroundings;
-use super::build::{Builder, Built, MAX_OF_ALL};
+use super::build::{Builder, Built, MAX_OF_ALL, Room};
 use super::claims::{Claim, Claims};
 use super::judge::judge;
 use super::loops::LoopPorts;
-use super::plan::{MAX_OUTSIDE, ServicePlan};
+use super::plan::{MAX_HEALTH_CHECKS, MAX_OUTSIDE, ServicePlan};
 use super::service::{Problems, ServiceInfo};
 use super::slice::SliceEndpoint;
 use super::store::ServiceStore;
@@ -54,13 +54,14 @@ pub struct ServiceCompiler {
     ids: HashSet<u32>,
     /// ClusterIPs in no Service range.
     outside: BTreeSet<IpAddr>,
+    /// How many of those have no route, as last reported.
+    unrouted: usize,
     /// Whether the Service ranges are others than those that `outside` was found by.
     ranges_changed: bool,
     endpoints: usize,
-    /// Services that lack endpoints because all together have too many.
+    /// Services that lack something because all together have too many.
     starved: BTreeSet<Arc<str>>,
-    /// [`MAX_OF_ALL`].
-    most: Most,
+    most: Room,
     rebuilt: u64,
     /// What was changed since the last hand-over, if anything was.
     table: ServiceTable,
@@ -82,13 +83,9 @@ struct Entry {
 
 type Dirty = BTreeSet<Arc<str>>;
 
-/// Most endpoints of all Services.
-#[derive(Clone, Copy, Debug)]
-struct Most(usize);
-
-impl Default for Most {
-    fn default() -> Most {
-        Most(MAX_OF_ALL)
+impl Default for Room {
+    fn default() -> Room {
+        Room { endpoints: MAX_OF_ALL, health_checks: MAX_HEALTH_CHECKS }
     }
 }
 
@@ -122,7 +119,7 @@ impl ServiceCompiler {
                 dirty.extend(self.starved.iter().cloned());
             }
             reports = self.rebuild(store, dirty);
-            reports.push((OUTSIDE.to_owned(), self.unrouted().into_iter().collect()));
+            reports.extend(self.report_unrouted());
         }
         if listed == Listed::All && !self.table.is_complete() {
             self.table.set_complete();
@@ -133,8 +130,8 @@ impl ServiceCompiler {
     }
 
     #[cfg(test)]
-    pub(super) fn with_room(endpoints: usize) -> ServiceCompiler {
-        ServiceCompiler { most: Most(endpoints), ..ServiceCompiler::default() }
+    pub(super) fn with_room(endpoints: usize, health_checks: usize) -> ServiceCompiler {
+        ServiceCompiler { most: Room { endpoints, health_checks }, ..ServiceCompiler::default() }
     }
 
     /// How many Services there are.
@@ -193,7 +190,7 @@ impl ServiceCompiler {
     fn forget(&mut self) -> Vec<(String, Vec<Problem>)> {
         let troubled = self.entries.iter().filter(|(_, entry)| !entry.built.problems.is_empty());
         let reports = troubled.map(|(name, _)| (origin(name), Vec::new()));
-        let reports = reports.chain([(OUTSIDE.to_owned(), Vec::new())]).collect();
+        let reports = reports.chain((self.unrouted > 0).then(|| (OUTSIDE.to_owned(), Vec::new()))).collect();
         let mut empty = ServiceCompiler {
             revision: self.revision,
             around: self.around.clone(),
@@ -231,7 +228,8 @@ impl ServiceCompiler {
         }
         // Who has a route keeps it.
         let routed = &self.plan.cluster_ips_outside;
-        if !moved.is_empty() || routed.len() < MAX_OUTSIDE.min(self.outside.len()) {
+        let lost = || routed.difference(&self.outside).next().is_some();
+        if routed.len() < MAX_OUTSIDE.min(self.outside.len()) || lost() {
             let mut next: BTreeSet<IpAddr> = routed.intersection(&self.outside).copied().collect();
             let others = self.outside.iter().filter(|address| !routed.contains(address));
             next.extend(others.take(MAX_OUTSIDE.saturating_sub(next.len())));
@@ -242,10 +240,13 @@ impl ServiceCompiler {
         }
     }
 
-    /// ClusterIPs that no packet is routed to.
-    fn unrouted(&self) -> Option<Problem> {
-        let without = self.outside.len() - self.plan.cluster_ips_outside.len();
-        (without > 0).then(|| Problem {
+    /// What there is to say of ClusterIPs that no packet is routed to, if it is something new.
+    fn report_unrouted(&mut self) -> Option<(String, Vec<Problem>)> {
+        let without = self.outside.len().saturating_sub(self.plan.cluster_ips_outside.len());
+        if std::mem::replace(&mut self.unrouted, without) == without {
+            return None;
+        }
+        let problem = (without > 0).then(|| Problem {
             kind: ProblemKind::Setting,
             subject: "Services".to_owned(),
             field: "spec.clusterIPs".to_owned(),
@@ -253,7 +254,8 @@ impl ServiceCompiler {
                 "{without} ClusterIPs cannot be reached: they lie in no known Service range, and only {MAX_OUTSIDE} \
                  such addresses are routed; name their range with --service-cidr or in a ServiceCIDR object"
             ),
-        })
+        });
+        Some((OUTSIDE.to_owned(), problem.into_iter().collect()))
     }
 
     /// Enters what the dirty Services claim; of each claim that somebody makes or gives up, who had it.
@@ -374,9 +376,10 @@ impl ServiceCompiler {
             Some((info.load_balancers.is_empty(), &info.precedence))
         };
         order.sort_by(|a, b| rank(a).cmp(&rank(b)));
-        let befores = order.iter().filter_map(|name| self.entries.get(name));
-        let mut room = self.most.0 + befores.map(|entry| entry.built.endpoints).sum::<usize>();
-        room = room.saturating_sub(self.endpoints);
+        let mut room = self.most;
+        order.iter().filter_map(|name| self.entries.get(name)).for_each(|entry| room.give_back(&entry.built));
+        room.endpoints = room.endpoints.saturating_sub(self.endpoints);
+        room.health_checks = room.health_checks.saturating_sub(self.plan.health_checks.len());
         let mut evicted = Vec::new();
         let mut built = Vec::with_capacity(order.len());
         for name in order {
@@ -396,7 +399,7 @@ impl ServiceCompiler {
                 None => (self.take_built(&name), None),
             };
             let last = once.as_ref().unwrap_or(&before);
-            room += last.endpoints;
+            room.give_back(last);
             let after = self.build_one(store, &name, last, &mut room, &mut evicted);
             built.push((name, before, after));
         }
@@ -412,7 +415,7 @@ impl ServiceCompiler {
         store: &ServiceStore,
         name: &str,
         before: &Built,
-        room: &mut usize,
+        room: &mut Room,
         evicted: &mut Vec<Listen>,
     ) -> Option<Built> {
         let info = store.service(name)?;
@@ -427,7 +430,7 @@ impl ServiceCompiler {
             room: *room,
         };
         let after = builder.build(info, before);
-        *room = room.saturating_sub(after.endpoints);
+        room.take(&after);
         self.rebuilt += 1;
         Some(after)
     }

@@ -286,7 +286,7 @@ fn an_external_ip_takes_nothing_that_others_have() {
 #[test]
 fn endpoints_of_all_services_have_a_bound() {
     let mut world = World::new();
-    world.compiler = ServiceCompiler::with_room(3);
+    world.compiler = ServiceCompiler::with_room(3, 0);
     for (name, ip, year) in [("a", "10.96.0.5", 2026), ("b", "10.96.0.6", 2020)] {
         let created = format!("metadata: {{creationTimestamp: {year}-01-02T03:04:05Z, ");
         world.apply(&service(name, ip, "").replace("metadata: {", &created));
@@ -301,6 +301,24 @@ fn endpoints_of_all_services_have_a_bound() {
     world.compile();
     assert_eq!((world.port("10.96.0.5:80").cluster.len(), world.compiler.endpoints()), (2, 2));
     assert_eq!(world.said(), "");
+}
+
+#[test]
+fn health_check_ports_have_a_bound() {
+    let text = |name: &str, ip: &str, port: u16| {
+        let more = format!(", type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: {port}");
+        service(name, ip, &more)
+    };
+    let mut world = World::new();
+    world.compiler = ServiceCompiler::with_room(9, 1);
+    world.apply(&text("a", "10.96.0.5", 31_000));
+    world.apply(&text("b", "10.96.0.6", 31_001));
+    world.compile();
+    assert_eq!(world.plan().health_checks.keys().copied().collect::<Vec<_>>(), [31_000]);
+    assert!(world.said().contains("31001 is not answered"), "{}", world.said());
+    world.delete(Kind::Service, "a");
+    world.compile();
+    assert_eq!(world.plan().health_checks.keys().copied().collect::<Vec<_>>(), [31_001]);
 }
 
 #[test]
