@@ -24,6 +24,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
@@ -65,6 +66,7 @@ const EVENTS: usize = 4096;
 
 /// Runs the agent until it is told to stop.
 pub fn run(config: AgentConfig) -> Result<(), AgentError> {
+    allow_many_files();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -73,6 +75,17 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let result = runtime.block_on(agent(config));
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// Every health check node port is a listener, and shells give 1,024 descriptors.
+fn allow_many_files() {
+    const WANTED: u64 = 1 << 16;
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < WANTED.min(hard)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, WANTED.min(hard), hard)
+    {
+        debug!("no more than {soft} files can be open: {error}");
+    }
 }
 
 /// Removes everything that an agent ever put into the kernel; says what.
@@ -508,6 +521,8 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         node_ports: Arc::clone(&plan.services.node_ports),
         externals: Arc::clone(&plan.services.externals),
         nodeport_ranges: config.nodeport_ranges.clone(),
+        protected_ports: config.protected_ports(),
+        host_addresses: plan.host_addresses.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }
 }

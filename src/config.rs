@@ -265,7 +265,7 @@ impl AgentConfig {
     }
 
     /// Ports of a node's addresses that no Service may capture.
-    fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
+    pub(crate) fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
         let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
         let vxlan = [(Protocol::Udp, self.vxlan_port)];
         let answers = [self.healthz, self.proxy_mode].into_iter().flatten().map(|at| at.port());

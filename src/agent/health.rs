@@ -8,13 +8,14 @@
 //! | each `healthCheckNodePort` | load balancers (`externalTrafficPolicy: Local`) | 200 where the Service has endpoints here |
 //!
 //! Listeners come and go with the plan. One that cannot be opened is said and tried again; nothing waits
-//! for it. What an answer costs is bounded: so many connections, so long each, one request each.
+//! for it. What an answer costs is bounded: so many connections, so long each, one request each; where more
+//! come, the oldest goes, which is one that says nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use http_body_util::Full;
@@ -24,12 +25,13 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
@@ -41,9 +43,12 @@ use crate::state::services::HealthCheck;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How soon a listener that could not be opened is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
-/// How many connections one listener has at a time, and how long each lasts.
-const CONNECTIONS: usize = 32;
+/// How many connections there are at a time at all listeners together, and from one address at one of them.
+const CONNECTIONS: usize = 1_024;
+const FROM_ONE: usize = 16;
+/// How long each lasts, and how long it may take to say what it wants.
 const CONNECTION_TIME: Duration = Duration::from_secs(5);
+const REQUEST_TIME: Duration = Duration::from_secs(1);
 /// The smallest buffer that hyper takes: a request has no more to say.
 const REQUEST_BYTES: usize = 8192;
 const BACKLOG: i32 = 128;
@@ -61,6 +66,22 @@ pub(super) struct Answers {
     pub(super) proxy_mode: Option<SocketAddr>,
     /// `healthCheckNodePort`s.
     pub(super) checks: Arc<BTreeMap<u16, HealthCheck>>,
+    /// The local addresses that answer those; a family that is not named has them on all.
+    pub(super) check_ranges: Vec<IpNet>,
+    /// Whether this node is about to go: load balancers should look for another one.
+    pub(super) leaving: bool,
+}
+
+impl Answers {
+    /// Whether the page is answered at that local address.
+    fn offers(&self, page: Page, local: SocketAddr) -> bool {
+        let address = local.ip().to_canonical();
+        let mut ranges = self.check_ranges.iter().filter(|range| range.addr().is_ipv4() == address.is_ipv4());
+        match page {
+            Page::Health | Page::ProxyMode => true,
+            Page::Check(_) => ranges.clone().next().is_none() || ranges.any(|range| range.contains(&address)),
+        }
+    }
 }
 
 /// What one listener answers.
@@ -75,6 +96,7 @@ enum Page {
 pub(super) async fn serve(mut wanted: watch::Receiver<Answers>, host: watch::Receiver<HostState>) {
     let mut open: BTreeMap<(Page, SocketAddr), Listener> = BTreeMap::new();
     let mut said = BTreeMap::new();
+    let connections = Arc::new(Connections::default());
     loop {
         let now = listeners(&wanted.borrow_and_update());
         open.retain(|at, _| now.contains(at));
@@ -87,7 +109,8 @@ pub(super) async fn serve(mut wanted: watch::Receiver<Answers>, host: watch::Rec
                     if said.remove(&at).is_some() {
                         info!("{} answers at {address} now", page.name());
                     }
-                    let answering = answer(listener, page, wanted.clone(), host.clone());
+                    let answering =
+                        answer(listener, page, Arc::clone(&connections), wanted.clone(), host.clone());
                     open.insert(at, Listener(tokio::spawn(answering)));
                 }
                 Err(error) => {
@@ -115,7 +138,7 @@ impl Drop for Listener {
     }
 }
 
-fn listeners(wanted: &Answers) -> Vec<(Page, SocketAddr)> {
+fn listeners(wanted: &Answers) -> BTreeSet<(Page, SocketAddr)> {
     let everywhere = |port: &u16| SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), *port);
     let health = wanted.healthz.map(|at| (Page::Health, at));
     let mode = wanted.proxy_mode.map(|at| (Page::ProxyMode, at));
@@ -149,25 +172,50 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 async fn answer(
     listener: TcpListener,
     page: Page,
+    connections: Arc<Connections>,
     wanted: watch::Receiver<Answers>,
     host: watch::Receiver<HostState>,
 ) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             // Out of descriptors, or a client that has gone again.
             Err(_) => {
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
-        let (wanted, host) = (wanted.clone(), host.clone());
-        tokio::spawn(async move {
-            let _ = timeout(CONNECTION_TIME, converse(stream, page, wanted, host)).await;
-            drop(place);
-        });
+        if !stream.local_addr().is_ok_and(|local| wanted.borrow().offers(page, local)) {
+            continue;
+        }
+        let conversation = timeout(CONNECTION_TIME, converse(stream, page, wanted.clone(), host.clone()));
+        connections.admit(page, from.ip(), || tokio::spawn(conversation).abort_handle());
+    }
+}
+
+/// Those of all listeners, the oldest first.
+#[derive(Default)]
+struct Connections(Mutex<VecDeque<Connection>>);
+
+struct Connection {
+    page: Page,
+    from: IpAddr,
+    task: AbortHandle,
+}
+
+impl Connections {
+    fn admit(&self, page: Page, from: IpAddr, start: impl FnOnce() -> AbortHandle) {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|connection| !connection.task.is_finished());
+        let same = |connection: &&Connection| connection.page == page && connection.from == from;
+        let oldest = match () {
+            () if open.iter().filter(same).count() >= FROM_ONE => open.iter().position(|one| same(&one)),
+            () => (open.len() >= CONNECTIONS).then_some(0),
+        };
+        if let Some(oldest) = oldest.and_then(|at| open.remove(at)) {
+            oldest.task.abort();
+        }
+        open.push_back(Connection { page, from, task: start() });
     }
 }
 
@@ -178,13 +226,14 @@ async fn converse(
     host: watch::Receiver<HostState>,
 ) {
     let respond = service_fn(move |request: Request<Incoming>| {
-        let healthy = is_healthy(host.borrow().right, clock::wall());
-        let checks = Arc::clone(&wanted.borrow().checks);
-        let response = page.response(request.uri().path(), healthy, host.borrow().right, &checks);
+        let right = host.borrow().right;
+        let healthy = is_healthy(right, clock::wall());
+        let response = page.response(request.uri().path(), healthy, right, &wanted.borrow());
         async move { Ok::<_, Infallible>(response) }
     });
     let mut connection = http1::Builder::new();
     connection.keep_alive(false).max_buf_size(REQUEST_BYTES).timer(TokioTimer::new());
+    connection.header_read_timeout(REQUEST_TIME);
     // A client that says nonsense or goes away is told so by hyper, and concerns nobody else.
     let _ = connection.serve_connection(TokioIo::new(stream), respond).await;
 }
@@ -208,17 +257,19 @@ impl Page {
         path: &str,
         healthy: bool,
         right: Option<SystemTime>,
-        checks: &BTreeMap<u16, HealthCheck>,
+        answers: &Answers,
     ) -> Response<Full<Bytes>> {
         match (self, path) {
             (Page::Health, "/healthz") => {
-                json_response(healthy, &times(healthy, right, ", \"nodeEligible\": true"))
+                let eligible = !answers.leaving;
+                let body = times(healthy, right, &format!(", \"nodeEligible\": {eligible}"));
+                json_response(healthy && eligible, &body)
             }
             (Page::Health, "/livez") => json_response(healthy, &times(healthy, right, "")),
             (Page::ProxyMode, "/proxyMode") => Response::new(Full::from(PROXY_MODE)),
             (Page::Health | Page::ProxyMode, _) => not_found(),
             (Page::Check(port), _) => {
-                checks.get(&port).map_or_else(not_found, |check| service(check, healthy))
+                answers.checks.get(&port).map_or_else(not_found, |check| service(check, healthy))
             }
         }
     }
@@ -305,7 +356,7 @@ mod tests {
     async fn health_is_answered_as_kube_proxy_does() {
         let (healthz, mode) = (free(), free());
         let wanted = Answers { healthz: Some(healthz), proxy_mode: Some(mode), ..Answers::default() };
-        let (_wanted, reader) = watch::channel(wanted);
+        let (wanted, reader) = watch::channel(wanted);
         let host = right_now();
         let _server = Listener(tokio::spawn(serve(reader, host.subscribe())));
         let text = ask(healthz.port(), "/healthz").await;
@@ -317,6 +368,12 @@ mod tests {
         assert!(live.starts_with("HTTP/1.1 200") && !live.contains("nodeEligible"), "{live}");
         assert!(ask(healthz.port(), "/metrics").await.starts_with("HTTP/1.1 404"));
         assert!(ask(mode.port(), "/proxyMode").await.ends_with("\r\n\r\nnftables"));
+        // The node is about to go.
+        wanted.send_modify(|answers| answers.leaving = true);
+        let text = ask(healthz.port(), "/healthz").await;
+        assert!(text.starts_with("HTTP/1.1 503") && text.contains("\"nodeEligible\": false"), "{text}");
+        assert!(ask(healthz.port(), "/livez").await.starts_with("HTTP/1.1 200"));
+        wanted.send_modify(|answers| answers.leaving = false);
         // The host has not been right for longer than is good.
         host.send_replace(HostState { right: Some(clock::wall() - 2 * PATIENCE), kube_proxy: None });
         assert!(ask(healthz.port(), "/healthz").await.starts_with("HTTP/1.1 503"));
@@ -355,6 +412,43 @@ mod tests {
         });
         closed.await.expect("the listener is closed");
         drop(server);
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_holds_nobody_up() {
+        let healthz = free();
+        let (_wanted, reader) = watch::channel(Answers { healthz: Some(healthz), ..Answers::default() });
+        let host = right_now();
+        let _server = Listener(tokio::spawn(serve(reader, host.subscribe())));
+        ask(healthz.port(), "/healthz").await;
+        let mut idle = Vec::new();
+        for _ in 0..3 * FROM_ONE {
+            idle.push(TcpStream::connect(healthz).await.unwrap());
+        }
+        let begin = clock::now();
+        assert!(ask(healthz.port(), "/healthz").await.starts_with("HTTP/1.1 200"));
+        assert!(clock::now() - begin < REQUEST_TIME, "the oldest go at once");
+        // And the others soon.
+        for mut stream in idle {
+            let _ = timeout(CONNECTION_TIME - REQUEST_TIME, stream.read(&mut [0])).await.expect("closed");
+        }
+    }
+
+    #[test]
+    fn checks_are_answered_where_node_ports_are() {
+        let ranges = vec!["192.0.2.0/24".parse().unwrap()];
+        let answers = Answers { check_ranges: ranges, ..Answers::default() };
+        for (local, expected) in [
+            ("192.0.2.7:1", true),
+            ("[::ffff:192.0.2.7]:1", true),
+            ("[::ffff:198.51.100.7]:1", false),
+            ("127.0.0.1:1", false),
+            ("[2001:db8::1]:1", true),
+        ] {
+            assert_eq!(answers.offers(Page::Check(1), local.parse().unwrap()), expected, "{local}");
+            assert!(answers.offers(Page::Health, local.parse().unwrap()));
+            assert!(Answers::default().offers(Page::Check(1), local.parse().unwrap()));
+        }
     }
 
     #[tokio::test]

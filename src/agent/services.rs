@@ -29,7 +29,13 @@ pub(super) fn answers(config: &AgentConfig, plan: &HostPlan, kube_proxy: bool) -
         return Answers::default();
     }
     let checks = Arc::clone(&plan.services.health_checks);
-    Answers { healthz: config.healthz, proxy_mode: config.proxy_mode, checks }
+    Answers {
+        healthz: config.healthz,
+        proxy_mode: config.proxy_mode,
+        checks,
+        check_ranges: config.nodeport_ranges.clone(),
+        leaving: plan.leaving,
+    }
 }
 
 /// Why Services are not ours, for `status`; empty when they are.

@@ -16,8 +16,8 @@ use super::services::saved::{self, SavedServices};
 use super::source::{Object, manifest};
 use crate::snapshot::PeerId;
 
-/// Largest checkpoint that is read: 5,000 nodes make about 4 MiB.
-const MAX_BYTES: u64 = 256 << 20;
+/// Largest file that is read, and so that is written: 5,000 nodes make about 4 MiB.
+pub(super) const MAX_BYTES: usize = 256 << 20;
 /// Most peers in the list of active ones.
 const MAX_RECENT: usize = 10_000;
 const VERSION: u32 = 1;
@@ -63,12 +63,14 @@ struct RecentBody {
 pub struct CheckpointFiles {
     folder: PathBuf,
     node: String,
+    /// [`MAX_BYTES`].
+    largest: usize,
 }
 
 impl CheckpointFiles {
     /// Those of this node in this folder.
     pub fn new(folder: impl Into<PathBuf>, node: impl Into<String>) -> CheckpointFiles {
-        CheckpointFiles { folder: folder.into(), node: node.into() }
+        CheckpointFiles { folder: folder.into(), node: node.into(), largest: MAX_BYTES }
     }
 
     /// Takes what a checkpoint holds out of the running state.
@@ -94,10 +96,10 @@ impl CheckpointFiles {
     }
 
     /// Saves Services, in a file of their own: they change much more often than the mesh, and may be many.
-    /// Returns how many bytes that took.
+    /// Returns how many bytes that took. [`FileTooLarge`](io::ErrorKind::FileTooLarge): what was saved before stays.
     pub fn save_services(&self, services: &SavedServices) -> io::Result<usize> {
         let mut body = format!("{}\n", self.node).into_bytes();
-        body.extend(services.to_bytes()?);
+        services.write(&mut body, self.largest)?;
         self.write(&self.services_path(), "services", &body)?;
         Ok(body.len())
     }
@@ -106,13 +108,14 @@ impl CheckpointFiles {
     pub fn load(&self) -> io::Result<Loaded<Checkpoint>> {
         let mut loaded = self.load_mesh()?;
         if let Loaded::Good(checkpoint) = &mut loaded {
-            match self.load_services()? {
-                Loaded::Good(services) => checkpoint.objects.extend(services),
-                Loaded::Missing => {}
-                // The mesh does without them.
-                Loaded::SetAside { reason, .. } => {
+            // The mesh does without them.
+            match self.load_services() {
+                Ok(Loaded::Good(services)) => checkpoint.objects.extend(services),
+                Ok(Loaded::Missing) => {}
+                Ok(Loaded::SetAside { reason, .. }) => {
                     tracing::warn!("the saved Services are not used: the file {reason}")
                 }
+                Err(error) => tracing::warn!("the saved Services are not used: {error}"),
             }
         }
         Ok(loaded)
@@ -173,7 +176,11 @@ impl CheckpointFiles {
 
     fn write(&self, path: &Path, kind: &str, body: &[u8]) -> io::Result<()> {
         durable::private_folder(&self.folder)?;
-        durable::replace(path, &durable::seal(kind, VERSION, body), 0o600)
+        let sealed = durable::seal(kind, VERSION, body);
+        if sealed.len() > self.largest {
+            return Err(too_large(self.largest));
+        }
+        durable::replace(path, &sealed, 0o600)
     }
 
     /// A state folder copied from another machine must not make this node act for that one.
@@ -186,8 +193,13 @@ impl CheckpointFiles {
     }
 }
 
+/// What would not be read again is not written.
+pub(super) fn too_large(largest: usize) -> io::Error {
+    io::Error::new(io::ErrorKind::FileTooLarge, format!("it would take more than {largest} bytes"))
+}
+
 fn load<T>(path: &Path, kind: &str, parse: impl FnOnce(&[u8]) -> Result<T, String>) -> io::Result<Loaded<T>> {
-    let Some(bytes) = durable::read(path, MAX_BYTES)? else { return Ok(Loaded::Missing) };
+    let Some(bytes) = durable::read(path, MAX_BYTES as u64)? else { return Ok(Loaded::Missing) };
     Ok(match durable::unseal(kind, VERSION, &bytes).and_then(parse) {
         Ok(value) => Loaded::Good(value),
         Err(reason) => durable::set_aside(path, reason),
@@ -253,6 +265,24 @@ mod tests {
         CheckpointFiles::new(dir.path(), "other").save_services(&SavedServices::default()).unwrap();
         assert_eq!(names(), ["Node/b", "ServiceCIDR/k"]);
         assert!(dir.path().join("services.jsonl.bad").exists());
+    }
+
+    #[test]
+    fn too_many_services_are_neither_read_nor_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = CheckpointFiles::new(dir.path(), "a");
+        files.save(&Checkpoint { objects: objects(), ..Checkpoint::default() }).unwrap();
+        let large = fs::File::create(files.services_path()).unwrap();
+        large.set_len(MAX_BYTES as u64 + 1).unwrap();
+        let Loaded::Good(loaded) = files.load().unwrap() else { panic!() };
+        assert_eq!(loaded.objects.len(), 2);
+        // The next one to be saved takes its place, unless it would be too large itself.
+        let written = files.save_services(&SavedServices::default()).unwrap();
+        let before = fs::read(files.services_path()).unwrap();
+        let small = CheckpointFiles { largest: written, ..files.clone() };
+        let error = small.save_services(&SavedServices::default()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(fs::read(files.services_path()).unwrap(), before);
     }
 
     #[test]

@@ -123,6 +123,8 @@ pub struct HostPlan {
     pub pod_mtu: u16,
     /// Whether cluster traffic may only leave this node encapsulated (any policy but plain VXLAN).
     pub encrypted: bool,
+    /// Whether the node is about to go, by its Node.
+    pub leaving: bool,
     /// What Services need.
     pub services: Arc<ServicePlan>,
 }

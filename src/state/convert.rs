@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node, NodeAddress, NodeSpec, NodeStatus};
+use k8s_openapi::api::core::v1::{Node, NodeAddress, NodeSpec, NodeStatus, Taint};
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -27,6 +27,9 @@ const WIDEST_CLUSTER_RANGE: (u8, u8) = (8, 8);
 /// The label of a Node that names its zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
 
+/// The cluster autoscaler's taint; kube-proxy and the cloud providers look for it too.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// A Node, checked. Two equal ones say the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeInfo {
@@ -42,6 +45,8 @@ pub struct NodeInfo {
     pub addresses: Vec<IpAddr>,
     /// Its zone, by its label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// Whether it is about to go: it is being deleted, or the cluster autoscaler has chosen it.
+    pub leaving: bool,
     /// What it announces.
     pub announcement: Announcement,
 }
@@ -62,6 +67,7 @@ impl NodeInfo {
             },
             spec: Some(NodeSpec {
                 pod_cidrs: Some(self.pod_ranges.iter().map(IpNet::to_string).collect()),
+                taints: self.leaving.then(|| vec![taint()]),
                 ..NodeSpec::default()
             }),
             status: Some(NodeStatus {
@@ -70,6 +76,16 @@ impl NodeInfo {
             }),
         }
     }
+}
+
+/// Whether the autoscaler is about to take the machine away.
+fn is_chosen(object: &Node) -> bool {
+    let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    taints.iter().any(|taint| taint.key == TO_BE_DELETED)
+}
+
+fn taint() -> Taint {
+    Taint { key: TO_BE_DELETED.to_owned(), effect: "NoSchedule".to_owned(), ..Taint::default() }
 }
 
 /// A Node, and what is wrong with it.
@@ -82,6 +98,7 @@ pub fn node(object: &Node) -> (NodeInfo, Vec<Problem>) {
         pod_ranges: Vec::new(),
         addresses: Vec::new(),
         zone: None,
+        leaving: metadata.deletion_timestamp.is_some() || is_chosen(object),
         announcement: Announcement::default(),
     };
     let name = info.name.clone();
@@ -227,6 +244,24 @@ mod tests {
         assert_eq!(info.zone.as_deref(), Some("eu-1a"));
         let (again, problems) = node(&info.to_node());
         assert_eq!((again, problems), (info, Vec::new()));
+    }
+
+    #[test]
+    fn a_node_that_is_about_to_go_is_known() {
+        for (text, leaving) in [
+            (r#"{"metadata":{"name":"a"}}"#, false),
+            (r#"{"metadata":{"name":"a"},"spec":{"taints":[{"key":"other","effect":"NoSchedule"}]}}"#, false),
+            (r#"{"metadata":{"name":"a","deletionTimestamp":"2026-01-02T03:04:05Z"}}"#, true),
+            (
+                r#"{"metadata":{"name":"a"},
+                    "spec":{"taints":[{"key":"ToBeDeletedByClusterAutoscaler","effect":"NoSchedule"}]}}"#,
+                true,
+            ),
+        ] {
+            let (info, _) = parse(text);
+            assert_eq!(info.leaving, leaving, "{text}");
+            assert_eq!(node(&info.to_node()).0.leaving, leaving);
+        }
     }
 
     #[test]

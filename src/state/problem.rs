@@ -113,10 +113,16 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, candidate)| candidate)
 }
 
+/// Most problems that are held; the rest are only counted, until there is room and they are told again.
+const MAX_HELD: usize = 1_000;
+
 /// All current problems, by where they come from, and how many there ever were.
 #[derive(Debug, Default)]
 pub struct ProblemBoard {
     current: BTreeMap<String, Vec<Problem>>,
+    held: usize,
+    /// How many of an origin are not held.
+    left_out: BTreeMap<String, usize>,
     seen: [u64; ProblemKind::ALL.len()],
 }
 
@@ -127,6 +133,14 @@ impl ProblemBoard {
         problems.sort();
         problems.dedup();
         let before = self.current.remove(origin).unwrap_or_default();
+        self.held -= before.len();
+        let most = MAX_HELD - self.held;
+        match problems.len().saturating_sub(most) {
+            0 => drop(self.left_out.remove(origin)),
+            more => drop(self.left_out.insert(origin.to_owned(), more)),
+        }
+        problems.truncate(most);
+        self.held += problems.len();
         let new: Vec<Problem> =
             problems.iter().filter(|p| before.binary_search(p).is_err()).cloned().collect();
         for problem in &new {
@@ -143,6 +157,12 @@ impl ProblemBoard {
         let mut all: Vec<Problem> = self.current.values().flatten().cloned().collect();
         all.sort();
         all.dedup();
+        let more: usize = self.left_out.values().sum();
+        if more > 0 {
+            let reason = format!("{more} more problems are not told here: put these right first");
+            let (subject, field) = ("problems".to_owned(), String::new());
+            all.push(Problem { kind: ProblemKind::Setting, subject, field, reason });
+        }
         all
     }
 
@@ -171,6 +191,24 @@ mod tests {
         assert_eq!(nearest("masquerade", known), None);
         assert_eq!(nearest("VXLANPORT", known), Some("vxlan-port"));
         assert_eq!(nearest(&"v".repeat(1_000_000), known), None);
+    }
+
+    #[test]
+    fn so_many_problems_are_held_and_the_rest_is_counted() {
+        let mut board = ProblemBoard::default();
+        let problems = |origin: &str| -> Vec<Problem> {
+            let problem = |n| Problem::node(ProblemKind::Value, origin, &format!("{n}"), "x");
+            (0..600).map(problem).collect()
+        };
+        assert_eq!(board.set("a", problems("a")).len(), 600);
+        assert_eq!(board.set("b", problems("b")).len(), MAX_HELD - 600);
+        assert!(board.set("c", problems("c")).is_empty());
+        let last = board.list().pop().expect("problems");
+        assert_eq!((board.list().len(), last.reason.starts_with("800 more")), (MAX_HELD + 1, true));
+        board.set("a", Vec::new());
+        board.set("c", Vec::new());
+        assert_eq!(board.set("b", problems("b")).len(), 200);
+        assert_eq!(board.list().len(), 600);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! publishing come after, so that a slow disk delays no packet's route.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::blocking::blocking;
-use super::checkpoint::{Checkpoint, CheckpointFiles};
+use super::checkpoint::{Checkpoint, CheckpointFiles, MAX_BYTES};
 use super::compile::{Compiled, Compiler, HostPlan, Settings};
 use super::desired::{Desired, Outcome};
 use super::problem::{Problem, ProblemBoard, ProblemKind};
@@ -379,14 +380,19 @@ impl StateLine {
             let saved = blocking(move || files.save_services(&services)).await;
             self.unsaved.services = saved.is_err();
             // The more there is to write, the less often.
-            self.unsaved.rest = saved.as_ref().map_or(0, |bytes| bytes / BYTES_A_TICK);
+            let bytes = match &saved {
+                Ok(bytes) => *bytes,
+                Err(error) if error.kind() == ErrorKind::FileTooLarge => MAX_BYTES,
+                Err(_) => 0,
+            };
+            self.unsaved.rest = bytes / BYTES_A_TICK;
             self.note_saved("saved services", saved.err());
         }
     }
 
     fn note_saved(&mut self, origin: &str, error: Option<std::io::Error>) {
         let problem =
-            error.map(|error| setting("state folder", format!("the state cannot be saved: {error}")));
+            error.map(|error| setting("state folder", format!("the {origin} cannot be written: {error}")));
         self.note(origin, problem.into_iter().collect());
         self.tell();
     }

@@ -46,7 +46,17 @@ struct Agent(Child);
 
 impl Agent {
     fn start(folder: &Path, flags: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_warren"));
+        Self::run(Command::new(env!("CARGO_BIN_EXE_warren")), folder, flags)
+    }
+
+    /// With the rights that `deploy/warren.service` leaves it.
+    fn confined(folder: &Path) -> Self {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set=-all,+net_admin", env!("CARGO_BIN_EXE_warren")]);
+        Self::run(command, folder, &[])
+    }
+
+    fn run(mut command: Command, folder: &Path, flags: &[&str]) -> Self {
         command.args(["agent", "--node", "a", "--log", "info"]).args(flags);
         for (flag, name) in [("--state-dir", "state"), ("--run-dir", "run")] {
             command.arg(flag).arg(folder.join(name));
@@ -139,6 +149,21 @@ fn services_come_from_objects_and_are_answered_for() {
         }
         assert!(cleanup.status().unwrap().success());
         assert_eq!(sh("nft list ruleset"), before);
+    });
+}
+
+#[test]
+fn kube_proxys_old_tables_are_seen_with_no_more_rights_than_the_unit_gives() {
+    on_a_node(|| async {
+        let folder = objects();
+        sh("iptables-legacy -t nat -N KUBE-SERVICES");
+        let _agent = Agent::confined(folder.path());
+        let ready = || folder.path().join("run/ready").exists();
+        soon("the agent", ready, String::new).await;
+        let tables = || shell("nft list tables");
+        assert!(!tables().contains("warren-services"), "{}", tables());
+        sh("iptables-legacy -t nat -X KUBE-SERVICES");
+        until("Services go on", || tables().contains("warren-services"), tables).await;
     });
 }
 

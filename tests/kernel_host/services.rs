@@ -165,6 +165,53 @@ fn a_clients_own_address_reaches_the_pod_and_the_loops_own_reaches_nobody_else()
 }
 
 #[test]
+fn what_the_node_needs_for_itself_never_gets_into_the_loop() {
+    let stage = Stage::new(true);
+    // Nobody knows that the node has this address too, nor that there is a node at the world's.
+    stage.node.0.enter(|| sh("ip addr add 192.0.2.77/24 dev eth0"));
+    let externals = [(listen("192.0.2.77", 51_820), 20_081), (listen("192.0.2.2", 51_820), 20_082)];
+    let taken = HostConfig { externals: Arc::new(externals.into()), ..config() };
+    let family = &FAMILIES[0];
+    let reached = |stage: &Stage| {
+        let lane = stage.node.0.udp("0.0.0.0", 51_820);
+        let peer = stage.world.udp(family.world, 51_820);
+        peer.send_to(b"in", (ip("192.0.2.77"), 51_820)).unwrap();
+        let inwards = crate::packets::receive_within(&lane, NEVER).is_some();
+        lane.send_to(b"out", (ip(family.world), 51_820)).unwrap();
+        (inwards, crate::packets::receive_within(&peer, NEVER).is_some())
+    };
+    stage.apply(&HostConfig { protected_ports: [(Protocol::Udp, 51_820)].into(), ..taken.clone() });
+    assert_eq!(reached(&stage), (true, true));
+    // Another port of the node's goes where the Service wants it.
+    let other = stage.node.0.udp("0.0.0.0", 0);
+    other.send_to(b"x", (ip(family.world), 51_820)).unwrap();
+    assert_eq!(stage.next_in_tunnel(SOON).expect("in the loop").to.port(), 20_082);
+}
+
+#[test]
+fn a_client_with_an_address_that_the_loop_does_not_know_comes_from_the_node() {
+    let stage = Stage::new(true);
+    stage.node.0.enter(|| {
+        sh("ip addr add 192.0.2.77/24 dev eth0; ip addr add 2001:db8::77/64 dev eth0 nodad");
+    });
+    stage.apply(&with_services());
+    for ((strange, cluster_ip), family) in
+        [("192.0.2.77", "10.96.0.9"), ("2001:db8::77", "fd96::9")].into_iter().zip(FAMILIES)
+    {
+        for (address, seen) in [(strange, family.node_address), (family.node, family.node)] {
+            for to in [(ip(address), NODE_PORT), (ip(cluster_ip), 80)] {
+                let client = stage.node.0.udp(address, 0);
+                client.send_to(b"request", to).unwrap();
+                let packet = stage.next_in_tunnel(SOON).expect("in the loop");
+                assert_eq!(packet.from.ip(), ip(seen), "{address} to {to:?}");
+                stage.inject(packet.to, packet.from);
+                assert_eq!(receive(&client).expect("the reply").1, SocketAddr::from(to));
+            }
+        }
+    }
+}
+
+#[test]
 fn node_ports_are_where_they_were_asked_for() {
     let stage = Stage::new(true);
     stage.node.0.enter(|| sh("ip addr add 192.0.2.77/24 dev eth0"));

@@ -100,6 +100,8 @@ pub(crate) fn config() -> HostConfig {
         node_ports: Default::default(),
         externals: Default::default(),
         nodeport_ranges: Vec::new(),
+        protected_ports: Default::default(),
+        host_addresses: vec![ip("192.0.2.1"), ip("2001:db8::1")],
         nodeport_localhost: false,
     }
 }

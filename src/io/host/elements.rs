@@ -11,7 +11,7 @@ use std::sync::Arc;
 use nlink::netlink::nftables::{Family, Set, SetDataType, SetElement, SetElementData, SetKeyType};
 use nlink::netlink::{Connection, Nftables};
 
-use super::nft::families;
+use super::nft::{ATTEMPTS, families};
 use super::services::{NAME, NODE_PORTS, external_key, externals_name, node_port_key};
 use super::stale::Changed;
 use super::{HostConfig, next_generation};
@@ -52,16 +52,16 @@ pub(super) struct Written {
     pub(super) generation: u32,
     /// How many elements it was.
     pub(super) count: usize,
-    /// Those of UDP.
-    pub(super) udp: Changed,
 }
 
-/// Writes the difference, `from` being what the kernel had at `generation`. Fails with ERESTART where something else has changed since.
+/// Writes the difference, `from` being what the kernel had at `generation`. Fails with ERESTART where something
+/// else has changed since. `udp`: what was changed of UDP, also before a failure.
 pub(super) async fn change(
     connection: &Connection<Nftables>,
     generation: u32,
     from: &Elements,
     to: &Elements,
+    udp: &mut Changed,
 ) -> Result<Written, nlink::Error> {
     let gone = from.node_ports.difference(&to.node_ports).map(node_port).collect();
     let new = to.node_ports.difference(&from.node_ports).map(node_port).collect();
@@ -78,13 +78,28 @@ pub(super) async fn change(
             new: differing(&to.externals, &from.externals),
         });
     }
-    write(connection, generation, &writes).await
+    write(connection, generation, &writes, udp).await
 }
 
-/// Lists the sets and makes them as they should be.
+/// Lists the sets and makes them as they should be, again where somebody else changes something meanwhile.
 pub(super) async fn compare(
     connection: &Connection<Nftables>,
     config: &HostConfig,
+    udp: &mut Changed,
+) -> Result<Written, nlink::Error> {
+    let mut attempt = 1;
+    loop {
+        match compare_once(connection, config, udp).await {
+            Err(e) if attempt < ATTEMPTS && (e.is_restart() || e.is_dump_interrupted()) => attempt += 1,
+            outcome => return outcome,
+        }
+    }
+}
+
+async fn compare_once(
+    connection: &Connection<Nftables>,
+    config: &HostConfig,
+    udp: &mut Changed,
 ) -> Result<Written, nlink::Error> {
     let generation = connection.generation().await?;
     let ports = config.node_ports.iter().map(node_port).collect();
@@ -93,7 +108,7 @@ pub(super) async fn compare(
         let wanted = of_family(&config.externals, v6).map(external).collect();
         writes.push(difference(connection, externals_name(v6), externals_set(v6), wanted).await?);
     }
-    write(connection, generation, &writes).await
+    write(connection, generation, &writes, udp).await
 }
 
 async fn difference(
@@ -134,6 +149,7 @@ async fn write(
     connection: &Connection<Nftables>,
     mut generation: u32,
     writes: &[Write],
+    udp: &mut Changed,
 ) -> Result<Written, nlink::Error> {
     // An element that leads elsewhere now is in both: first all out, then all in.
     let gone = writes.iter().flat_map(|write| chunks(write, &write.gone, true));
@@ -146,14 +162,11 @@ async fn write(
             false => transaction.add_set_elements(set, elements),
         });
         transaction.commit(connection).await?;
+        chunks.iter().flat_map(|(_, elements, _)| *elements).for_each(|element| note_udp(element.key(), udp));
         generation = next_generation(generation);
     }
     let count = writes.iter().map(|write| write.gone.len() + write.new.len()).sum();
-    let mut udp = Changed::default();
-    for element in writes.iter().flat_map(|write| write.gone.iter().chain(&write.new)) {
-        note_udp(element.key(), &mut udp);
-    }
-    Ok(Written { generation, count, udp })
+    Ok(Written { generation, count })
 }
 
 /// A key ends in the protocol and the port, a word each; before them stands an address, or nothing.
@@ -193,7 +206,7 @@ fn externals_set(v6: bool) -> Set {
     set.map(SetDataType::Value(SetKeyType::InetService))
 }
 
-fn node_port((protocol, port): &(Protocol, u16)) -> SetElement {
+pub(super) fn node_port((protocol, port): &(Protocol, u16)) -> SetElement {
     SetElement::concat([SetElement::inet_proto(protocol.number()), SetElement::port(*port)])
 }
 

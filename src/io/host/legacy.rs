@@ -25,6 +25,7 @@ const LARGEST: u32 = 256 << 20;
 pub(super) struct Nat {
     v4: Table,
     v6: Table,
+    failure: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -39,8 +40,15 @@ impl Nat {
     /// Looks again where a table has changed.
     pub(super) fn look(&mut self, chain: &str) {
         // /proc/net is the main thread's; thread-self is this thread's network namespace.
-        self.v4.look("/proc/thread-self/net/ip_tables_names", Domain::IPV4, libc::IPPROTO_IP, chain);
-        self.v6.look("/proc/thread-self/net/ip6_tables_names", Domain::IPV6, libc::IPPROTO_IPV6, chain);
+        let v4 = self.v4.look("/proc/thread-self/net/ip_tables_names", Domain::IPV4, libc::IPPROTO_IP, chain);
+        let v6 = "/proc/thread-self/net/ip6_tables_names";
+        let v6 = self.v6.look(v6, Domain::IPV6, libc::IPPROTO_IPV6, chain);
+        self.failure = v4.and(v6).err().map(|error| error.to_string());
+    }
+
+    /// Why the last look saw nothing: what was found before still counts.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
     }
 
     /// The program that lists the chain.
@@ -54,29 +62,48 @@ impl Nat {
 }
 
 impl Table {
-    fn look(&mut self, names: &str, domain: Domain, level: i32, chain: &str) {
+    fn look(&mut self, names: &str, domain: Domain, level: i32, chain: &str) -> io::Result<()> {
         // Asked about a table that is not there, the kernel would make it.
-        let there = std::fs::read_to_string(names).is_ok_and(|names| names.lines().any(|name| name == "nat"));
-        let open = || Socket::new(domain, Type::RAW, Some(socket2::Protocol::from(libc::IPPROTO_RAW)));
-        let Some(socket) = there.then(open).and_then(Result::ok) else { return *self = Table::default() };
-        let Ok(info) = option(&socket, level, GET_INFO, named(INFO)) else { return *self = Table::default() };
+        let there = match std::fs::read_to_string(names) {
+            Ok(names) => names.lines().any(|name| name == "nat"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error),
+        };
+        if !there {
+            *self = Table::default();
+            return Ok(());
+        }
+        // Any socket of the family will do; a raw one, which iptables takes, would need CAP_NET_RAW.
+        let socket = Socket::new(domain, Type::DGRAM, None)?;
+        let info = match option(&socket, level, GET_INFO, named(INFO)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                *self = Table::default();
+                return Ok(());
+            }
+            outcome => outcome?,
+        };
         if self.info == info {
-            return;
+            return Ok(());
         }
         let size = info.get(INFO - 4..).and_then(|size| size.try_into().ok()).map_or(0, u32::from_ne_bytes);
         if size > LARGEST {
-            return *self = Table { info, size, found: true };
+            *self = Table { info, size, found: true };
+            return Ok(());
         }
         if self.found && size > LARGE && size > self.size / 2 {
-            return;
+            return Ok(());
         }
         let mut request = named(ENTRIES + size as usize);
         request[32..36].copy_from_slice(&size.to_ne_bytes());
         // A table that was changed between both questions answers EAGAIN: then the next look sees it.
-        let Ok(entries) = option(&socket, level, GET_ENTRIES, request) else { return };
+        let entries = match option(&socket, level, GET_ENTRIES, request) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            outcome => outcome?,
+        };
         // A chain begins with an entry that holds its name, padded with zeros.
         let name = [chain.as_bytes(), &[0]].concat();
         *self = Table { info, size, found: entries.windows(name.len()).any(|bytes| bytes == name) };
+        Ok(())
     }
 }
 
@@ -99,4 +126,19 @@ fn option(socket: &Socket, level: i32, name: i32, mut buffer: Vec<u8>) -> io::Re
     }
     buffer.truncate(length as usize);
     Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_fails_changes_nothing_and_says_so() {
+        let mut table = Table { found: true, ..Table::default() };
+        let folder = "/proc/thread-self/net";
+        assert!(table.look(folder, Domain::IPV4, libc::IPPROTO_IP, "KUBE-SERVICES").is_err());
+        assert!(table.found);
+        table.look("/no/such/file", Domain::IPV4, libc::IPPROTO_IP, "KUBE-SERVICES").expect("nothing there");
+        assert!(!table.found);
+    }
 }

@@ -116,7 +116,11 @@ pub struct HostConfig {
     pub externals: Arc<BTreeMap<Listen, u16>>,
     /// The local addresses that have node ports; a family that is not named has them on all.
     pub nodeport_ranges: Vec<IpNet>,
-    /// Whether 127.0.0.0/8 has them too.
+    /// Ports of local addresses that never lead into the loop: the tunnels' own, the kubelet's, the API server's.
+    pub protected_ports: BTreeSet<(Protocol, u16)>,
+    /// The addresses that the node has outside the mesh and that the loop knows for its own.
+    pub host_addresses: Vec<IpAddr>,
+    /// Whether 127.0.0.0/8 has node ports too.
     pub nodeport_localhost: bool,
 }
 
@@ -308,6 +312,7 @@ impl HostNetwork {
         sysctl::apply_bridges(&self.route, &interfaces, &bridges, &mut self.saved, &mut report).await?;
         self.reconcile_nft(generation, config, bridges, &mut report).await?;
         report.warnings.extend(foreign::legacy_warning(config));
+        report.warnings.extend(self.proxy.warning());
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
         // Who waits for news waits for kube-proxy; the time is there to be read.
         self.news.send_if_modified(|state| {
@@ -329,11 +334,13 @@ impl HostNetwork {
         if from == to {
             return true;
         }
-        match elements::change(&self.nft, generation, &from, &to).await {
+        let mut udp = stale::Changed::default();
+        let outcome = elements::change(&self.nft, generation, &from, &to, &mut udp).await;
+        self.forgetter.forget(udp, &config);
+        match outcome {
             Ok(written) => {
                 debug!("changed {} elements of nft table inet {}", written.count, services::NAME);
                 self.generation = Some(written.generation);
-                self.forgetter.forget(written.udp, &config);
                 self.applied = Some(config.into_owned());
                 true
             }
@@ -414,12 +421,13 @@ impl HostNetwork {
         if !config.services {
             return Ok(());
         }
-        let outcome = elements::compare(&self.nft, config).await;
+        let mut udp = stale::Changed::default();
+        let outcome = elements::compare(&self.nft, config, &mut udp).await;
+        self.forgetter.forget(udp, config);
         let written = outcome.map_err(|e| HostError::nft(doing(), e))?;
         if written.count > 0 {
             report.changed(format!("nft table inet {}: {} elements", services::NAME, written.count));
         }
-        self.forgetter.forget(written.udp, config);
         Ok(())
     }
 

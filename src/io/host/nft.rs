@@ -55,7 +55,7 @@ const ND_FIRST: u8 = 133;
 const ND_LAST: u8 = ND_REDIRECT;
 
 /// Another commit can land between comparing and committing; then we compare again, so often.
-const ATTEMPTS: usize = 8;
+pub(super) const ATTEMPTS: usize = 8;
 
 /// Compares `wanted` with the kernel and commits the difference; says what in `report`.
 pub(super) async fn apply(
@@ -471,6 +471,8 @@ mod tests {
             node_ports: Default::default(),
             externals: Default::default(),
             nodeport_ranges: Vec::new(),
+            protected_ports: [(crate::snapshot::service::Protocol::Udp, 51_820)].into(),
+            host_addresses: vec!["192.0.2.1".parse().unwrap()],
             nodeport_localhost: false,
         }
     }

@@ -48,6 +48,15 @@ impl Look {
         self.place().is_some()
     }
 
+    /// What a person should know of the last look.
+    pub(super) fn warning(&self) -> Option<String> {
+        let error = self.legacy.failure()?;
+        Some(format!(
+            "the tables of iptables-legacy cannot be looked at ({error}): whether kube-proxy has its rules there is not \
+             known"
+        ))
+    }
+
     fn place(&self) -> Option<String> {
         let legacy = || self.legacy.found().map(|tool| format!("chain {CHAIN} of {tool}'s table nat"));
         self.nft.clone().or_else(legacy)

@@ -6,6 +6,7 @@
 //! | `prerouting` | nat, dstnat - 5 | what comes in from outside and from pods |
 //! | `output` | nat output, dstnat - 5 | what the node's own processes send |
 //! | `services` | (both jump there) | exact external addresses first, then node ports on local addresses |
+//! | `postrouting` | nat, srcnat - 5 | clients with an address of the node that the loop does not know for one |
 //! | `untracked` | filter prerouting, raw | while the connection table is nearly full: pods' flows to ClusterIPs stay out of it |
 //! | `loopback` | filter input, filter | 127/8 is answered out of the tunnel, never called (`--nodeport-localhost`) |
 //!
@@ -25,16 +26,20 @@ use nlink::netlink::nftables::{
     BaseChain, ChainName, CtDirection, Expr, Family, FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey,
     NFTA_NAT_FAMILY, NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX,
     NFTA_NAT_REG_PROTO_MIN, NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority, RawExpr, Register, Rule,
-    SetDataType, SetKeyType,
+    SetDataType, SetElement, SetKeyType, Verdict,
 };
 use nlink::netlink::types::route::RouteType;
 
 use super::HostConfig;
+use super::elements::node_port;
 use super::nft::{address_set, addresses, families};
 use super::nla::attribute;
+use crate::snapshot::service::Protocol;
 
 /// The table's name.
 pub(super) const NAME: &str = "warren-services";
+/// Its set of ports that the node needs for itself.
+const PROTECTED: &str = "protected";
 /// Its set of node ports.
 pub(super) const NODE_PORTS: &str = "nodeports";
 
@@ -46,7 +51,8 @@ pub(super) fn table(config: &HostConfig, pressed: bool) -> NftablesConfig {
     }
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = chains(sets(table, config), config);
-        let table = families(config).fold(table, |table, v6| translations(table, config, v6));
+        let table = families(config).fold(protected(table), |table, v6| translations(table, config, v6));
+        let table = families(config).fold(table, |table, v6| strange_sources(table, config, v6));
         let table = if pressed { untracked(table, config) } else { table };
         if config.nodeport_localhost { loopback(table, config) } else { table }
     })
@@ -64,6 +70,11 @@ fn sets(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
     }
     let services: Vec<IpNet> = config.service_routes.iter().map(|route| route.range).collect();
     let ranges = node_ranges(config);
+    let known: Vec<IpNet> =
+        config.node_addresses.iter().chain(&config.host_addresses).copied().map(IpNet::from).collect();
+    let table = address_set(table, ("known4", "known6"), &known);
+    let ports: Vec<SetElement> = config.protected_ports.iter().map(node_port).collect();
+    let table = table.set(PROTECTED, |set| set.key_type(node_port_key()).elements(ports));
     let table = address_set(table, ("pods4", "pods6"), &config.pod_ranges);
     let table = address_set(table, ("services4", "services6"), &services);
     address_set(table, ("nodes4", "nodes6"), &ranges)
@@ -74,7 +85,18 @@ fn chains(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuil
     let table = table
         .chain("services", |chain| chain.exclusive())
         .chain("prerouting", |chain| chain.base(BaseChain::nat(NatHook::Prerouting, early)).exclusive())
-        .chain("output", |chain| chain.base(BaseChain::nat(NatHook::Output, early)).exclusive());
+        .chain("output", |chain| chain.base(BaseChain::nat(NatHook::Output, early)).exclusive())
+        .chain("postrouting", |chain| {
+            let early = Priority::Custom(Priority::SrcNat.to_i32() - 5);
+            chain.base(BaseChain::nat(NatHook::Postrouting, early)).exclusive()
+        })
+        // Whatever Services claim, the tunnels' own packets go where they are sent.
+        .rule("output", |rule| {
+            let rule = rule.match_l4proto(Protocol::Udp.number());
+            port_key(rule, [Register::R0, Register::Reg32_01], SOURCE_PORT)
+                .expr(LookupExpr::new(PROTECTED, Register::R0))
+                .expr(Expr::Verdict(Verdict::Return))
+        });
     match ChainName::new("services") {
         // What the loop has sent out must not come back into it.
         Ok(services) => table
@@ -98,6 +120,38 @@ fn loopback_range() -> IpNet {
     IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8))
 }
 
+/// What this node needs for itself, on every address that it has, whether or not anybody else knows of that.
+fn protected(table: DeclaredTableBuilder) -> DeclaredTableBuilder {
+    table.rule("services", |rule| {
+        port_key(rule, [Register::R0, Register::Reg32_01], DESTINATION_PORT)
+            .expr(LookupExpr::new(PROTECTED, Register::R0))
+            .match_fib_type(FibFlags::DADDR, RouteType::Local)
+            .expr(Expr::Verdict(Verdict::Return))
+    })
+}
+
+/// A client here may have an address that is not in the Node's status (a bridge's, a second network's). The
+/// loop would take it for somebody outside, whose replies a pod of this node sends straight back, past the
+/// loop. So it gets the node address, which the loop knows.
+fn strange_sources(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
+    let strange = |rule: Rule| {
+        let (saddr, _) = addresses(v6);
+        let rule = family(rule, v6).match_oif(&config.tun).match_fib_type(FibFlags::SADDR, RouteType::Local);
+        let rule = rule.match_not_in_set(saddr, if v6 { "known6" } else { "known4" });
+        // That one the loop knows.
+        if v6 { rule } else { rule.match_saddr_v4_not(Ipv4Addr::new(127, 0, 0, 0), 8) }
+    };
+    let (_, daddr) = addresses(v6);
+    table
+        .rule("postrouting", |rule| match v6 {
+            false => strange(rule).match_daddr_v4(config.loop_v4, 32).masquerade(),
+            true => strange(rule).match_daddr_v6(config.loop_v6, 128).masquerade(),
+        })
+        .rule("postrouting", |rule| {
+            strange(rule).match_in_set(daddr, if v6 { "services6" } else { "services4" }).masquerade()
+        })
+}
+
 /// `dnat to LOOP : . map @external` and `daddr local, @nodeports: dnat to LOOP`.
 fn translations(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
     let table = table.rule("services", |rule| external_rule(family(rule, v6), config, v6));
@@ -115,7 +169,7 @@ fn translations(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> D
             let (_, daddr) = addresses(v6);
             rule = rule.match_in_set(daddr, if v6 { "nodes6" } else { "nodes4" });
         }
-        let rule = port_key(rule, [Register::R0, Register::Reg32_01]);
+        let rule = port_key(rule, [Register::R0, Register::Reg32_01], DESTINATION_PORT);
         let rule = rule.expr(LookupExpr::new(NODE_PORTS, Register::R0));
         if v6 { rule.dnat_v6(config.loop_v6, None) } else { rule.dnat(config.loop_v4, None) }
     })
@@ -146,18 +200,23 @@ fn external_rule(rule: Rule, config: &HostConfig, v6: bool) -> Rule {
         number(NFTA_NAT_FLAGS, MAP_IPS_AND_PORT),
     ];
     let rule = rule.expr(Expr::Payload { dreg: Register::R0, base: PayloadBase::Network, offset, len });
-    port_key(rule, keys)
+    port_key(rule, keys, DESTINATION_PORT)
         .expr(LookupExpr::new(externals_name(v6), Register::R0).dreg(Register::R3))
         .expr(Expr::Immediate { dreg: Register::R2, data: to })
         .expr(RawExpr::new("nat", nat.concat()))
 }
 
-/// `meta l4proto . th dport` into two words of a key. After defragmentation, so every packet has ports.
-fn port_key(rule: Rule, [protocol, port]: [Register; 2]) -> Rule {
+/// Where a transport header has its ports.
+const SOURCE_PORT: u32 = 0;
+const DESTINATION_PORT: u32 = 2;
+
+/// `meta l4proto . th dport` (or `sport`) into two words of a key. After defragmentation, so every packet has
+/// ports.
+fn port_key(rule: Rule, [protocol, port]: [Register; 2], offset: u32) -> Rule {
     rule.expr(Expr::Meta { dreg: protocol, key: MetaKey::L4Proto }).expr(Expr::Payload {
         dreg: port,
         base: PayloadBase::Transport,
-        offset: 2,
+        offset,
         len: 2,
     })
 }

@@ -177,6 +177,7 @@ impl<'a> Local<'a> {
             service_ranges: IpNet::aggregate(&cluster.services),
             pod_mtu: self.pod_mtu(settings),
             encrypted: settings.encap != EncapPolicy::Vxlan,
+            leaving: self.info.is_some_and(|info| info.leaving),
             services,
         }
     }
@@ -193,12 +194,16 @@ impl<'a> Local<'a> {
         nodes.extend(settings.announcement.endpoints.iter().map(SocketAddr::ip));
         nodes.sort();
         nodes.dedup();
+        let mut tunnels: Vec<(IpAddr, u16)> = mesh.peers.iter().flatten().flat_map(tunnels).collect();
+        tunnels.sort_unstable();
+        tunnels.dedup();
         Surroundings {
             node: settings.node.clone(),
             zone: self.info.and_then(|info| info.zone.clone()),
             pods: RangeSet::new(&plan.cluster_ranges),
             services: RangeSet::new(&plan.service_ranges),
             nodes,
+            tunnels,
             settings: settings.services.clone(),
         }
     }
@@ -217,6 +222,14 @@ impl<'a> Local<'a> {
         };
         clamp(settings.underlay_mtu.saturating_sub(overhead), self.ipv6)
     }
+}
+
+/// Where packets to this peer go: whichever of its addresses it is reached by.
+fn tunnels(peer: &Arc<Peer>) -> impl Iterator<Item = (IpAddr, u16)> + '_ {
+    let addresses = || peer.addresses.iter().copied().chain(peer.endpoints.iter().map(SocketAddr::ip));
+    let lanes = peer.lanes.iter().flat_map(move |lane| addresses().map(|address| (address, lane.port)));
+    let vxlan = peer.vxlan.iter().map(|vxlan| (vxlan.address, vxlan.port));
+    lanes.chain(peer.endpoints.iter().map(|at| (at.ip(), at.port()))).chain(vxlan)
 }
 
 fn clamp(mtu: u16, ipv6: bool) -> u16 {

@@ -10,8 +10,8 @@ use siphasher::sip::SipHasher13;
 use super::Surroundings;
 use super::claims::{Claim, Claims};
 use super::judge::{Wanted, judge};
-use super::loops::LoopPorts;
-use super::plan::HealthCheck;
+use super::loops::{Full, LoopPorts, MAX_OF_NAMESPACE};
+use super::plan::{HealthCheck, MAX_HEALTH_CHECKS};
 use super::service::{PortInfo, Problems, ServiceInfo};
 use super::slice::SliceInfo;
 use super::store::ServiceStore;
@@ -24,6 +24,9 @@ pub(super) const MAX_ENDPOINTS: usize = 20_000;
 /// Most endpoints of all ports of one Service together: ten such ports, or 256 ports with 780 each.
 pub(super) const MAX_OF_SERVICE: usize = 200_000;
 
+/// Most endpoints of all Services: some 400 MB.
+pub(super) const MAX_OF_ALL: usize = 4_000_000;
+
 /// What one Service came to. Lists are sorted.
 #[derive(Debug, Default)]
 pub(super) struct Built {
@@ -34,6 +37,8 @@ pub(super) struct Built {
     pub(super) node_ports: Box<[(Protocol, u16)]>,
     pub(super) health_check: Option<(u16, HealthCheck)>,
     pub(super) endpoints: usize,
+    /// Whether something was left out because all Services together have too many.
+    pub(super) starved: bool,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -45,6 +50,25 @@ pub(super) struct BuiltPort {
     pub(super) port: Arc<ServicePort>,
 }
 
+/// How much more Services may have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) endpoints: usize,
+    pub(super) health_checks: usize,
+}
+
+impl Room {
+    pub(super) fn give_back(&mut self, built: &Built) {
+        self.endpoints += built.endpoints;
+        self.health_checks += usize::from(built.health_check.is_some());
+    }
+
+    pub(super) fn take(&mut self, built: &Built) {
+        self.endpoints = self.endpoints.saturating_sub(built.endpoints);
+        self.health_checks = self.health_checks.saturating_sub(usize::from(built.health_check.is_some()));
+    }
+}
+
 /// What all Services have in common while one is built.
 pub(super) struct Builder<'a> {
     pub(super) store: &'a ServiceStore,
@@ -53,8 +77,12 @@ pub(super) struct Builder<'a> {
     /// ClusterIPs that lie in no Service range.
     pub(super) outside: &'a BTreeSet<IpAddr>,
     pub(super) loops: &'a mut LoopPorts,
+    /// What had to give its port of the loop away.
+    pub(super) evicted: &'a mut Vec<Listen>,
     /// The ids of all ports.
     pub(super) ids: &'a mut HashSet<u32>,
+    /// How much there is room for.
+    pub(super) room: Room,
 }
 
 impl Builder<'_> {
@@ -99,6 +127,14 @@ impl Builder<'_> {
         let health_check = wanted.health_check.filter(|port| {
             self.is_granted(&Claim::NodePort(Protocol::Tcp, *port), "spec.healthCheckNodePort", &mut service)
         });
+        let health_check = health_check.filter(|port| {
+            if self.room.health_checks == 0 {
+                let reason = format!("{port} is not answered: more than {MAX_HEALTH_CHECKS} such ports");
+                service.problems.value("spec.healthCheckNodePort", reason);
+                service.built.starved = true;
+            }
+            self.room.health_checks > 0
+        });
         let health = |port| {
             (port, HealthCheck { name: Arc::clone(&info.name), local_endpoints: service.local_endpoints() })
         };
@@ -113,6 +149,7 @@ impl Builder<'_> {
             node_ports: node_ports.into(),
             health_check: health_check.map(health),
             endpoints: service.built.endpoints,
+            starved: service.built.starved,
             problems: service.problems.list,
         }
     }
@@ -146,21 +183,47 @@ impl Builder<'_> {
                 service.problems.add(ProblemKind::Conflict, field, reason);
                 continue;
             }
+            if *way == Way::ExternalIp && self.is_node_port(listen, service) {
+                continue;
+            }
             if !self.is_granted(&Claim::External(*listen), field, service) {
                 continue;
             }
             let claims = self.claims;
             let is_node_port = |port| claims.winner(&Claim::NodePort(listen.protocol, port)).is_some();
-            match self.loops.port(*listen, is_node_port) {
-                Some(port) => granted.push((*way, *listen, port)),
-                None => service.problems.add(
-                    ProblemKind::Conflict,
-                    field,
-                    format!("{} finds no place: there are too many such addresses", listen.address),
-                ),
-            }
+            let (namespace, _) = service.info.name.split_once('/').unwrap_or_default();
+            let namespace = (*way == Way::ExternalIp).then_some(namespace);
+            let reason = match self.loops.port(*listen, namespace, is_node_port) {
+                Ok((port, evicted)) => {
+                    granted.push((*way, *listen, port));
+                    self.evicted.extend(evicted);
+                    continue;
+                }
+                Err(Full::All) => "there are too many such addresses".to_owned(),
+                Err(Full::Namespace) => {
+                    format!("a namespace's externalIPs have at most {MAX_OF_NAMESPACE} ports in all")
+                }
+            };
+            let reason = format!("{} finds no place: {reason}", listen.address);
+            service.problems.add(ProblemKind::Conflict, field, reason);
         }
         granted
+    }
+
+    /// Whether the node's address has that port for another Service already, on every node.
+    fn is_node_port(&self, listen: &Listen, service: &mut Building<'_>) -> bool {
+        let winner = self.claims.winner(&Claim::NodePort(listen.protocol, listen.port));
+        let winner = winner.filter(|winner| winner.name != service.info.name);
+        let Some(winner) = winner.filter(|_| self.around.is_node(listen.address)) else { return false };
+        let reason = format!(
+            "{} is a node's address, and {} {} is the node port of Service/{}",
+            listen.address,
+            listen.protocol.name(),
+            listen.port,
+            winner.name
+        );
+        service.problems.add(ProblemKind::Conflict, "spec.externalIPs", reason);
+        true
     }
 
     fn node_ports(&self, wanted: &Wanted, service: &mut Building<'_>) -> Vec<(Protocol, u16)> {
@@ -197,7 +260,9 @@ impl Builder<'_> {
                 protocol: port.protocol,
                 port: endpoint.port,
             };
-            exposed.extend(here().map(|candidate| listen(candidate.endpoint)));
+            // An endpoint that names no node may still be here: whose its address is, the packet line knows.
+            let maybe = candidates.iter().filter(|candidate| candidate.local || candidate.nowhere);
+            exposed.extend(maybe.map(|candidate| listen(candidate.endpoint)));
         }
         service.local.extend(here().filter(|candidate| candidate.ready).map(|one| one.endpoint.address));
         let name = match &*port.name {
@@ -241,7 +306,8 @@ impl Builder<'_> {
         port: &PortInfo,
         service: &mut Building<'_>,
     ) -> Vec<Candidate<'s>> {
-        let most = MAX_ENDPOINTS.min(MAX_OF_SERVICE.saturating_sub(service.built.endpoints));
+        let room = self.room.endpoints.saturating_sub(service.built.endpoints);
+        let most = MAX_ENDPOINTS.min(MAX_OF_SERVICE.saturating_sub(service.built.endpoints)).min(room);
         let mut found: Vec<Candidate<'s>> = Vec::new();
         for slice in slices {
             // Slices may repeat each other, but not for ever.
@@ -254,8 +320,11 @@ impl Builder<'_> {
                 for endpoint in &slice.endpoints {
                     let address = endpoint.address;
                     if self.around.services.holds(address) || self.outside.contains(&address) {
-                        let reason = format!("{address} (EndpointSlice/{}) is a Service's", slice.name);
-                        service.problems.add(ProblemKind::Conflict, "endpoints", reason);
+                        service.problems.add(
+                            ProblemKind::Conflict,
+                            "endpoints",
+                            format_args!("{address} (EndpointSlice/{}) is a Service's", slice.name),
+                        );
                         continue;
                     }
                     found.push(Candidate {
@@ -264,6 +333,7 @@ impl Builder<'_> {
                         serving: endpoint.serving,
                         terminating: endpoint.terminating,
                         local: endpoint.node.as_deref() == Some(&self.around.node),
+                        nowhere: endpoint.node.is_none(),
                         hints: endpoint.hints.as_deref(),
                     });
                 }
@@ -274,10 +344,12 @@ impl Builder<'_> {
         found.dedup_by_key(|one| one.endpoint);
         if found.len() > most {
             let reason = format!(
-                "more than {MAX_ENDPOINTS} for port {}, or {MAX_OF_SERVICE} for all ports: the rest is not used",
+                "more than {MAX_ENDPOINTS} for port {}, {MAX_OF_SERVICE} for all ports, or {MAX_OF_ALL} for all \
+                 Services: the rest is not used",
                 port.port
             );
             service.problems.value("endpoints", reason);
+            service.built.starved |= most == room;
             found.truncate(most);
         }
         found

@@ -1,13 +1,15 @@
 //! Who has an address or a port that several Services want: the older, then the lower UID, then the name.
-//! Never the order of arrival; and when the winner goes, the next one has it.
+//! Never the order of arrival; and when the winner goes, the next one has it. A load balancer's address, which
+//! a controller wrote into the status, goes before an external IP, which anybody may write into the spec.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::ops::Bound;
 use std::sync::Arc;
 
 use super::service::ServiceInfo;
 use crate::snapshot::service::{Listen, Protocol};
+use crate::state::desired::Precedence;
 
 /// What one Service alone can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,6 +27,8 @@ pub(super) enum Claim {
 pub(super) struct Claims {
     /// Who wins comes first.
     claimants: BTreeMap<Claim, Vec<Arc<ServiceInfo>>>,
+    /// The addresses of which somebody claims that port as an external one.
+    external_ports: HashMap<(Protocol, u16), BTreeSet<IpAddr>>,
 }
 
 impl Claims {
@@ -45,6 +49,17 @@ impl Claims {
         self.claimants.range(range).flat_map(|(_, claimants)| claimants)
     }
 
+    /// Who wants that port of an external address.
+    pub(super) fn external_port_claimants(
+        &self,
+        protocol: Protocol,
+        port: u16,
+    ) -> impl Iterator<Item = &Arc<ServiceInfo>> {
+        let addresses = self.external_ports.get(&(protocol, port)).into_iter().flatten();
+        let claim = move |address: &IpAddr| Claim::External(Listen { address: *address, protocol, port });
+        addresses.filter_map(move |address| self.claimants.get(&claim(address))).flatten()
+    }
+
     /// Every ClusterIP that somebody has.
     pub(super) fn cluster_ips(&self) -> impl Iterator<Item = IpAddr> {
         self.claimants.keys().map_while(|claim| match claim {
@@ -54,8 +69,11 @@ impl Claims {
     }
 
     pub(super) fn add(&mut self, claim: Claim, info: &Arc<ServiceInfo>) {
+        if let Claim::External(at) = claim {
+            self.external_ports.entry((at.protocol, at.port)).or_default().insert(at.address);
+        }
         let claimants = self.claimants.entry(claim).or_insert_with(|| Vec::with_capacity(1));
-        let at = claimants.partition_point(|other| other.precedence < info.precedence);
+        let at = claimants.partition_point(|other| rank(&claim, other) < rank(&claim, info));
         claimants.insert(at, Arc::clone(info));
     }
 
@@ -64,6 +82,22 @@ impl Claims {
         claimants.retain(|info| *info.name != *name);
         if claimants.is_empty() {
             self.claimants.remove(claim);
+            if let Claim::External(at) = claim
+                && let Some(addresses) = self.external_ports.get_mut(&(at.protocol, at.port))
+            {
+                addresses.remove(&at.address);
+                if addresses.is_empty() {
+                    self.external_ports.remove(&(at.protocol, at.port));
+                }
+            }
         }
     }
+}
+
+fn rank<'a>(claim: &Claim, info: &'a ServiceInfo) -> (bool, &'a Precedence) {
+    let external_ip = match claim {
+        Claim::External(at) => !info.load_balancers.contains(&at.address),
+        Claim::ClusterIp(_) | Claim::NodePort(..) => false,
+    };
+    (external_ip, &info.precedence)
 }

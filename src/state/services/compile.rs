@@ -8,16 +8,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Surroundings;
-use super::build::{Builder, Built};
+use super::build::{Builder, Built, MAX_OF_ALL, Room};
 use super::claims::{Claim, Claims};
 use super::judge::judge;
 use super::loops::LoopPorts;
-use super::plan::{MAX_OUTSIDE, ServicePlan};
+use super::plan::{MAX_HEALTH_CHECKS, MAX_OUTSIDE, ServicePlan};
 use super::service::{Problems, ServiceInfo};
 use super::slice::SliceEndpoint;
 use super::store::ServiceStore;
-use crate::snapshot::service::ServiceTable;
-use crate::state::problem::Problem;
+use crate::snapshot::service::{Listen, ServiceTable};
+use crate::state::problem::{Problem, ProblemKind};
 
 /// What a compile gives. What did not change is the same `Arc` as before.
 #[derive(Clone, Debug)]
@@ -54,9 +54,14 @@ pub struct ServiceCompiler {
     ids: HashSet<u32>,
     /// ClusterIPs in no Service range.
     outside: BTreeSet<IpAddr>,
+    /// How many of those have no route, as last reported.
+    unrouted: usize,
     /// Whether the Service ranges are others than those that `outside` was found by.
     ranges_changed: bool,
     endpoints: usize,
+    /// Services that lack something because all together have too many.
+    starved: BTreeSet<Arc<str>>,
+    most: Room,
     rebuilt: u64,
     /// What was changed since the last hand-over, if anything was.
     table: ServiceTable,
@@ -77,6 +82,12 @@ struct Entry {
 }
 
 type Dirty = BTreeSet<Arc<str>>;
+
+impl Default for Room {
+    fn default() -> Room {
+        Room { endpoints: MAX_OF_ALL, health_checks: MAX_HEALTH_CHECKS }
+    }
+}
 
 impl ServiceCompiler {
     /// Compiles what changed. `around`: if that may have changed.
@@ -103,7 +114,12 @@ impl ServiceCompiler {
         }
         if self.around.settings.enabled {
             self.settle(store, &mut dirty);
+            // What was refused for lack of room gets what others have given up, the oldest first.
+            if !dirty.is_empty() {
+                dirty.extend(self.starved.iter().cloned());
+            }
             reports = self.rebuild(store, dirty);
+            reports.extend(self.report_unrouted());
         }
         if listed == Listed::All && !self.table.is_complete() {
             self.table.set_complete();
@@ -111,6 +127,11 @@ impl ServiceCompiler {
         }
         let (table, plan) = self.hand_over();
         CompiledServices { table, plan, reports }
+    }
+
+    #[cfg(test)]
+    pub(super) fn with_room(endpoints: usize, health_checks: usize) -> ServiceCompiler {
+        ServiceCompiler { most: Room { endpoints, health_checks }, ..ServiceCompiler::default() }
     }
 
     /// How many Services there are.
@@ -154,6 +175,7 @@ impl ServiceCompiler {
         let judged = |address: &IpAddr| {
             before.pods.holds(*address) != around.pods.holds(*address)
                 || before.is_node(*address) != around.is_node(*address)
+                || before.tunnels_at(*address) != around.tunnels_at(*address)
         };
         for info in self.entries.values().filter_map(|entry| entry.info.as_ref()) {
             let addresses = info.cluster_ips.iter().chain(&info.external_ips).chain(&info.load_balancers);
@@ -167,11 +189,13 @@ impl ServiceCompiler {
     /// Services are not ours to serve any more.
     fn forget(&mut self) -> Vec<(String, Vec<Problem>)> {
         let troubled = self.entries.iter().filter(|(_, entry)| !entry.built.problems.is_empty());
-        let reports = troubled.map(|(name, _)| (origin(name), Vec::new())).collect();
+        let reports = troubled.map(|(name, _)| (origin(name), Vec::new()));
+        let reports = reports.chain((self.unrouted > 0).then(|| (OUTSIDE.to_owned(), Vec::new()))).collect();
         let mut empty = ServiceCompiler {
             revision: self.revision,
             around: self.around.clone(),
             rebuilt: self.rebuilt,
+            most: self.most,
             table_changed: !self.entries.is_empty(),
             plan_changed: !self.entries.is_empty(),
             last_table: Arc::clone(&self.last_table),
@@ -202,11 +226,36 @@ impl ServiceCompiler {
             let holds = |endpoint: &SliceEndpoint| moved.contains(&endpoint.address);
             dirty.extend(store.services_with(|slice| slice.endpoints.iter().any(holds)));
         }
-        let outside = self.outside.iter().take(MAX_OUTSIDE);
-        if !outside.clone().eq(self.plan.cluster_ips_outside.iter()) {
-            self.plan.cluster_ips_outside = Arc::new(outside.copied().collect());
-            self.plan_changed = true;
+        // Who has a route keeps it.
+        let routed = &self.plan.cluster_ips_outside;
+        let lost = || routed.difference(&self.outside).next().is_some();
+        if routed.len() < MAX_OUTSIDE.min(self.outside.len()) || lost() {
+            let mut next: BTreeSet<IpAddr> = routed.intersection(&self.outside).copied().collect();
+            let others = self.outside.iter().filter(|address| !routed.contains(address));
+            next.extend(others.take(MAX_OUTSIDE.saturating_sub(next.len())));
+            if next != **routed {
+                self.plan.cluster_ips_outside = Arc::new(next);
+                self.plan_changed = true;
+            }
         }
+    }
+
+    /// What there is to say of ClusterIPs that no packet is routed to, if it is something new.
+    fn report_unrouted(&mut self) -> Option<(String, Vec<Problem>)> {
+        let without = self.outside.len().saturating_sub(self.plan.cluster_ips_outside.len());
+        if std::mem::replace(&mut self.unrouted, without) == without {
+            return None;
+        }
+        let problem = (without > 0).then(|| Problem {
+            kind: ProblemKind::Setting,
+            subject: "Services".to_owned(),
+            field: "spec.clusterIPs".to_owned(),
+            reason: format!(
+                "{without} ClusterIPs cannot be reached: they lie in no known Service range, and only {MAX_OUTSIDE} \
+                 such addresses are routed; name their range with --service-cidr or in a ServiceCIDR object"
+            ),
+        });
+        Some((OUTSIDE.to_owned(), problem.into_iter().collect()))
     }
 
     /// Enters what the dirty Services claim; of each claim that somebody makes or gives up, who had it.
@@ -269,7 +318,12 @@ impl ServiceCompiler {
                     moved.insert(address);
                 }
             }
-            Claim::NodePort(protocol, port) if before.is_none() => {
+            Claim::NodePort(protocol, port) => {
+                let touched = self.claims.external_port_claimants(protocol, port);
+                dirty.extend(touched.map(|info| Arc::clone(&info.name)));
+                if before.is_some() {
+                    return;
+                }
                 for evicted in self.loops.evict(protocol, port) {
                     let evicted = Claim::External(evicted);
                     let claimants = self.claims.claimants(&evicted);
@@ -277,29 +331,14 @@ impl ServiceCompiler {
                 }
             }
             Claim::External(listen) if after.is_none() => self.loops.free(&listen),
-            Claim::ClusterIp(_) | Claim::External(_) | Claim::NodePort(..) => {}
+            Claim::ClusterIp(_) | Claim::External(_) => {}
         }
     }
 
     /// Builds the dirty Services anew: first all that goes, then all that comes, as one Service may get
     /// what another one loses.
     fn rebuild(&mut self, store: &ServiceStore, dirty: Dirty) -> Vec<(String, Vec<Problem>)> {
-        let mut built = Vec::with_capacity(dirty.len());
-        for name in dirty {
-            let before = self.entries.get_mut(&name).map(|entry| std::mem::take(&mut entry.built));
-            let before = before.unwrap_or_default();
-            let mut builder = Builder {
-                store,
-                around: &self.around,
-                claims: &self.claims,
-                outside: &self.outside,
-                loops: &mut self.loops,
-                ids: &mut self.ids,
-            };
-            let after = store.service(&name).map(|info| builder.build(info, &before));
-            self.rebuilt += u64::from(after.is_some());
-            built.push((name, before, after));
-        }
+        let built = self.build(store, dirty);
         let nothing = Built::default();
         for (_, before, after) in &built {
             self.remove(before, after.as_ref().unwrap_or(&nothing));
@@ -313,12 +352,87 @@ impl ServiceCompiler {
             match after {
                 Some(after) => {
                     self.enter(&before, &after);
+                    match after.starved {
+                        true => self.starved.insert(Arc::clone(&name)),
+                        false => self.starved.remove(&name),
+                    };
                     self.entries.entry(name).or_default().built = after;
                 }
-                None => drop(self.entries.remove(&name)),
+                None => {
+                    self.entries.remove(&name);
+                    self.starved.remove(&name);
+                }
             }
         }
         reports
+    }
+
+    /// Builds Services as they come where there is not enough for all: load balancers' first, then the oldest.
+    /// Gives each with what it was before.
+    fn build(&mut self, store: &ServiceStore, dirty: Dirty) -> Vec<(Arc<str>, Built, Option<Built>)> {
+        let mut order: Vec<Arc<str>> = dirty.into_iter().collect();
+        let rank = |name: &Arc<str>| {
+            let info = store.service(name)?;
+            Some((info.load_balancers.is_empty(), &info.precedence))
+        };
+        order.sort_by(|a, b| rank(a).cmp(&rank(b)));
+        let mut room = self.most;
+        order.iter().filter_map(|name| self.entries.get(name)).for_each(|entry| room.give_back(&entry.built));
+        room.endpoints = room.endpoints.saturating_sub(self.endpoints);
+        room.health_checks = room.health_checks.saturating_sub(self.plan.health_checks.len());
+        let mut evicted = Vec::new();
+        let mut built = Vec::with_capacity(order.len());
+        for name in order {
+            let before = self.take_built(&name);
+            let after = self.build_one(store, &name, &before, &mut room, &mut evicted);
+            built.push((name, before, after));
+        }
+        // External IPs that had to make room for a load balancer look for another place, or say that there is none.
+        while let Some(listen) = evicted.pop() {
+            let Some(winner) = self.claims.winner(&Claim::External(listen)) else { continue };
+            let name = Arc::clone(&winner.name);
+            let (before, once) = match built.iter().position(|(other, ..)| *other == name) {
+                Some(at) => {
+                    let (_, before, once) = built.swap_remove(at);
+                    (before, once)
+                }
+                None => (self.take_built(&name), None),
+            };
+            let last = once.as_ref().unwrap_or(&before);
+            room.give_back(last);
+            let after = self.build_one(store, &name, last, &mut room, &mut evicted);
+            built.push((name, before, after));
+        }
+        built
+    }
+
+    fn take_built(&mut self, name: &str) -> Built {
+        self.entries.get_mut(name).map(|entry| std::mem::take(&mut entry.built)).unwrap_or_default()
+    }
+
+    fn build_one(
+        &mut self,
+        store: &ServiceStore,
+        name: &str,
+        before: &Built,
+        room: &mut Room,
+        evicted: &mut Vec<Listen>,
+    ) -> Option<Built> {
+        let info = store.service(name)?;
+        let mut builder = Builder {
+            store,
+            around: &self.around,
+            claims: &self.claims,
+            outside: &self.outside,
+            loops: &mut self.loops,
+            evicted,
+            ids: &mut self.ids,
+            room: *room,
+        };
+        let after = builder.build(info, before);
+        room.take(&after);
+        self.rebuilt += 1;
+        Some(after)
     }
 
     /// Takes out what is in `before` and not in `after`.
@@ -409,6 +523,9 @@ impl ServiceCompiler {
         (Arc::clone(&self.last_table), Arc::clone(&self.last_plan))
     }
 }
+
+/// Under which name problems of ClusterIPs outside of the Service ranges are kept.
+const OUTSIDE: &str = "ClusterIPs outside";
 
 /// Under which name problems of the compiled Service are kept: its object's own are under another.
 fn origin(service: &str) -> String {

@@ -91,14 +91,15 @@ fn externals(
         }
         for port in &info.ports {
             let listen = Listen { address: *address, protocol: port.protocol, port: port.port };
-            let protected = around.settings.protected_ports.contains(&(port.protocol, port.port));
-            if protected && around.is_node(*address) {
-                let reason = format!(
-                    "{address} is a node's address, and nodes need {} {} for themselves",
-                    port.protocol.name(),
-                    port.port
+            if around.is_protected(&listen) {
+                let (protocol, port) = (port.protocol.name(), port.port);
+                problems.add(
+                    ProblemKind::Conflict,
+                    field,
+                    format_args!(
+                        "{address} is a node's address, and nodes need {protocol} {port} for themselves"
+                    ),
                 );
-                problems.add(ProblemKind::Conflict, field, reason);
             } else if wanted.len() >= MAX_EXTERNALS {
                 problems.value(field, format!("more than {MAX_EXTERNALS} addresses times ports"));
                 return;

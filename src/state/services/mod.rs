@@ -26,7 +26,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::annotations::is_reachable;
-use crate::snapshot::service::{Protocol, loop_address};
+use crate::snapshot::service::{Listen, Protocol, loop_address};
 
 pub use plan::{HealthCheck, MAX_OUTSIDE, ServicePlan};
 
@@ -60,6 +60,8 @@ pub struct Surroundings {
     pub services: RangeSet,
     /// The addresses of nodes outside of the mesh, sorted.
     pub nodes: Vec<IpAddr>,
+    /// UDP ports of theirs that tunnels end at, sorted: no two nodes need have the same.
+    pub tunnels: Vec<(IpAddr, u16)>,
     /// The settings.
     pub settings: ServiceSettings,
 }
@@ -68,6 +70,21 @@ impl Surroundings {
     /// Whether it is a node's address.
     pub fn is_node(&self, address: IpAddr) -> bool {
         self.nodes.binary_search(&address).is_ok()
+    }
+
+    /// Whether nodes need the port of that address for themselves.
+    fn is_protected(&self, listen: &Listen) -> bool {
+        let ours = self.settings.protected_ports.contains(&(listen.protocol, listen.port));
+        let tunnel = (listen.address, listen.port);
+        ours && self.is_node(listen.address)
+            || listen.protocol == Protocol::Udp && self.tunnels.binary_search(&tunnel).is_ok()
+    }
+
+    /// The ports of the address that tunnels end at.
+    fn tunnels_at(&self, address: IpAddr) -> &[(IpAddr, u16)] {
+        let from = self.tunnels.partition_point(|(other, _)| *other < address);
+        let rest = self.tunnels.get(from..).unwrap_or_default();
+        &rest[..rest.partition_point(|(other, _)| *other == address)]
     }
 }
 

@@ -9,6 +9,9 @@ use crate::snapshot::service::{Listen, Protocol};
 /// Most ClusterIPs that are routed one by one.
 pub const MAX_OUTSIDE: usize = 1_000;
 
+/// Most health check node ports: more than there are node ports by default.
+pub(super) const MAX_HEALTH_CHECKS: usize = 4_096;
+
 /// What a load balancer is told that asks for this node's endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {

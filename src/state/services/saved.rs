@@ -4,6 +4,7 @@
 //! 10,000 Services with 25 endpoints each make about 17 MB.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -16,11 +17,13 @@ use k8s_openapi::api::discovery::v1::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::service::ServiceInfo;
 use super::slice::{SERVICE_NAME, SliceEndpoint, SliceInfo};
 use super::store::ServiceStore;
+use crate::state::checkpoint::too_large;
 use crate::state::source::{Kind, Object};
 
 /// Everything at one moment.
@@ -39,24 +42,26 @@ impl SavedServices {
         }
     }
 
-    /// The lines.
-    pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
+    /// Puts the lines after what is there. Fails where that would be more than `largest` bytes in all.
+    pub fn write(&self, out: &mut Vec<u8>, largest: usize) -> io::Result<()> {
         let endpoints: usize = self.slices.iter().map(|slice| slice.endpoints.len()).sum();
-        let mut out = Vec::with_capacity(256 * (self.services.len() + self.slices.len()) + 64 * endpoints);
-        let line =
-            |kind: Kind, out: &mut Vec<u8>| out.extend_from_slice(format!("{} ", kind.name()).as_bytes());
+        let guess = 256 * (self.services.len() + self.slices.len()) + 64 * endpoints;
+        out.reserve(guess.min(largest));
         for info in &self.services {
-            line(Kind::Service, &mut out);
-            serde_json::to_writer(&mut out, &to_service(info))?;
-            out.push(b'\n');
+            line(out, Kind::Service, &to_service(info), largest)?;
         }
         for info in &self.slices {
-            line(Kind::EndpointSlice, &mut out);
-            serde_json::to_writer(&mut out, &to_slice(info))?;
-            out.push(b'\n');
+            line(out, Kind::EndpointSlice, &to_slice(info), largest)?;
         }
-        Ok(out)
+        Ok(())
     }
+}
+
+fn line(out: &mut Vec<u8>, kind: Kind, object: &impl Serialize, largest: usize) -> io::Result<()> {
+    out.extend_from_slice(format!("{} ", kind.name()).as_bytes());
+    serde_json::to_writer(&mut *out, object)?;
+    out.push(b'\n');
+    if out.len() > largest { Err(too_large(largest)) } else { Ok(()) }
 }
 
 /// The objects of such lines.
@@ -207,7 +212,10 @@ endpoints:
 - {addresses: ['fd00::2'], conditions: {ready: false, terminating: true}}
 ";
         let first = store(&manifest::parse(text.as_bytes(), false).objects);
-        let bytes = SavedServices::capture(&first).to_bytes().expect("JSON");
+        let saved = SavedServices::capture(&first);
+        let mut bytes = Vec::new();
+        saved.write(&mut bytes, usize::MAX).expect("JSON");
+        assert!(saved.write(&mut Vec::new(), bytes.len() - 1).is_err());
         let second = store(&from_bytes(&bytes).expect("objects"));
         assert!(first.services().eq(second.services()) && first.services().count() == 2);
         assert!(first.all_slices().eq(second.all_slices()) && first.all_slices().count() == 1);

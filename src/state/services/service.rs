@@ -4,6 +4,7 @@
 //! port's name.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -137,21 +138,24 @@ impl Problems {
         Problems { subject: format!("{kind}/{namespace}/{name}"), list: Vec::new() }
     }
 
-    pub(super) fn add(&mut self, kind: ProblemKind, field: &str, reason: impl Into<String>) {
-        let (subject, field, reason) = (self.subject.clone(), field.to_owned(), reason.into());
+    /// Pass `format_args!` where there may be many: what is too much is not even written out.
+    pub(super) fn add(&mut self, kind: ProblemKind, field: &str, reason: impl fmt::Display) {
+        if self.list.len() > MAX_PROBLEMS {
+            return;
+        }
+        let (subject, field, reason) = (self.subject.clone(), field.to_owned(), reason.to_string());
         let problem = Problem { kind, subject, field, reason };
         match self.list.len() {
             _ if self.list.contains(&problem) => {}
             0..MAX_PROBLEMS => self.list.push(problem),
-            MAX_PROBLEMS => {
+            _ => {
                 let reason = "more is wrong than is told here".to_owned();
                 self.list.push(Problem { field: String::new(), reason, ..problem });
             }
-            _ => {}
         }
     }
 
-    pub(super) fn value(&mut self, field: &str, reason: impl Into<String>) {
+    pub(super) fn value(&mut self, field: &str, reason: impl fmt::Display) {
         self.add(ProblemKind::Value, field, reason);
     }
 }

@@ -139,7 +139,7 @@ fn ports(object: &v1::EndpointSlice, problems: &mut Problems) -> Box<[SlicePort]
     for (index, port) in object.ports.iter().flatten().enumerate() {
         let field = format!("ports[{index}]");
         if found.len() >= MAX_PORTS {
-            problems.value(&field, format!("more than {MAX_PORTS} ports"));
+            problems.value(&field, format_args!("more than {MAX_PORTS} ports"));
             break;
         }
         // No number means every port, which no Service can use.
@@ -148,7 +148,7 @@ fn ports(object: &v1::EndpointSlice, problems: &mut Problems) -> Box<[SlicePort]
         }
         let name = port.name.as_deref().unwrap_or_default();
         if !is_port_name(name) {
-            problems.value(&field, format!("{} is no port's name", quote(name)));
+            problems.value(&field, format_args!("{} is no port's name", quote(name)));
             continue;
         }
         let Some(protocol) = protocol(&field, port.protocol.as_deref(), problems) else { continue };
@@ -169,7 +169,7 @@ fn endpoints(
     for (index, endpoint) in given.iter().enumerate() {
         let field = || format!("endpoints[{index}]");
         if found.len() >= MAX_ENDPOINTS {
-            problems.value(&field(), format!("more than {MAX_ENDPOINTS} endpoints in one slice"));
+            problems.value(&field(), format_args!("more than {MAX_ENDPOINTS} endpoints in one slice"));
             break;
         }
         // Only the first address counts (API: Endpoint.addresses).
@@ -180,16 +180,16 @@ fn endpoints(
         let address = match text.parse::<IpAddr>() {
             Ok(address) if address.is_ipv4() == ipv4 => address,
             Ok(address) => {
-                problems.value(&field(), format!("{address} is not of the slice's family"));
+                problems.value(&field(), format_args!("{address} is not of the slice's family"));
                 continue;
             }
             Err(_) => {
-                problems.value(&field(), format!("{} is not an address", quote(text)));
+                problems.value(&field(), format_args!("{} is not an address", quote(text)));
                 continue;
             }
         };
         if let Some(reason) = super::no_ones(address) {
-            problems.value(&field(), format!("{address} {reason}"));
+            problems.value(&field(), format_args!("{address} {reason}"));
             continue;
         }
         let conditions = endpoint.conditions.as_ref();

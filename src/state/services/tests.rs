@@ -34,6 +34,7 @@ impl World {
             pods: ranges(&["10.244.0.0/16", "fd00:244::/48"]),
             services: ranges(&["10.96.0.0/16", "fd00:96::/112"]),
             nodes: vec!["192.0.2.1".parse().expect("address"), "192.0.2.2".parse().expect("address")],
+            tunnels: vec![("192.0.2.2".parse().expect("address"), 51_999)],
             settings: ServiceSettings {
                 enabled: true,
                 protected_ports: protected.into(),
@@ -246,6 +247,112 @@ fn services_are_served_when_their_endpoints_were_heard_of_too() {
             && !Arc::ptr_eq(&all.table, &some.table)
             && Arc::ptr_eq(&all.plan, &some.plan)
     );
+}
+
+#[test]
+fn an_endpoint_that_names_no_node_may_be_called_from_outside() {
+    let unnamed = slice("web-1", "web", &[("10.244.1.5", ""), ("10.244.1.6", ", nodeName: there")]);
+    let world = World::with(&[&service("web", "10.96.0.5", ", externalIPs: [203.0.113.9]"), &unnamed]);
+    let exposed = |at| world.table().is_exposed(&listen(at));
+    assert!(exposed("10.244.1.5:8080") && !exposed("10.244.1.6:8080"));
+}
+
+#[test]
+fn an_external_ip_takes_nothing_that_others_have() {
+    let old = "creationTimestamp: 2020-01-02T03:04:05Z, ";
+    let named = |text: String| text.replace("metadata: {", &format!("metadata: {{{old}"));
+    let thief = |ip: &str, port: u16| {
+        let more = format!(", externalIPs: [{ip}], ports: [{{port: {port}}}]");
+        named(service("thief", "10.96.0.6", &more))
+    };
+    let balancer = "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {type: LoadBalancer,\n\
+         clusterIP: 10.96.0.5, externalTrafficPolicy: Local, healthCheckNodePort: 31000,\n\
+         ports: [{port: 80, nodePort: 30080}]}, status: {loadBalancer: {ingress: [{ip: 198.51.100.1}]}}}";
+    for (ip, port) in [("198.51.100.1", 80), ("192.0.2.1", 30_080), ("192.0.2.2", 31_000)] {
+        let at = format!("{ip}:{port}");
+        let mut world = World::with(&[&thief(ip, port)]);
+        assert_eq!(world.external(&at).expect("alone it has it").way, Way::ExternalIp);
+        world.apply(balancer);
+        world.compile();
+        assert!(world.external(&at).is_none_or(|frontend| frontend.way == Way::LoadBalancer), "{at}");
+        assert!(world.said().contains("Service/default/web"), "{}", world.said());
+        assert_eq!(world.plan().health_checks.len(), 1);
+        world.delete(Kind::Service, "web");
+        world.compile();
+        assert!(world.external(&at).is_some(), "{at} is free again");
+    }
+}
+
+#[test]
+fn endpoints_of_all_services_have_a_bound() {
+    let mut world = World::new();
+    world.compiler = ServiceCompiler::with_room(3, 0);
+    for (name, ip, year) in [("a", "10.96.0.5", 2026), ("b", "10.96.0.6", 2020)] {
+        let created = format!("metadata: {{creationTimestamp: {year}-01-02T03:04:05Z, ");
+        world.apply(&service(name, ip, "").replace("metadata: {", &created));
+        let number = ip.rsplit('.').next().expect("number");
+        let endpoints = [1, 2].map(|host| format!("10.244.{number}.{host}"));
+        world.apply(&slice(&format!("{name}-1"), name, &[(&endpoints[0], ""), (&endpoints[1], "")]));
+    }
+    world.compile();
+    assert_eq!((world.port("10.96.0.5:80").cluster.len(), world.port("10.96.0.6:80").cluster.len()), (1, 2));
+    assert!(world.said().contains("Service/default/a, endpoints: more than"), "{}", world.said());
+    world.delete(Kind::Service, "b");
+    world.compile();
+    assert_eq!((world.port("10.96.0.5:80").cluster.len(), world.compiler.endpoints()), (2, 2));
+    assert_eq!(world.said(), "");
+}
+
+#[test]
+fn health_check_ports_have_a_bound() {
+    let text = |name: &str, ip: &str, port: u16| {
+        let more = format!(", type: LoadBalancer, externalTrafficPolicy: Local, healthCheckNodePort: {port}");
+        service(name, ip, &more)
+    };
+    let mut world = World::new();
+    world.compiler = ServiceCompiler::with_room(9, 1);
+    world.apply(&text("a", "10.96.0.5", 31_000));
+    world.apply(&text("b", "10.96.0.6", 31_001));
+    world.compile();
+    assert_eq!(world.plan().health_checks.keys().copied().collect::<Vec<_>>(), [31_000]);
+    assert!(world.said().contains("31001 is not answered"), "{}", world.said());
+    world.delete(Kind::Service, "a");
+    world.compile();
+    assert_eq!(world.plan().health_checks.keys().copied().collect::<Vec<_>>(), [31_001]);
+}
+
+#[test]
+fn cluster_ips_outside_of_the_ranges_keep_their_routes() {
+    let mut world = World::new();
+    let at = |number: usize| format!("10.97.{}.{}", number / 250, number % 250 + 1);
+    for number in 1..=MAX_OUTSIDE {
+        world.apply(&service(&format!("s{number}"), &at(number), ""));
+    }
+    world.compile();
+    let before = Arc::clone(&world.plan().cluster_ips_outside);
+    assert_eq!((before.len(), world.said()), (MAX_OUTSIDE, String::new()));
+    world.apply(&service("new", &at(0), ""));
+    world.compile();
+    assert_eq!(world.plan().cluster_ips_outside, before);
+    assert!(world.said().contains("1 ClusterIPs cannot be reached"), "{}", world.said());
+    assert!(world.said().contains("--service-cidr"));
+    world.delete(Kind::Service, "s7");
+    world.compile();
+    assert!(world.plan().cluster_ips_outside.contains(&at(0).parse().expect("address")));
+    assert_eq!(world.said(), "");
+}
+
+#[test]
+fn no_service_takes_a_port_that_a_tunnel_ends_at() {
+    let text = |port| format!(", externalIPs: [192.0.2.2], ports: [{{port: {port}, protocol: UDP}}]");
+    let mut world = World::with(&[&service("web", "10.96.0.5", &text(51_999))]);
+    assert!(world.external("192.0.2.2:51999/UDP").is_none() && world.said().contains("nodes need UDP 51999"));
+    world.around.tunnels.clear();
+    assert_eq!(world.compile(), 1);
+    assert!(world.external("192.0.2.2:51999/UDP").is_some());
+    world.around.tunnels = vec![("192.0.2.2".parse().expect("address"), 51_999)];
+    assert_eq!(world.compile(), 1);
+    assert!(world.external("192.0.2.2:51999/UDP").is_none());
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub(super) struct Candidate<'a> {
     pub(super) terminating: bool,
     /// Whether it is on this node.
     pub(super) local: bool,
+    /// Whether its slice names no node.
+    pub(super) nowhere: bool,
     pub(super) hints: Option<&'a Hints>,
 }
 
@@ -148,6 +150,7 @@ mod tests {
                     serving: state.contains('s'),
                     terminating: state.contains('t'),
                     local: state.contains('l'),
+                    nowhere: false,
                     hints: hints.as_ref(),
                 }
             })
