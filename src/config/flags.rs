@@ -142,8 +142,7 @@ pub struct AgentArgs {
     /// any address with it (CVE-2020-8554): off, unless you know who may [default: on]
     #[arg(long, value_name = "on|off", env = "WARREN_EXTERNAL_IPS", help_heading = "Services")]
     pub external_ips: Option<Switch>,
-    /// Where /healthz and /livez answer, as kube-proxy's do; empty: nowhere [default: [::]:10256, which takes
-    /// IPv4 too]
+    /// Where /healthz and /livez answer, as kube-proxy's do; empty: nowhere [default: port 10256 of all addresses]
     #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_HEALTHZ_BIND_ADDRESS", help_heading = "Services")]
     pub healthz_bind_address: Option<BindArg>,
     /// Where /proxyMode answers, as kube-proxy's does; empty: nowhere [default: 127.0.0.1:10249]

@@ -1,7 +1,7 @@
 //! Services: from Service and EndpointSlice objects to the packet line's
 //! [`ServiceTable`](crate::snapshot::service::ServiceTable) and the host's [`ServicePlan`].
 //!
-//! 1. [`service`], [`slice`]: typed, bounded values
+//! 1. [`service`], [`mod@slice`]: typed, bounded values
 //! 2. [`store`]: what should be, and a journal of which Services changed
 //! 3. `claims`: who has an address or a node port that several want
 //! 4. `topology`: which endpoints a client is led to
