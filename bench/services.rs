@@ -10,7 +10,7 @@
 //! State line and packet line of the agent, in one process, without a kernel: no root needed.
 
 use std::hint::black_box;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub mod objects;
 use clap::{Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use warren::datapath::affinity::Affinity;
-use warren::datapath::conntrack::{FlowTable, Seed};
+use warren::datapath::conntrack::{FlowKey, FlowTable, Seed, Sighting};
 use warren::datapath::{Arrival, Lane, LaneConfig, Output};
 use warren::io::clock;
 use warren::packet::coalesce::Offloads;
@@ -201,6 +201,7 @@ fn instructions() -> ExitCode {
                 .output()
                 .expect("valgrind is needed: apt-get install valgrind");
             let log = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{log}");
             let count = log.lines().find_map(|line| line.split("Collected :").nth(1));
             count.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or_else(|| panic!("{log}"))
         });
@@ -221,7 +222,15 @@ const BURSTS: u32 = 200;
 fn bursts(encap: Wrap, to: To, services: u32) {
     let (mut line, outputs) = state_line();
     for kind in [Kind::Service, Kind::EndpointSlice] {
-        let make = |n| if kind == Kind::Service { service(n) } else { slice(n, 25, 0) };
+        // The Service that is spoken to has one endpoint: the pod of the plain bursts.
+        let endpoint = [("10.244.1.10".to_owned(), "n1".to_owned())];
+        let chosen =
+            || object(objects::named_slice(&format!("s{}", services / 2), &[("web", 80, 8080)], &endpoint));
+        let make = |n| match kind {
+            Kind::Service => service(n),
+            _ if n == services / 2 => chosen(),
+            _ => slice(n, 25, 0),
+        };
         let objects = (0..services).map(make).collect();
         line.handle(SourceEvent::Reset { kind, objects, complete: true });
     }
@@ -288,6 +297,7 @@ fn slice(n: u32, endpoints: u32, set: u32) -> Object {
 // --- the packet line ---------------------------------------------------------------------------------
 
 struct World {
+    flows: Arc<FlowTable>,
     lane: Lane,
     snapshot: Arc<Snapshot>,
     out: Output,
@@ -298,8 +308,9 @@ struct World {
 impl World {
     fn new(encap: Encap, snapshot: Arc<Snapshot>) -> World {
         let now = clock::now();
-        let lane = lane(0, now);
-        let mut world = World { lane, snapshot, out: output(), now, encap };
+        let flows = Arc::new(FlowTable::in_memory(1 << 16, Seed(1, 2)).expect("a table"));
+        let lane = lane(0, now, Arc::clone(&flows));
+        let mut world = World { flows, lane, snapshot, out: output(), now, encap };
         world.snapshot = world.reachable();
         world
     }
@@ -349,7 +360,8 @@ impl World {
     fn connect(&mut self, to: ([u8; 4], u16)) {
         self.syn(to, 1000);
         if self.encap == Encap::WireGuard {
-            let mut other = lane(1, self.now);
+            let mut other =
+                lane(1, self.now, Arc::new(FlowTable::in_memory(64, Seed(3, 4)).expect("a table")));
             let mut mesh = warren::snapshot::Mesh::default();
             let mut peer = (**self.snapshot.mesh.peers.iter().flatten().next().expect("a peer")).clone();
             peer.lanes = vec![warren::snapshot::PeerLane { key: public(0), port: 51820 }];
@@ -366,6 +378,14 @@ impl World {
             }
         }
         self.out.tx.clear();
+        // The answer, as far as the flow table is concerned: the connection is open.
+        let (pod, endpoint) = (IpAddr::from([10, 244, 0, 10]), IpAddr::from([10, 244, 1, 10]));
+        let (source_port, destination_port) = (8080, 1000);
+        let key = FlowKey { source: endpoint, destination: pod, source_port, destination_port, protocol: 6 };
+        let (packets, bytes, tcp_flags) = (1, 40, 0x12);
+        let answer =
+            Sighting { key, from_peer: true, peer: None, lane: 0, tcp_flags, packets, bytes, owner: 0 };
+        self.flows.lookup(0, &answer).expect("a table").expect("the flow of the SYN");
     }
 
     /// What is counted: one super-packet from the TUN, to the datagrams.
@@ -397,14 +417,14 @@ fn public(number: usize) -> PublicKey {
     Public::from(&StaticSecret::from(PRIVATE[number])).to_bytes()
 }
 
-fn lane(number: usize, now: Instant) -> Lane {
+fn lane(number: usize, now: Instant, flows: Arc<FlowTable>) -> Lane {
     Lane::new(LaneConfig {
         id: LaneId(0),
         private: PRIVATE[number],
         seed: (1, 2),
         vxlan_sources: 1,
         neighbours: Arc::new(Neighbours::default()),
-        flows: Arc::new(FlowTable::in_memory(1 << 16, Seed(1, 2)).expect("a table")),
+        flows,
         affinity: Arc::new(Affinity::in_memory(1024)),
         epoch: (now, 0),
     })

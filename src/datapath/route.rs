@@ -59,12 +59,13 @@ pub struct RouteCache {
     mesh: Option<Arc<Mesh>>,
     out: Option<(IpAddr, IpAddr, Result<Exit, DropReason>)>,
     into: Option<(PeerId, IpAddr, IpAddr, Result<Exit, DropReason>)>,
+    translated: Option<(IpAddr, IpAddr, Exit)>,
 }
 
 impl RouteCache {
     /// Takes another mesh and forgets all answers.
     pub fn follow(&mut self, mesh: &Arc<Mesh>) {
-        *self = RouteCache { mesh: Some(Arc::clone(mesh)), out: None, into: None };
+        *self = RouteCache { mesh: Some(Arc::clone(mesh)), ..RouteCache::default() };
     }
 
     /// The way out of a packet that came from our TUN.
@@ -78,6 +79,19 @@ impl RouteCache {
         let exit = self.mesh.as_ref().ok_or(DropReason::NoRoute);
         let exit = exit.and_then(|mesh| outbound(mesh, source, destination));
         self.out = Some((source, destination, exit));
+        exit
+    }
+
+    /// The way of a translated packet, see [`exit_translated`].
+    pub fn translated(&mut self, to: &FlowKey) -> Exit {
+        if let Some((source, destination, exit)) = self.translated
+            && source == to.source
+            && destination == to.destination
+        {
+            return exit;
+        }
+        let exit = self.mesh.as_ref().map_or(Exit::Outside, |mesh| exit_translated(mesh, to));
+        self.translated = Some((to.source, to.destination, exit));
         exit
     }
 

@@ -110,7 +110,7 @@ impl Lane {
             return Ok(Passage { change, exit: Exit::Peer(peer) });
         }
         let Some(rewrite) = tracked.rewrite else { return self.as_it_is(snapshot, headers) };
-        let exit = route::exit_translated(&snapshot.mesh, &rewrite.to);
+        let exit = self.routes.translated(&rewrite.to);
         Ok(Passage { change: Some(to(&rewrite.to)), exit })
     }
 
