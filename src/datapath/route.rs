@@ -82,7 +82,7 @@ impl RouteCache {
         exit
     }
 
-    /// The way of a translated packet, see [`exit_translated`].
+    /// The way of a translated packet: what has the loop's source goes through the kernel.
     pub fn translated(&mut self, to: &FlowKey) -> Exit {
         if let Some((source, destination, exit)) = self.translated
             && source == to.source
