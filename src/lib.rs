@@ -7,13 +7,15 @@
 //! No async, no clock, no lock that a packet waits on, no allocation per packet.
 //!
 //! ```text
-//! pod -> TUN -> parse -> route to peer -> fit -> track -> encapsulate -> UDP      datapath/outbound.rs
-//! UDP -> decapsulate -> parse -> check inner source -> hop -> join -> TUN -> pod  datapath/inbound.rs
+//! pod -> TUN -> parse -> decide -> translate -> fit -> encapsulate -> UDP         datapath/outbound.rs
+//! UDP -> decapsulate -> parse -> check inner source -> hop -> join -> translate
+//!     -> TUN -> pod                                                               datapath/inbound.rs
 //! ```
 //!
 //! 1. `io::lane`: a thread reads frames and datagrams, and sends what comes out
 //! 2. [`packet`]: bytes become [`packet::Headers`], checked once; rewriting, checksums, ICMP, cutting, joining
-//! 3. [`datapath`]: a [`datapath::Lane`] decides where each packet goes, by the [`snapshot`] it is given
+//! 3. [`datapath`]: a [`datapath::Lane`] decides where each packet goes, by its flow (`datapath/conntrack.rs`),
+//!    the Services (`datapath/service.rs`) and the routes of the [`snapshot`] it is given
 //! 4. [`tunnel`]: WireGuard ([`tunnel::wireguard`], the only file that names boringtun) and VXLAN wrap it
 //!
 //! A payload is copied once by us in each direction at most: outbound, a super-packet's segments are
