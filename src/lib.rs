@@ -43,7 +43,7 @@
 //! # Rooms
 //!
 //! A room imports only from rooms above it in this list, and `io` never from `state`: both meet in `agent`.
-//! `tests/architecture.rs` checks that, and that everything above the line does no I/O.
+//! `tests/architecture` checks that, and that everything above the line does no I/O.
 //!
 //! | room | what happens there |
 //! |---|---|
