@@ -15,6 +15,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+// Shared with the bench beside kube-proxy, which needs more of it.
 #[allow(dead_code)]
 #[path = "objects.rs"]
 pub mod objects;

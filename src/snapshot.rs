@@ -122,7 +122,7 @@ pub enum SourceOwner {
     Pod,
     /// The peer itself.
     Node,
-    /// Neither: refused, until a Service says otherwise.
+    /// Neither: refused, unless it is a client of a Service here.
     Foreign,
 }
 

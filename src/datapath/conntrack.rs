@@ -1,6 +1,6 @@
 //! The flow table: every flow that crosses this node's tunnel, both directions, in fixed-size plain data.
 //!
-//! A lane asks once per burst ([`FlowTable::track`]):
+//! A lane asks once per burst ([`FlowTable::lookup`]), and enters what is new ([`FlowTable::insert`]):
 //!
 //! 1. hash the packet's key (the same for both directions) to a bucket of the index;
 //! 2. each slot with the hash's tag names an entry: compare its original and its reply key;
@@ -116,7 +116,8 @@ impl FlowTable {
     }
 
     /// Finds or makes the flow of a burst and brings it up to date.
-    pub fn track(&self, now: u64, packet: &Sighting) -> Result<Tracked, Untracked> {
+    #[cfg(test)]
+    fn track(&self, now: u64, packet: &Sighting) -> Result<Tracked, Untracked> {
         if let Some(tracked) = self.lookup(now, packet)? {
             return Ok(tracked);
         }
