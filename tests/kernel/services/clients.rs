@@ -11,7 +11,7 @@ use super::{NODE_PORT, SOON, asked, pods, refused, service, services, vips};
 use crate::lab::agent::Mesh;
 use crate::lab::service::{BOTH, Over, PORT, Service, TARGET, Who, ask, ask_again, ask_udp, open, udp};
 use crate::lab::traffic::{Echo, tcp_bulk};
-use crate::lab::{Underlay, wait_for};
+use crate::lab::{Node, Underlay, wait_for};
 
 #[test]
 fn cluster_ips_with_wireguard() {
@@ -131,6 +131,28 @@ fn node_ports(encap: &str, underlay: Underlay) {
             assert_eq!(answer.server, server, "{what}, {over:?}");
             if let Some(saw) = saw {
                 assert_eq!(answer.client.ip(), saw, "{what}, {over:?}");
+            }
+        }
+        // The node's address inside the mesh has them too, for everybody there.
+        for v in [0, 1] {
+            let at = |port| SocketAddr::new(node1.inner(0)[v], port);
+            let own = |node: &Node, host| node.inner(host)[v];
+            for (client, port, server, saw) in [
+                (&node3.pods[0], NODE_PORT, "near", own(node3, 10)),
+                (&node3.pods[0], NODE_PORT + 1, "far", own(node1, 0)),
+                (&node2.pods[0], NODE_PORT + 1, "far", own(node1, 0)),
+                (&node3.ns, NODE_PORT, "near", own(node3, 0)),
+                (&node1.pods[0], NODE_PORT, "near", own(node1, 10)),
+                (&node1.pods[0], NODE_PORT + 1, "far", own(node1, 10)),
+            ] {
+                // A pod asks its own link for this address, and for IPv6 a kernel answers only at the device
+                // that has it. (The node's pods have the bridge's address, and all others.)
+                if v == 1 && client.name() == node1.pods[0].name() {
+                    continue;
+                }
+                let answer = asked(client, None, at(port), over);
+                let what = format!("{} to {}, {over:?}", client.name(), at(port));
+                assert_eq!((answer.server.as_str(), answer.client.ip()), (server, saw), "{what}");
             }
         }
         // The pods' own way to the node's other addresses is not disturbed, and no other port is taken.
