@@ -167,6 +167,7 @@ fn peer(id: u32, key: [u8; 32], endpoint: &str, allowed: &[&str], addresses: &[&
         mtu: 1420,
         keepalive: if id == 0 { 25 } else { 0 },
         takes_strangers: true,
+            also: Vec::new(),
     }))
 }
 

@@ -284,6 +284,7 @@ impl World {
             mtu: self.mtu,
             keepalive: node.spec.keepalive,
             takes_strangers: true,
+            also: Vec::new(),
         }
     }
 
