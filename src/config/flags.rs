@@ -15,11 +15,13 @@ use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
 use crate::state::problem::{nearest, one_line, quote};
+use crate::state::source::kube::ServerUrl;
 use crate::status::client::{PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
 Examples:
   warren demo                                      three nodes with pods on this machine, no Kubernetes
+  warren agent --source kube                       this node joins the pod network of its Kubernetes cluster
   warren agent --source dir:/etc/warren/objects    this machine joins the mesh that the folder describes
   warren status                                    what the agent on this machine is doing
   warren agent --cleanup                           take everything back out of the kernel";
@@ -30,12 +32,15 @@ Examples:
     warren agent --source dir:/srv/warren
   Plain VXLAN inside one location, WireGuard to all others:
     warren agent --source dir:/srv/warren --encap auto --location home
+  A node of a Kubernetes cluster, with the credentials of a kubeconfig instead of a pod's:
+    warren agent --source kube --kubeconfig /etc/warren/kubeconfig
   Behind a router that forwards UDP port 51820 to this machine:
     warren agent --source dir:/srv/warren --endpoint 203.0.113.7:51820
 
 Each option can also come from the environment (shown as [env: ...]) or, under the option's own name, \
 from the YAML file that --config names. A flag wins over the environment, that over the file.";
 
+const KUBERNETES: &str = "Kubernetes (with --source kube)";
 const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
 
 /// The command line.
@@ -68,8 +73,9 @@ pub struct AgentArgs {
     /// A YAML file with more settings; its keys are the names of these options
     #[arg(long, value_name = "FILE", env = "WARREN_CONFIG", help_heading = "Cluster")]
     pub config: Option<PathBuf>,
-    /// Where the cluster's objects come from: dir:PATH, a folder of Kubernetes YAML or JSON
-    #[arg(long, value_name = "dir:PATH", env = "WARREN_SOURCE", help_heading = "Cluster")]
+    /// Where the cluster's objects come from: kube, the Kubernetes API; or dir:PATH, a folder of Kubernetes YAML or
+    /// JSON [default: kube in a pod, else none]
+    #[arg(long, value_name = "kube|dir:PATH", env = "WARREN_SOURCE", help_heading = "Cluster")]
     pub source: Option<SourceSpec>,
     /// The name of this machine's Node object [default: the host name]
     #[arg(long, value_name = "NAME", env = "WARREN_NODE", help_heading = "Cluster")]
@@ -86,6 +92,31 @@ pub struct AgentArgs {
     #[arg(long, value_name = "WORD", env = "WARREN_LOCATION", value_parser = annotations::location,
           help_heading = "Cluster")]
     pub location: Option<String>,
+
+    /// Use the address, authority and credentials of this kubeconfig's current context [default: the pod's
+    /// service account]
+    #[arg(long, value_name = "FILE", env = "WARREN_KUBECONFIG", help_heading = KUBERNETES)]
+    pub kubeconfig: Option<PathBuf>,
+    /// API servers to try in turn. They must be reachable without Services, whose packets this agent carries
+    /// [default: the server in the kubelet's kubeconfig, then the endpoints of the Service `kubernetes` seen last
+    /// time, then KUBERNETES_SERVICE_HOST]
+    #[arg(
+        long,
+        value_name = "https://HOST:PORT,...",
+        env = "WARREN_API_SERVER",
+        value_delimiter = ',',
+        help_heading = KUBERNETES
+    )]
+    pub api_server: Option<Vec<ServerUrl>>,
+    /// The kubelet's kubeconfig: the address and authority of the API server are read from it, never its
+    /// credentials [default: the first there is of /etc/kubernetes/kubelet.conf, /var/lib/kubelet/kubeconfig,
+    /// /var/lib/rancher/k3s/agent/kubelet.kubeconfig]
+    #[arg(long, value_name = "FILE", env = "WARREN_KUBELET_KUBECONFIG", help_heading = KUBERNETES)]
+    pub kubelet_kubeconfig: Option<PathBuf>,
+    /// Where /readyz (200 once packets flow) and /livez answer, for a DaemonSet's probes; empty: nowhere
+    /// [default: 127.0.0.1:51820 with --source kube, else nowhere]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_PROBE_BIND_ADDRESS", help_heading = KUBERNETES)]
+    pub probe_bind_address: Option<BindArg>,
 
     /// How packets to other nodes are wrapped [default: wireguard]
     #[arg(long, env = "WARREN_ENCAP", help_heading = "Tunnel")]
@@ -302,16 +333,31 @@ fn nodeport_range(text: &str) -> Result<IpNet, String> {
 pub enum SourceSpec {
     /// A folder.
     Dir(PathBuf),
+    /// The Kubernetes API.
+    Kube,
+}
+
+impl std::fmt::Display for SourceSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SourceSpec::Dir(path) => write!(f, "dir:{}", path.display()),
+            SourceSpec::Kube => f.write_str("kube"),
+        }
+    }
 }
 
 impl FromStr for SourceSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<SourceSpec, String> {
+        if text == "kube" {
+            return Ok(SourceSpec::Kube);
+        }
         match text.strip_prefix("dir:") {
-            Some("") | None => {
-                Err(format!("{} is not dir:PATH, a folder of Kubernetes objects", quote(text)))
-            }
+            Some("") | None => Err(format!(
+                "{} is neither kube, the Kubernetes API, nor dir:PATH, a folder of its objects",
+                quote(text)
+            )),
             Some(path) => Ok(SourceSpec::Dir(path.into())),
         }
     }

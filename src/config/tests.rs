@@ -149,7 +149,10 @@ fn refusals_say_what_to_do() {
     let base = ["--node", "a", "--source", "dir:/x"];
     let with = |more: &[&str]| refusal(&[&base, more].concat());
     assert!(refusal(&["--node", "a"]).contains("--source dir:PATH"));
-    assert!(refusal(&["--source", "kube", "--node", "a"]).contains("dir:PATH"));
+    assert!(refusal(&["--source", "kubernetes", "--node", "a"]).contains("neither kube"));
+    assert!(with(&["--api-server", "http://10.0.0.1:8080"]).contains("without TLS"));
+    assert!(with(&["--api-server", "10.0.0.1:6443"]).contains("https://"));
+    assert!(with(&["--api-server", "https://rancher.example/k8s/clusters/c"]).contains("path"));
     assert!(refusal(&["--source", "dir:/x", "--node", "A/b"]).contains("no Node's name"));
     assert!(refusal(&["--source", "dir:/x", "--node", "ATTIC"]).contains("lower case; attic?"));
     assert!(with(&["--port", "65530", "--lanes", "9"]).contains("beyond 65535"));
@@ -226,6 +229,29 @@ fn settings_for_the_state_line() {
     assert_eq!(settings.mac[0] & 3, 2, "locally administered, one device's");
     let read = annotations::parse(&annotations::render(&settings.announcement));
     assert_eq!(read, (settings.announcement, Vec::new()));
+}
+
+#[test]
+fn kubernetes_is_found_by_itself_or_as_told() {
+    let config = AgentConfig::resolve(agent(&["--source", "kube", "--node", "a"])).unwrap();
+    assert_eq!((config.source, config.probe), (Some(SourceSpec::Kube), "127.0.0.1:51820".parse().ok()));
+    assert_eq!(config.access.kubelet[0], Path::new("/etc/kubernetes/kubelet.conf"));
+    assert_eq!(config.access.saved, Path::new("/var/lib/warren/api-servers.json"));
+    let config = AgentConfig::resolve(agent(&[
+        "--source=kube",
+        "--node=a",
+        "--api-server=https://10.0.0.1:6443,https://[2001:db8::1]:6443/,https://api.example",
+        "--kubelet-kubeconfig=/k",
+        "--state-dir=/s",
+        "--probe-bind-address=",
+    ]))
+    .unwrap();
+    let servers: Vec<String> = config.access.servers.iter().map(ToString::to_string).collect();
+    assert_eq!(servers, ["https://10.0.0.1:6443", "https://[2001:db8::1]:6443", "https://api.example:443"]);
+    assert_eq!((config.access.kubelet, config.probe), (vec!["/k".into()], None));
+    assert_eq!(config.access.saved, Path::new("/s/api-servers.json"));
+    // A folder has no probes unless they are asked for.
+    assert_eq!(AgentConfig::resolve(agent(&["--source=dir:/x", "--node=a"])).unwrap().probe, None);
 }
 
 #[test]
