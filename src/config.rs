@@ -125,6 +125,8 @@ pub struct AgentConfig {
     pub log: String,
     /// Whether to clean up and end.
     pub cleanup: bool,
+    /// Whether to wait for a signal after that.
+    pub stay: bool,
     /// Offloads.
     pub offloads: Offloads,
 }
@@ -257,6 +259,7 @@ impl AgentConfig {
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             log: args.log.unwrap_or_else(|| "info".to_owned()),
             cleanup: args.cleanup,
+            stay: args.stay,
             offloads: Offloads {
                 tun_gso: on(args.no_tun_gso),
                 udp_gso: on(args.no_udp_gso),

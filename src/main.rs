@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 use warren::config::{AgentConfig, Cli, Command, environment_warnings};
 use warren::{agent, demo, status};
@@ -45,6 +46,15 @@ fn run_agent(config: AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         [] => println!("nothing of Warren's was found"),
         some => some.iter().for_each(|what| println!("removed {what}")),
     }
+    if config.stay { wait_to_be_stopped() } else { Ok(()) }
+}
+
+/// By waiting for the signal and not by its default action, which the first process of a container does not have.
+fn wait_to_be_stopped() -> Result<(), Box<dyn std::error::Error>> {
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block()?;
+    println!("waiting to be stopped");
+    signals.wait()?;
     Ok(())
 }
 

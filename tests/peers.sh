@@ -3,6 +3,7 @@
 #
 #     tests/peers.sh              build what is missing, print the folder
 #     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/connections and bench/rules need
+#     tests/peers.sh deploy       build helm and kustomize too, which render the manifests for the section `deploy`
 #     tests/peers.sh --path       print the folder only
 #
 # Needs cargo, go and a C compiler; kube-proxy downloads about 0.4 GB of Go modules. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
@@ -14,6 +15,8 @@ wireguard_go=v0.0.0-20260522210424-ecfc5a8d5446
 boringtun=0.7.1
 gotatun=0.10.2
 kube_proxy=1.36.3
+helm=v3.22.0
+kustomize=v5.7.1
 
 cache=${WARREN_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/warren-peers}
 bin=$cache/bin
@@ -73,6 +76,19 @@ kube_proxy() {
 }
 if [[ ${1:-} == kube-proxy ]]; then
     (kube_proxy)
+fi
+
+# MODULE VERSION BINARY
+go_program() {
+    fresh "$3" "$2" && return
+    need go "$3"
+    GOFLAGS='' GOBIN=$cache/go CGO_ENABLED=0 nice go install -trimpath -ldflags "-s -w" "$1@$2" >&2
+    mv "$cache/go/$3" "$bin/$3"
+    built "$3" "$2"
+}
+if [[ ${1:-} == deploy ]]; then
+    go_program helm.sh/helm/v3/cmd/helm "$helm" helm
+    go_program sigs.k8s.io/kustomize/kustomize/v5 "$kustomize" kustomize
 fi
 
 echo "$bin"

@@ -50,7 +50,7 @@ pub(super) struct FileArgs {
 }
 
 /// What may not stand in the file: it makes no sense there.
-const NOT_IN_FILE: [&str; 2] = ["config", "cleanup"];
+const NOT_IN_FILE: [&str; 3] = ["config", "cleanup", "stay"];
 
 /// Reads the file.
 pub(super) fn read_file(path: &Path) -> Result<AgentArgs, ConfigError> {
@@ -126,7 +126,7 @@ fn scalar_or_list(value: &Value) -> Option<String> {
 pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
     macro_rules! either {
         ($($field:ident),*) => {
-            AgentArgs { cleanup: first.cleanup, $($field: first.$field.or(second.$field),)* }
+            AgentArgs { cleanup: first.cleanup, stay: first.stay, $($field: first.$field.or(second.$field),)* }
         };
     }
     either!(

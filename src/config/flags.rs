@@ -206,6 +206,9 @@ pub struct AgentArgs {
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
     pub cleanup: bool,
+    /// With --cleanup: wait for a signal afterwards. A DaemonSet would start what ends again
+    #[arg(long, requires = "cleanup", help_heading = "Host")]
+    pub stay: bool,
 
     /// Do not take or give super-packets on the tunnel device
     #[arg(long, env = "WARREN_NO_TUN_GSO", num_args = 0..=1, default_missing_value = "true",

@@ -120,6 +120,7 @@ fn unknown_keys_are_named_with_what_was_meant() {
         "configuration file w.yaml: there is no setting \"underlay_mtu\"; did you mean underlay-mtu?"
     );
     assert!(of("cleanup: true").contains("no setting"));
+    assert!(of("stay: true").contains("no setting"));
     assert!(of("config: x").contains("no setting"));
     assert!(of("help: true").contains("no setting"));
     assert!(of("a\nb: [").contains("w.yaml"));
@@ -178,7 +179,7 @@ fn refusals_say_what_to_do() {
     }
     // Cleaning up needs no source.
     let config = AgentConfig::resolve(agent(&["--cleanup", "--node", "a"])).unwrap();
-    assert!(config.cleanup && config.source.is_none());
+    assert!(config.cleanup && config.source.is_none() && !config.stay);
 }
 
 #[test]
