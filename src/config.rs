@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::cni::install;
 use crate::snapshot::service::Protocol;
 use crate::snapshot::{PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
@@ -34,13 +35,14 @@ mod flags;
 
 pub use file::environment_warnings;
 pub use flags::{
-    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
-    UnderlayMtu,
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, FolderArg, Masquerade, ServicesArg, SourceSpec,
+    Switch, UnderlayMtu,
 };
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+const DEFAULT_CONF_NAME: &str = "05-warren.conflist";
 /// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
 const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
 const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
@@ -105,6 +107,8 @@ pub struct AgentConfig {
     pub healthz: Option<SocketAddr>,
     /// Where `/proxyMode` answers.
     pub proxy_mode: Option<SocketAddr>,
+    /// The runtime's CNI folders.
+    pub cni: CniConfig,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -119,6 +123,37 @@ pub struct AgentConfig {
     pub cleanup: bool,
     /// Offloads.
     pub offloads: Offloads,
+}
+
+/// How Warren comes into the container runtime's network configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniConfig {
+    /// Where a list of plugins is kept; `None`: nowhere.
+    pub conf_dir: Option<PathBuf>,
+    /// Where plugins are.
+    pub bin_dir: PathBuf,
+    /// Our own list's name.
+    pub conf_name: String,
+}
+
+impl CniConfig {
+    /// On Kubernetes a node has no network before there is such a list. A folder of objects may be used on machines
+    /// that have a runtime for other things.
+    fn resolve(
+        dir: Option<FolderArg>,
+        bin_dir: Option<PathBuf>,
+        name: Option<String>,
+        source: Option<&SourceSpec>,
+    ) -> CniConfig {
+        let usual = match source {
+            Some(SourceSpec::Dir(_)) | None => None,
+        };
+        CniConfig {
+            conf_dir: dir.map_or(usual, |dir| dir.0),
+            bin_dir: bin_dir.unwrap_or_else(|| install::DEFAULT_BIN_DIR.into()),
+            conf_name: name.unwrap_or_else(|| DEFAULT_CONF_NAME.to_owned()),
+        }
+    }
 }
 
 /// Why the settings cannot be used.
@@ -195,6 +230,8 @@ impl AgentConfig {
         let port = args.port.unwrap_or(annotations::DEFAULT_PORT);
         let on = |no: Option<bool>| !no.unwrap_or(false);
         let endpoint = |arg: EndpointArg| SocketAddr::new(arg.address, arg.port.unwrap_or(port));
+        let source = args.source.as_ref();
+        let cni = CniConfig::resolve(args.cni_conf_dir, args.cni_bin_dir, args.cni_conf_name, source);
         let config = AgentConfig {
             source: args.source,
             node,
@@ -215,6 +252,7 @@ impl AgentConfig {
             external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
             healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
             proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
+            cni,
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
