@@ -4,13 +4,15 @@
 //! 2. the state line starts; the first plan says which pods are ours
 //! 3. the lanes start: sockets, TUN queues, threads
 //! 4. the host: addresses, routes, rules, nftables; from now on kept in repair
-//! 5. peers that were active before a restart are called; `ready` appears in the run directory
+//! 5. peers that were active before a restart are called; `ready` appears in the run directory, and the CNI
+//!    configuration where the runtime looks for it
 //! 6. until a signal, or the end of a lane: follow plans, underlay and peers
 //!
 //! From the beginning `/livez` and `/readyz` answer, where they are wanted.
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
+mod cni;
 mod ends;
 mod error;
 mod feed;
@@ -108,7 +110,10 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
         presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
-        Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
+        // First, so that no pod is added meanwhile.
+        let mut removed = cni::cleanup(config)?;
+        removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
+        Ok::<_, AgentError>(removed)
     })?;
     for file in ["ready", "flows", "affinity"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
@@ -145,6 +150,7 @@ struct Running {
     ready: ReadyFile,
     /// Whoever keeps our Node right waits for more of this.
     _ready: watch::Sender<bool>,
+    cni: cni::Cni,
     /// Since when the device has been missing.
     tun_gone: Option<Instant>,
     _tasks: Tasks,
@@ -266,6 +272,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     ready.write(&config.node, plan.pod_mtu)?;
     probe.send_modify(|answers| answers.not_ready = None);
     feed.ready.send_replace(true);
+    let (cni, cni_tasks) = cni::Cni::start(&config, &plan, host_state.clone())?;
+    tasks.0.extend(cni_tasks);
     info!(
         node = %config.node, pods = %list(&plan.pod_ranges), pod_mtu = plan.pod_mtu, lanes = fleet.lanes.len(),
         peers = outputs.snapshot.load().mesh.peers.iter().flatten().count(), encap = config.encap.name(),
@@ -290,6 +298,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         files,
         ready,
         _ready: feed.ready,
+        cni,
         tun_gone: None,
         _tasks: tasks,
     })
@@ -347,6 +356,7 @@ impl Running {
             live.pod_mtu = next.pod_mtu;
             live.pod_ranges.clone_from(&next.pod_ranges);
         });
+        self.cni.obey(&next);
         self.plan = next;
         let wanted = host_config(&self.config, &self.plan);
         self.host_wanted.send_if_modified(|now| std::mem::replace(now, wanted) != *now);

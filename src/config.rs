@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::cni::install;
 use crate::snapshot::service::Protocol;
 use crate::snapshot::{PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
@@ -36,13 +37,15 @@ mod flags;
 
 pub use file::environment_warnings;
 pub use flags::{
-    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
-    UnderlayMtu,
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, FolderArg, Masquerade, ServicesArg, SourceSpec,
+    Switch, UnderlayMtu,
 };
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
+const DEFAULT_CONF_NAME: &str = "05-warren.conflist";
 /// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
 const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
 /// WireGuard's port, but TCP, and only for this node's kubelet.
@@ -113,6 +116,8 @@ pub struct AgentConfig {
     pub healthz: Option<SocketAddr>,
     /// Where `/proxyMode` answers.
     pub proxy_mode: Option<SocketAddr>,
+    /// The runtime's CNI folders.
+    pub cni: CniConfig,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -129,6 +134,38 @@ pub struct AgentConfig {
     pub stay: bool,
     /// Offloads.
     pub offloads: Offloads,
+}
+
+/// How Warren comes into the container runtime's network configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniConfig {
+    /// Where a list of plugins is kept; `None`: nowhere.
+    pub conf_dir: Option<PathBuf>,
+    /// Where plugins are.
+    pub bin_dir: PathBuf,
+    /// Our own list's name.
+    pub conf_name: String,
+}
+
+impl CniConfig {
+    /// On Kubernetes a node has no network before there is such a list. A folder of objects may be used on machines
+    /// that have a runtime for other things.
+    fn resolve(
+        dir: Option<FolderArg>,
+        bin_dir: Option<PathBuf>,
+        name: Option<String>,
+        source: Option<&SourceSpec>,
+    ) -> CniConfig {
+        let usual = match source {
+            Some(SourceSpec::Kube) => Some(PathBuf::from(DEFAULT_CONF_DIR)),
+            Some(SourceSpec::Dir(_)) | None => None,
+        };
+        CniConfig {
+            conf_dir: dir.map_or(usual, |dir| dir.0),
+            bin_dir: bin_dir.unwrap_or_else(|| install::DEFAULT_BIN_DIR.into()),
+            conf_name: name.unwrap_or_else(|| DEFAULT_CONF_NAME.to_owned()),
+        }
+    }
 }
 
 /// Why the settings cannot be used.
@@ -231,6 +268,8 @@ impl AgentConfig {
             (None, Some(SourceSpec::Kube)) => Some(DEFAULT_PROBE),
             (None, Some(SourceSpec::Dir(_)) | None) => None,
         };
+        let cni =
+            CniConfig::resolve(args.cni_conf_dir, args.cni_bin_dir, args.cni_conf_name, source.as_ref());
         let config = AgentConfig {
             source,
             node,
@@ -253,6 +292,7 @@ impl AgentConfig {
             external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
             healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
             proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
+            cni,
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir,

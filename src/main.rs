@@ -1,18 +1,23 @@
 //! The `warren` binary: parses the command line and calls the library.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 use warren::config::{AgentConfig, Cli, Command, environment_warnings};
-use warren::{agent, demo, status};
+use warren::{agent, cni, demo, status};
 
 /// How clap ends for a command line that makes no sense, and so do we.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    // The CNI plugin is the same file under another name.
+    if std::env::args_os().next().is_some_and(|name| Path::new(&name).ends_with(cni::PLUGIN)) {
+        return cni::main();
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Agent(args) => match AgentConfig::resolve(*args) {
@@ -26,6 +31,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => return demo::run(args).unwrap_or_else(|error| fail(&error)),
         Command::Status(args) => status::client::status(&args).map_err(Into::into),
         Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
+        Command::InstallCni(args) => cni::install::run(&args).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
+use crate::cni::install::{EXAMPLES as INSTALL_EXAMPLES, InstallArgs};
 use crate::demo::DemoArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
@@ -41,6 +42,7 @@ Each option can also come from the environment (shown as [env: ...]) or, under t
 from the YAML file that --config names. A flag wins over the environment, that over the file.";
 
 const KUBERNETES: &str = "Kubernetes (with --source kube)";
+const CNI: &str = "CNI (k3s and MicroK8s have folders of their own: see warren install-cni --help)";
 const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
 
 /// The command line.
@@ -65,6 +67,9 @@ pub enum Command {
     Status(StatusArgs),
     /// List the other nodes, and how each is reached
     Peers(PeersArgs),
+    /// Put the CNI plugin where this machine's container runtime looks for it
+    #[command(after_help = INSTALL_EXAMPLES)]
+    InstallCni(InstallArgs),
 }
 
 /// `warren agent`. Everything is optional here, because it may come from the file.
@@ -184,6 +189,18 @@ pub struct AgentArgs {
         help_heading = "Services"
     )]
     pub proxy_mode_bind_address: Option<BindArg>,
+
+    /// Where the container runtime looks for CNI configurations: the agent writes one there when packets flow, or
+    /// puts warren-cni into the `bridge` or `ptp` one it finds; empty: leave it alone [default: empty]
+    #[arg(long, value_name = "DIR", env = "WARREN_CNI_CONF_DIR", help_heading = CNI)]
+    pub cni_conf_dir: Option<FolderArg>,
+    /// Where the container runtime looks for CNI plugins [default: /opt/cni/bin]
+    #[arg(long, value_name = "DIR", env = "WARREN_CNI_BIN_DIR", help_heading = CNI)]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The file that the agent writes there; a runtime takes the first by name [default: 05-warren.conflist]
+    #[arg(long, value_name = "FILE", env = "WARREN_CNI_CONF_NAME", value_parser = conflist_name,
+          help_heading = CNI)]
+    pub cni_conf_name: Option<String>,
 
     /// Name of the tunnel device [default: warren0]
     #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
@@ -315,6 +332,36 @@ impl FromStr for BindArg {
         address.map(|address| BindArg(Some(address))).ok_or_else(|| {
             format!("{} is not ADDRESS:PORT like 0.0.0.0:10256 or [::]:10256, nor empty", quote(text))
         })
+    }
+}
+
+/// A folder, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FolderArg(pub(super) Option<PathBuf>);
+
+impl FromStr for FolderArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<FolderArg, String> {
+        match text {
+            "" => Ok(FolderArg(None)),
+            // A relative one would depend on where the agent was started.
+            _ if !text.starts_with('/') => Err(format!("{} does not begin with a slash", quote(text))),
+            _ => Ok(FolderArg(Some(text.into()))),
+        }
+    }
+}
+
+/// A runtime reads only files whose names end so, and none of a folder below.
+fn conflist_name(text: &str) -> Result<String, String> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match text.strip_suffix(".conflist") {
+        Some(stem)
+            if !stem.is_empty() && !stem.starts_with('.') && text.len() <= 100 && stem.chars().all(fine) =>
+        {
+            Ok(text.to_owned())
+        }
+        Some(_) | None => Err("not a file name like 05-warren.conflist".to_owned()),
     }
 }
 

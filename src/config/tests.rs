@@ -297,3 +297,24 @@ fn services_are_automatic_and_answered_for_as_kube_proxy_does() {
     assert_eq!((file.services, file.external_ips), (Some(ServicesArg::On), Some(Switch::Off)));
     assert_eq!(file.healthz_bind_address, Some(BindArg(None)));
 }
+
+#[test]
+fn the_cni_folders() {
+    let config = |arguments: &[&str]| {
+        let all = [&["--source", "dir:/x", "--node", "a"], arguments].concat();
+        AgentConfig::resolve(agent(&all)).unwrap().cni
+    };
+    let plain = config(&[]);
+    assert_eq!((plain.conf_dir, plain.conf_name.as_str()), (None, "05-warren.conflist"));
+    assert_eq!(plain.bin_dir, Path::new("/opt/cni/bin"));
+    let set = config(&["--cni-conf-dir=/a", "--cni-bin-dir=/b", "--cni-conf-name=00-x.conflist"]);
+    assert_eq!(
+        (set.conf_dir, set.bin_dir, set.conf_name.as_str()),
+        (Some("/a".into()), "/b".into(), "00-x.conflist")
+    );
+    assert_eq!(config(&["--cni-conf-dir="]).conf_dir, None);
+    assert!(refusal(&["--cni-conf-dir", "a"]).contains("slash"));
+    for name in ["x", "x.conf", ".conflist", "../x.conflist", ".x.conflist", "a b.conflist"] {
+        assert!(refusal(&["--cni-conf-name", name]).contains("05-warren.conflist"), "{name}");
+    }
+}
