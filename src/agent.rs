@@ -4,13 +4,18 @@
 //! 2. the state line starts; the first plan says which pods are ours
 //! 3. the lanes start: sockets, TUN queues, threads
 //! 4. the host: addresses, routes, rules, nftables; from now on kept in repair
-//! 5. peers that were active before a restart are called; `ready` appears in the run directory
+//! 5. peers that were active before a restart are called; `ready` appears in the run directory, and the CNI
+//!    configuration where the runtime looks for it
 //! 6. until a signal, or the end of a lane: follow plans, underlay and peers
+//!
+//! From the beginning `/livez` and `/readyz` answer, where they are wanted.
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
+mod cni;
 mod ends;
 mod error;
+mod feed;
 mod health;
 mod keys;
 mod presence;
@@ -29,13 +34,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
 pub use error::AgentError;
-use error::reasons;
 
-use crate::config::{AgentConfig, Masquerade, ServicesArg, SourceSpec, UnderlayMtu};
+use crate::config::{AgentConfig, Masquerade, ServicesArg, UnderlayMtu};
 use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
@@ -46,9 +50,7 @@ use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
 use crate::state::durable::Loaded;
 use crate::state::keys::{KeyRing, vxlan_mac};
-use crate::state::publish::Publisher;
 use crate::state::run::{Clock, Outputs, StateLine, StateReport};
-use crate::state::source::dir::DirSource;
 use crate::status::{Handle, RotateOrder, server};
 use ends::Ends;
 use health::Answers;
@@ -65,6 +67,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const KEY_STEPS: Duration = Duration::from_secs(1);
 /// How long the device may be missing before the lanes have had their chance to make it again.
 const TUN_PATIENCE: Duration = Duration::from_secs(8);
+/// How long the node's routes and rules may be other than planned before the node counts as not ready.
+const HOST_PATIENCE: Duration = Duration::from_secs(60);
 /// Events of the source that may wait.
 const EVENTS: usize = 4096;
 
@@ -110,7 +114,10 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
     let saved = host_state(config);
     let mut removed = runtime.block_on(async {
         presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
-        Ok::<_, AgentError>(host::cleanup(&config.tun_name, Some(&saved)).await?)
+        // First, so that no pod is added meanwhile.
+        let mut removed = cni::cleanup(config)?;
+        removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
+        Ok::<_, AgentError>(removed)
     })?;
     for file in ["ready", "flows", "affinity"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
@@ -141,17 +148,31 @@ struct Running {
     answers: watch::Sender<Answers>,
     keys: KeyChange,
     rotations: mpsc::Receiver<RotateOrder>,
+    /// What is answered for probes.
+    probe: watch::Sender<Answers>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
     ready: ReadyFile,
+    /// Whoever keeps our Node right waits for more of this.
+    _ready: watch::Sender<bool>,
+    cni: cni::Cni,
     /// Since when the device has been missing.
     tun_gone: Option<Instant>,
     _tasks: Tasks,
 }
 
 async fn agent(config: AgentConfig) -> Result<(), AgentError> {
-    start(config).await?.follow().await
+    // As the first process of a container it would not end by a signal that it does not listen for.
+    let mut stop = Signals::new()?;
+    let running = tokio::select! {
+        running = start(config) => running?,
+        () = stop.wait() => {
+            info!("stopping before packets flow");
+            return Ok(());
+        }
+    };
+    running.follow(stop).await
 }
 
 async fn start(config: AgentConfig) -> Result<Running, AgentError> {
@@ -192,13 +213,16 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     let (line, mut outputs) = StateLine::new(settings.clone(), saved);
     let (events, source_events) = mpsc::channel(EVENTS);
     let (settings_sender, settings_reader) = watch::channel(settings.clone());
-    let folder = source_folder(&config);
-    let publisher = Publisher::new(&folder, &config.node);
     let time = Clock { now: clock::now, wall: clock::wall };
-    let source = tokio::spawn(DirSource::new(&folder).run(events));
-    let line = line.run(source_events, settings_reader, Some(files.clone()), Some(publisher), time);
-    let mut tasks = Tasks(vec![source, tokio::spawn(line)]);
-    let plan = first_plan(&config, &mut outputs).await?;
+    let feed = feed::start(&config, &outputs, events, time);
+    let mut tasks = Tasks(feed.tasks);
+    let line = line.run(source_events, settings_reader, Some(files.clone()), feed.announcer, time);
+    tasks.0.push(tokio::spawn(line));
+    let starting =
+        Answers { probe: config.probe, not_ready: Some("starting".to_owned()), ..Answers::default() };
+    let (probe, wanted_probe) = watch::channel(starting);
+    tasks.0.push(tokio::spawn(health::serve(wanted_probe, watch::channel(HostState::default()).1)));
+    let plan = feed::first_plan(&config, &mut outputs, &probe).await?;
 
     // 3 lanes
     let table = flows::open(&config.run_dir.join("flows"), seed).map_err(|source| AgentError::Io {
@@ -256,6 +280,10 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     });
     recent::call(&files, &outputs.snapshot.load(), &fleet);
     ready.write(&config.node, plan.pod_mtu)?;
+    probe.send_modify(|answers| answers.not_ready = None);
+    feed.ready.send_replace(true);
+    let (cni, cni_tasks) = cni::Cni::start(&config, &plan, host_state.clone())?;
+    tasks.0.extend(cni_tasks);
     info!(
         node = %config.node, pods = %list(&plan.pod_ranges), pod_mtu = plan.pod_mtu, lanes = fleet.lanes.len(),
         peers = outputs.snapshot.load().mesh.peers.iter().flatten().count(), encap = config.encap.name(),
@@ -276,10 +304,13 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         answers,
         keys,
         rotations,
+        probe,
         settings_sender,
         handle,
         files,
         ready,
+        _ready: feed.ready,
+        cni,
         tun_gone: None,
         _tasks: tasks,
     })
@@ -287,8 +318,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
 
 impl Running {
     // 6 until told to stop
-    async fn follow(mut self) -> Result<(), AgentError> {
-        let mut stop = Signals::new()?;
+    async fn follow(mut self, mut stop: Signals) -> Result<(), AgentError> {
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut key_steps = interval(KEY_STEPS);
@@ -326,6 +356,7 @@ impl Running {
                 _ = look.tick() => {
                     self.is_the_device_back()?;
                     self.look().await;
+                    self.is_it_ready()?;
                 }
                 _ = call.tick(), if keepalive > 0 => self.call_everybody(),
                 () = &mut recent => {}
@@ -348,6 +379,7 @@ impl Running {
             live.pod_mtu = next.pod_mtu;
             live.pod_ranges.clone_from(&next.pod_ranges);
         });
+        self.cni.obey(&next);
         self.plan = next;
         let wanted = host_config(&self.config, &self.plan);
         self.host_wanted.send_if_modified(|now| std::mem::replace(now, wanted) != *now);
@@ -424,6 +456,35 @@ impl Running {
         }
     }
 
+    /// Ready means that packets flow: the device is there, and the host is as planned.
+    fn is_it_ready(&mut self) -> Result<(), AgentError> {
+        let right = self.host_state.borrow().right;
+        let wrong =
+            right.is_none_or(|right| clock::wall().duration_since(right).unwrap_or_default() > HOST_PATIENCE);
+        let why = match (self.tun_gone, wrong) {
+            (Some(_), _) => Some(format!("the interface {} is gone", self.config.tun_name)),
+            (None, true) => Some("the node's routes and rules cannot be kept right".to_owned()),
+            (None, false) => None,
+        };
+        let before = self.probe.borrow().not_ready.clone();
+        if before == why {
+            return Ok(());
+        }
+        match &why {
+            Some(why) => {
+                warn!("not ready: {why}");
+                self.ready.remove();
+            }
+            None => {
+                info!("ready again");
+                self.ready.write(&self.config.node, self.plan.pod_mtu)?;
+            }
+        }
+        self.handle.update(|live| live.not_ready.clone_from(&why));
+        self.probe.send_modify(|answers| answers.not_ready = why);
+        Ok(())
+    }
+
     /// A device that was renamed or moved to another namespace keeps its queues, so the lanes notice nothing.
     fn is_the_device_back(&self) -> Result<(), AgentError> {
         let gone = self.tun_gone.map(|since| clock::now().saturating_duration_since(since));
@@ -448,41 +509,6 @@ fn unwatched(ended: Result<Result<(), HostError>, JoinError>) -> AgentError {
     AgentError::Io { what: "the node's routes and rules are no longer watched", source }
 }
 
-/// Waits for the first plan that names pods of ours; says what it waits for.
-async fn first_plan(config: &AgentConfig, outputs: &mut Outputs) -> Result<Arc<HostPlan>, AgentError> {
-    let mut waits = interval(FIRST_LIST);
-    waits.tick().await;
-    loop {
-        let current = outputs.plan.borrow_and_update().clone();
-        if let Some(plan) = current.filter(|plan| !plan.pod_ranges.is_empty()) {
-            return Ok(plan);
-        }
-        let report = outputs.report.borrow().clone();
-        if report.listed {
-            // A file that is being written may become whole in a moment.
-            let better = timeout(NODE_PATIENCE, async {
-                while outputs.plan.borrow_and_update().as_ref().is_none_or(|p| p.pod_ranges.is_empty()) {
-                    alive(outputs.plan.changed().await)?;
-                }
-                Ok::<(), AgentError>(())
-            });
-            match better.await {
-                Ok(result) => result?,
-                Err(_) => return Err(missing(config, outputs)),
-            }
-            continue;
-        }
-        tokio::select! {
-            changed = outputs.plan.changed() => alive(changed)?,
-            changed = outputs.report.changed() => alive(changed)?,
-            _ = waits.tick() => {
-                let why = reasons(&report.problems.iter().map(ToString::to_string).collect::<Vec<_>>());
-                info!("waiting for the first full list of objects from {}{why}", source_folder(config).display());
-            }
-        }
-    }
-}
-
 /// Tells a node that is not there from one without a usable range.
 fn missing(config: &AgentConfig, outputs: &Outputs) -> AgentError {
     let report: Arc<StateReport> = outputs.report.borrow().clone();
@@ -495,15 +521,7 @@ fn missing(config: &AgentConfig, outputs: &Outputs) -> AgentError {
             report.problems.iter().filter(|p| p.subject == about).map(ToString::to_string).collect();
         return AgentError::NoPodRange { node, problems };
     }
-    AgentError::NoSuchNode { node, source_name: source_folder(config).display().to_string(), known }
-}
-
-/// The folder that the objects come from.
-fn source_folder(config: &AgentConfig) -> PathBuf {
-    match &config.source {
-        Some(SourceSpec::Dir(path)) => path.clone(),
-        None => PathBuf::new(), // only with --cleanup, which reads no objects
-    }
+    AgentError::NoSuchNode { node, source_name: feed::source_name(config), known }
 }
 
 fn lane_offloads(config: &AgentConfig) -> LaneOffloads {

@@ -14,18 +14,21 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
+use crate::cni::install;
 use crate::snapshot::service::Protocol;
 use crate::snapshot::{PeerLane, PublicKey};
 use crate::state::annotations::{self, Announcement};
 use crate::state::compile::{EncapPolicy, Settings};
 use crate::state::problem::quote;
 use crate::state::services::ServiceSettings;
+use crate::state::source::kube::access::{KUBELET_KUBECONFIGS, SERVICE_ACCOUNT};
+use crate::state::source::kube::{AccessSettings, ServerUrl};
 use crate::state::source::manifest::is_dns_name;
 use crate::status::client::DEFAULT_RUN_DIR;
 
@@ -34,15 +37,19 @@ mod flags;
 
 pub use file::environment_warnings;
 pub use flags::{
-    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, Masquerade, ServicesArg, SourceSpec, Switch,
-    UnderlayMtu,
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, FolderArg, Masquerade, ServicesArg, SourceSpec,
+    Switch, UnderlayMtu,
 };
 
 use file::{merge, read_file};
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/warren";
+const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
+const DEFAULT_CONF_NAME: &str = "05-warren.conflist";
 /// kube-proxy's: `--healthz-bind-address` and `--metrics-bind-address`.
 const DEFAULT_HEALTHZ: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 10256);
+/// WireGuard's port, but TCP, and only for this node's kubelet.
+const DEFAULT_PROBE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), annotations::DEFAULT_PORT);
 const DEFAULT_PROXY_MODE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10249);
 /// Where a kubelet and an API server listen on a node's own address.
 const KUBELET: u16 = 10_250;
@@ -75,6 +82,10 @@ pub struct AgentConfig {
     pub cluster_ranges: Vec<IpNet>,
     /// `--service-cidr`.
     pub service_ranges: Vec<IpNet>,
+    /// How the API server is reached.
+    pub access: AccessSettings,
+    /// Where `/readyz` and `/livez` answer.
+    pub probe: Option<SocketAddr>,
     /// This node's location.
     pub location: Option<String>,
     /// Which encapsulations may be used.
@@ -107,6 +118,8 @@ pub struct AgentConfig {
     pub healthz: Option<SocketAddr>,
     /// Where `/proxyMode` answers.
     pub proxy_mode: Option<SocketAddr>,
+    /// The runtime's CNI folders.
+    pub cni: CniConfig,
     /// The tunnel device's name.
     pub tun_name: String,
     /// Masquerading of pods.
@@ -119,8 +132,42 @@ pub struct AgentConfig {
     pub log: String,
     /// Whether to clean up and end.
     pub cleanup: bool,
+    /// Whether to wait for a signal after that.
+    pub stay: bool,
     /// Offloads.
     pub offloads: Offloads,
+}
+
+/// How Warren comes into the container runtime's network configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CniConfig {
+    /// Where a list of plugins is kept; `None`: nowhere.
+    pub conf_dir: Option<PathBuf>,
+    /// Where plugins are.
+    pub bin_dir: PathBuf,
+    /// Our own list's name.
+    pub conf_name: String,
+}
+
+impl CniConfig {
+    /// On Kubernetes a node has no network before there is such a list. A folder of objects may be used on machines
+    /// that have a runtime for other things.
+    fn resolve(
+        dir: Option<FolderArg>,
+        bin_dir: Option<PathBuf>,
+        name: Option<String>,
+        source: Option<&SourceSpec>,
+    ) -> CniConfig {
+        let usual = match source {
+            Some(SourceSpec::Kube) => Some(PathBuf::from(DEFAULT_CONF_DIR)),
+            Some(SourceSpec::Dir(_)) | None => None,
+        };
+        CniConfig {
+            conf_dir: dir.map_or(usual, |dir| dir.0),
+            bin_dir: bin_dir.unwrap_or_else(|| install::DEFAULT_BIN_DIR.into()),
+            conf_name: name.unwrap_or_else(|| DEFAULT_CONF_NAME.to_owned()),
+        }
+    }
 }
 
 /// Why the settings cannot be used.
@@ -190,16 +237,46 @@ impl AgentConfig {
             Some(node) => given_name(node)?,
             None => host_name()?,
         };
-        if args.source.is_none() && !args.cleanup {
-            let reason = "where do the cluster's objects come from? Give --source dir:PATH".to_owned();
+        let service = service_address();
+        let in_pod = || service.is_some() || Path::new(SERVICE_ACCOUNT).join("token").exists();
+        let source = match args.source {
+            None if !args.cleanup && in_pod() => Some(SourceSpec::Kube),
+            source => source,
+        };
+        if source.is_none() && !args.cleanup {
+            let reason =
+                "where do the cluster's objects come from? Give --source kube on a node of Kubernetes, or \
+                          --source dir:PATH"
+                    .to_owned();
             return Err(ConfigError::Value { setting: "source".to_owned(), reason });
         }
         let port = args.port.unwrap_or(annotations::DEFAULT_PORT);
         let on = |no: Option<bool>| !no.unwrap_or(false);
         let endpoint = |arg: EndpointArg| SocketAddr::new(arg.address, arg.port.unwrap_or(port));
+        let state_dir = args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
+        let access = AccessSettings {
+            kubeconfig: args.kubeconfig,
+            servers: args.api_server.unwrap_or_default(),
+            kubelet: match args.kubelet_kubeconfig {
+                Some(path) => vec![path],
+                None => KUBELET_KUBECONFIGS.map(PathBuf::from).to_vec(),
+            },
+            service,
+            account: SERVICE_ACCOUNT.into(),
+            saved: state_dir.join("api-servers.json"),
+        };
+        let probe = match (args.probe_bind_address, &source) {
+            (Some(arg), _) => arg.0,
+            (None, Some(SourceSpec::Kube)) => Some(DEFAULT_PROBE),
+            (None, Some(SourceSpec::Dir(_)) | None) => None,
+        };
+        let cni =
+            CniConfig::resolve(args.cni_conf_dir, args.cni_bin_dir, args.cni_conf_name, source.as_ref());
         let config = AgentConfig {
-            source: args.source,
+            source,
             node,
+            access,
+            probe,
             cluster_ranges: args.cluster_cidr.unwrap_or_default(),
             service_ranges: args.service_cidr.unwrap_or_default(),
             location: args.location,
@@ -221,12 +298,14 @@ impl AgentConfig {
             external_ips: args.external_ips.unwrap_or(Switch::On) == Switch::On,
             healthz: args.healthz_bind_address.map_or(Some(DEFAULT_HEALTHZ), |arg| arg.0),
             proxy_mode: args.proxy_mode_bind_address.map_or(Some(DEFAULT_PROXY_MODE), |arg| arg.0),
+            cni,
             tun_name: args.tun_name.unwrap_or_else(|| "warren0".to_owned()),
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
-            state_dir: args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            state_dir,
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             log: args.log.unwrap_or_else(|| "info".to_owned()),
             cleanup: args.cleanup,
+            stay: args.stay,
             offloads: Offloads {
                 tun_gso: on(args.no_tun_gso),
                 udp_gso: on(args.no_udp_gso),
@@ -274,7 +353,7 @@ impl AgentConfig {
     pub(crate) fn protected_ports(&self) -> BTreeSet<(Protocol, u16)> {
         let lanes = (0..self.lanes).map(|lane| (Protocol::Udp, self.port.saturating_add(lane)));
         let vxlan = [(Protocol::Udp, self.vxlan_port)];
-        let answers = [self.healthz, self.proxy_mode].into_iter().flatten().map(|at| at.port());
+        let answers = [self.healthz, self.proxy_mode, self.probe].into_iter().flatten().map(|at| at.port());
         let tcp = [KUBELET, API_SERVER].into_iter().chain(answers).map(|port| (Protocol::Tcp, port));
         lanes.chain(vxlan).chain(tcp).collect()
     }
@@ -305,6 +384,16 @@ impl AgentConfig {
         }
         Ok(())
     }
+}
+
+/// What Kubernetes tells every container of the Service `kubernetes`.
+fn service_address() -> Option<ServerUrl> {
+    let host = std::env::var("KUBERNETES_SERVICE_HOST").ok()?;
+    let port =
+        std::env::var("KUBERNETES_SERVICE_PORT_HTTPS").or_else(|_| std::env::var("KUBERNETES_SERVICE_PORT"));
+    let address: IpAddr = host.parse().ok()?;
+    let port = port.ok().and_then(|port| port.parse().ok()).filter(|port| *port > 0).unwrap_or(443);
+    Some(ServerUrl { host: address.to_string(), port })
 }
 
 fn given_name(name: String) -> Result<String, ConfigError> {

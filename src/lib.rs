@@ -54,6 +54,7 @@
 //! | *the line: above, pure; below, the world (feature `agent`)* | |
 //! | `state` | the state line |
 //! | `io` | TUN, UDP, lanes, routes, nftables, clocks: the only room with `unsafe` |
+//! | `cni` | `warren-cni`, the plugin that runtimes call for every pod, and the lists it stands in |
 //! | `status` | gRPC, the UAPI socket, and the commands that ask |
 //! | `demo` | `warren demo` |
 //! | `config`, `agent` | settings, and what puts the rooms together |
@@ -68,6 +69,8 @@ pub mod tunnel;
 
 #[cfg(feature = "agent")]
 pub mod agent;
+#[cfg(feature = "agent")]
+pub mod cni;
 #[cfg(feature = "agent")]
 pub mod config;
 #[cfg(feature = "agent")]

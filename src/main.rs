@@ -1,17 +1,23 @@
 //! The `warren` binary: parses the command line and calls the library.
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 use warren::config::{AgentConfig, Cli, Command, environment_warnings};
-use warren::{agent, demo, status};
+use warren::{agent, cni, demo, status};
 
 /// How clap ends for a command line that makes no sense, and so do we.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    // The CNI plugin is the same file under another name.
+    if std::env::args_os().next().is_some_and(|name| Path::new(&name).ends_with(cni::PLUGIN)) {
+        return cni::main();
+    }
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Agent(args) => match AgentConfig::resolve(*args) {
@@ -26,6 +32,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::client::status(&args).map_err(Into::into),
         Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
         Command::Keys(args) => status::client::keys(&args).map_err(Into::into),
+        Command::InstallCni(args) => cni::install::run(&args).map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -46,6 +53,15 @@ fn run_agent(config: AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
         [] => println!("nothing of Warren's was found"),
         some => some.iter().for_each(|what| println!("removed {what}")),
     }
+    if config.stay { wait_to_be_stopped() } else { Ok(()) }
+}
+
+/// By waiting for the signal and not by its default action, which the first process of a container does not have.
+fn wait_to_be_stopped() -> Result<(), Box<dyn std::error::Error>> {
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block()?;
+    println!("waiting to be stopped");
+    signals.wait()?;
     Ok(())
 }
 

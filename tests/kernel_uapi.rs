@@ -210,7 +210,7 @@ fn lane(id: u8, received: u64, sent: u64) -> LaneHandle {
         idle: None,
     };
     let traffic = PeerTraffic { bytes_received: received, bytes_sent: sent, ..PeerTraffic::default() };
-    let report = LaneReport { sessions: vec![session], traffic: vec![traffic], ..LaneReport::default() };
+    let report = LaneReport { public_key: [id; 32], sessions: vec![session], traffic: vec![traffic], ..LaneReport::default() };
     std::thread::spawn(move || answer(&asked, &report));
     LaneHandle {
         id: LaneId(id),

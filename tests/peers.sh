@@ -3,6 +3,7 @@
 #
 #     tests/peers.sh              build what is missing, print the folder
 #     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/connections and bench/rules need
+#     tests/peers.sh deploy       build helm and kustomize too, which render the manifests for the section `deploy`
 #     tests/peers.sh --path       print the folder only
 #
 # Needs cargo, go and a C compiler; kube-proxy downloads about 0.4 GB of Go modules. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
@@ -13,7 +14,11 @@ set -euo pipefail
 wireguard_go=v0.0.0-20260522210424-ecfc5a8d5446
 boringtun=0.7.1
 gotatun=0.10.2
+cni_plugins=v1.9.0
+cnitool=v1.3.0
 kube_proxy=1.36.3
+helm=v3.22.0
+kustomize=v5.7.1
 
 cache=${WARREN_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/warren-peers}
 bin=$cache/bin
@@ -34,6 +39,22 @@ if ! fresh wireguard-go "$wireguard_go"; then
     GOFLAGS='' GOBIN=$cache/go nice go install "golang.zx2c4.com/wireguard@$wireguard_go" >&2
     mv "$cache/go/wireguard" "$bin/wireguard-go"
     built wireguard-go "$wireguard_go"
+fi
+
+# The CNI plugins beside which warren-cni stands, in a folder of their own as a runtime has them, and libcni's tool.
+if ! fresh cni/bridge "$cni_plugins"; then
+    need go "the CNI plugins"
+    mkdir -p "$bin/cni" "$cache/cni"
+    for plugin in main/bridge main/ptp main/loopback ipam/host-local meta/portmap meta/bandwidth; do
+        GOFLAGS='' CGO_ENABLED=0 GOBIN=$bin/cni nice \
+            go install -trimpath -ldflags "-s -w" "github.com/containernetworking/plugins/plugins/$plugin@$cni_plugins" >&2
+    done
+    built cni/bridge "$cni_plugins"
+fi
+if ! fresh cnitool "$cnitool"; then
+    need go cnitool
+    GOFLAGS='' CGO_ENABLED=0 GOBIN=$bin nice go install -trimpath "github.com/containernetworking/cni/cnitool@$cnitool" >&2
+    built cnitool "$cnitool"
 fi
 
 # PACKAGE VERSION BINARY
@@ -73,6 +94,19 @@ kube_proxy() {
 }
 if [[ ${1:-} == kube-proxy ]]; then
     (kube_proxy)
+fi
+
+# MODULE VERSION BINARY
+go_program() {
+    fresh "$3" "$2" && return
+    need go "$3"
+    GOFLAGS='' GOBIN=$cache/go CGO_ENABLED=0 nice go install -trimpath -ldflags "-s -w" "$1@$2" >&2
+    mv "$cache/go/$3" "$bin/$3"
+    built "$3" "$2"
+}
+if [[ ${1:-} == deploy ]]; then
+    go_program helm.sh/helm/v3/cmd/helm "$helm" helm
+    go_program sigs.k8s.io/kustomize/kustomize/v5 "$kustomize" kustomize
 fi
 
 echo "$bin"

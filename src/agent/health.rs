@@ -5,6 +5,8 @@
 //! |---|---|---|
 //! | `:10256/healthz`, `/livez` | load balancers (`externalTrafficPolicy: Cluster`), probes | 200 while the host is kept right |
 //! | `127.0.0.1:10249/proxyMode` | Kubernetes' end-to-end tests, scripts | `nftables` |
+//! | `127.0.0.1:51820/readyz` | the kubelet's readiness probe | 200 while packets flow, else 503 and the reason |
+//! | `127.0.0.1:51820/livez` | its liveness probe | 200 |
 //! | each `healthCheckNodePort` | load balancers (`externalTrafficPolicy: Local`) | 200 where the Service has endpoints here |
 //!
 //! Listeners come and go with the plan. One that cannot be opened is said and tried again; nothing waits
@@ -68,6 +70,10 @@ pub(super) struct Answers {
     pub(super) checks: Arc<BTreeMap<u16, HealthCheck>>,
     /// The local addresses that answer those; a family that is not named has them on all.
     pub(super) check_ranges: Vec<IpNet>,
+    /// `/readyz` and `/livez` of the kubelet's probes.
+    pub(super) probe: Option<SocketAddr>,
+    /// Why packets do not flow, for `/readyz`.
+    pub(super) not_ready: Option<String>,
     /// Whether this node is about to go: load balancers should look for another one.
     pub(super) leaving: bool,
 }
@@ -78,7 +84,7 @@ impl Answers {
         let address = local.ip().to_canonical();
         let mut ranges = self.check_ranges.iter().filter(|range| range.addr().is_ipv4() == address.is_ipv4());
         match page {
-            Page::Health | Page::ProxyMode => true,
+            Page::Health | Page::ProxyMode | Page::Probe => true,
             Page::Check(_) => ranges.clone().next().is_none() || ranges.any(|range| range.contains(&address)),
         }
     }
@@ -89,6 +95,7 @@ impl Answers {
 enum Page {
     Health,
     ProxyMode,
+    Probe,
     Check(u16),
 }
 
@@ -143,7 +150,8 @@ fn listeners(wanted: &Answers) -> BTreeSet<(Page, SocketAddr)> {
     let health = wanted.healthz.map(|at| (Page::Health, at));
     let mode = wanted.proxy_mode.map(|at| (Page::ProxyMode, at));
     let checks = wanted.checks.keys().map(|port| (Page::Check(*port), everywhere(port)));
-    health.into_iter().chain(mode).chain(checks).collect()
+    let probe = wanted.probe.map(|at| (Page::Probe, at));
+    health.into_iter().chain(mode).chain(probe).chain(checks).collect()
 }
 
 /// `[::]` takes IPv4 too; a kernel without IPv6 has `0.0.0.0`.
@@ -248,6 +256,7 @@ impl Page {
         match self {
             Page::Health => "/healthz".to_owned(),
             Page::ProxyMode => "/proxyMode".to_owned(),
+            Page::Probe => "/readyz".to_owned(),
             Page::Check(port) => format!("the health check node port {port}"),
         }
     }
@@ -267,7 +276,17 @@ impl Page {
             }
             (Page::Health, "/livez") => json_response(healthy, &times(healthy, right, "")),
             (Page::ProxyMode, "/proxyMode") => Response::new(Full::from(PROXY_MODE)),
-            (Page::Health | Page::ProxyMode, _) => not_found(),
+            (Page::Probe, "/readyz") => match &answers.not_ready {
+                None => Response::new(Full::from("ok\n")),
+                Some(reason) => {
+                    let mut response = Response::new(Full::from(format!("not ready: {reason}\n")));
+                    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+                    response
+                }
+            },
+            // Whatever keeps packets from flowing, another start would not help, or the agent ends by itself.
+            (Page::Probe, "/livez") => Response::new(Full::from("ok\n")),
+            (Page::Health | Page::ProxyMode | Page::Probe, _) => not_found(),
             (Page::Check(port), _) => {
                 answers.checks.get(&port).map_or_else(not_found, |check| service(check, healthy))
             }
@@ -432,6 +451,21 @@ mod tests {
         for mut stream in idle {
             let _ = timeout(CONNECTION_TIME - REQUEST_TIME, stream.read(&mut [0])).await.expect("closed");
         }
+    }
+
+    #[tokio::test]
+    async fn probes_are_told_whether_packets_flow() {
+        let at = free();
+        let starting =
+            Answers { probe: Some(at), not_ready: Some("waiting".to_owned()), ..Answers::default() };
+        let (wanted, reader) = watch::channel(starting);
+        let _server = Listener(tokio::spawn(serve(reader, watch::channel(HostState::default()).1)));
+        let answer = ask(at.port(), "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("not ready: waiting"), "{answer}");
+        assert!(ask(at.port(), "/livez").await.starts_with("HTTP/1.1 200"));
+        wanted.send_modify(|answers| answers.not_ready = None);
+        assert!(ask(at.port(), "/readyz").await.starts_with("HTTP/1.1 200"));
+        assert!(ask(at.port(), "/healthz").await.starts_with("HTTP/1.1 404"));
     }
 
     #[test]

@@ -64,11 +64,15 @@ impl ReadyFile {
             source,
         })
     }
+
+    pub(super) fn remove(&self) {
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 impl Drop for ReadyFile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        self.remove();
     }
 }
 

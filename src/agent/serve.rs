@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{error, warn};
 
-use super::{list, or, source_folder};
+use super::{list, or};
 use crate::config::AgentConfig;
 use crate::io::clock;
 use crate::io::fleet::Fleet;
@@ -30,7 +30,7 @@ pub(super) fn handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> 
         version: env!("CARGO_PKG_VERSION").to_owned(),
         tun: config.tun_name.clone(),
         settings: vec![
-            ("source".to_owned(), format!("dir:{}", source_folder(config).display())),
+            ("source".to_owned(), config.source.as_ref().map(ToString::to_string).unwrap_or_default()),
             ("encap".to_owned(), config.encap.name().to_owned()),
             ("port".to_owned(), config.port.to_string()),
             ("lanes".to_owned(), config.lanes.to_string()),

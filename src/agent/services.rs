@@ -35,6 +35,7 @@ pub(super) fn answers(config: &AgentConfig, plan: &HostPlan, kube_proxy: bool) -
         checks,
         check_ranges: config.nodeport_ranges.clone(),
         leaving: plan.leaving,
+        ..Answers::default()
     }
 }
 

@@ -50,7 +50,7 @@ pub(super) struct FileArgs {
 }
 
 /// What may not stand in the file: it makes no sense there.
-const NOT_IN_FILE: [&str; 2] = ["config", "cleanup"];
+const NOT_IN_FILE: [&str; 3] = ["config", "cleanup", "stay"];
 
 /// Reads the file.
 pub(super) fn read_file(path: &Path) -> Result<AgentArgs, ConfigError> {
@@ -126,7 +126,7 @@ fn scalar_or_list(value: &Value) -> Option<String> {
 pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
     macro_rules! either {
         ($($field:ident),*) => {
-            AgentArgs { cleanup: first.cleanup, $($field: first.$field.or(second.$field),)* }
+            AgentArgs { cleanup: first.cleanup, stay: first.stay, $($field: first.$field.or(second.$field),)* }
         };
     }
     either!(
@@ -136,6 +136,10 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         cluster_cidr,
         service_cidr,
         location,
+        kubeconfig,
+        api_server,
+        kubelet_kubeconfig,
+        probe_bind_address,
         encap,
         port,
         vxlan_port,
@@ -151,6 +155,9 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         external_ips,
         healthz_bind_address,
         proxy_mode_bind_address,
+        cni_conf_dir,
+        cni_bin_dir,
+        cni_conf_name,
         tun_name,
         masquerade,
         state_dir,

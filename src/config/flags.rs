@@ -9,17 +9,20 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
+use crate::cni::install::{EXAMPLES as INSTALL_EXAMPLES, InstallArgs};
 use crate::demo::DemoArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
 use crate::state::problem::{nearest, one_line, quote};
+use crate::state::source::kube::ServerUrl;
 use crate::status::client::{KeysArgs, PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
 Examples:
   warren demo                                      three nodes with pods on this machine, no Kubernetes
+  warren agent --source kube                       this node joins the pod network of its Kubernetes cluster
   warren agent --source dir:/etc/warren/objects    this machine joins the mesh that the folder describes
   warren status                                    what the agent on this machine is doing
   warren agent --cleanup                           take everything back out of the kernel";
@@ -30,12 +33,16 @@ Examples:
     warren agent --source dir:/srv/warren
   Plain VXLAN inside one location, WireGuard to all others:
     warren agent --source dir:/srv/warren --encap auto --location home
+  A node of a Kubernetes cluster, with the credentials of a kubeconfig instead of a pod's:
+    warren agent --source kube --kubeconfig /etc/warren/kubeconfig
   Behind a router that forwards UDP port 51820 to this machine:
     warren agent --source dir:/srv/warren --endpoint 203.0.113.7:51820
 
 Each option can also come from the environment (shown as [env: ...]) or, under the option's own name, \
 from the YAML file that --config names. A flag wins over the environment, that over the file.";
 
+const KUBERNETES: &str = "Kubernetes (with --source kube)";
+const CNI: &str = "CNI (k3s and MicroK8s have folders of their own: see warren install-cni --help)";
 const OFFLOADS: &str = "Offloads (each is tried at start and left out by itself where it fails)";
 
 /// The command line.
@@ -62,6 +69,9 @@ pub enum Command {
     Peers(PeersArgs),
     /// Change this node's WireGuard keys, or show them
     Keys(KeysArgs),
+    /// Put the CNI plugin where this machine's container runtime looks for it
+    #[command(after_help = INSTALL_EXAMPLES)]
+    InstallCni(InstallArgs),
 }
 
 /// `warren agent`. Everything is optional here, because it may come from the file.
@@ -70,8 +80,9 @@ pub struct AgentArgs {
     /// A YAML file with more settings; its keys are the names of these options
     #[arg(long, value_name = "FILE", env = "WARREN_CONFIG", help_heading = "Cluster")]
     pub config: Option<PathBuf>,
-    /// Where the cluster's objects come from: dir:PATH, a folder of Kubernetes YAML or JSON
-    #[arg(long, value_name = "dir:PATH", env = "WARREN_SOURCE", help_heading = "Cluster")]
+    /// Where the cluster's objects come from: kube, the Kubernetes API; or dir:PATH, a folder of Kubernetes YAML or
+    /// JSON [default: kube in a pod, else none]
+    #[arg(long, value_name = "kube|dir:PATH", env = "WARREN_SOURCE", help_heading = "Cluster")]
     pub source: Option<SourceSpec>,
     /// The name of this machine's Node object [default: the host name]
     #[arg(long, value_name = "NAME", env = "WARREN_NODE", help_heading = "Cluster")]
@@ -88,6 +99,31 @@ pub struct AgentArgs {
     #[arg(long, value_name = "WORD", env = "WARREN_LOCATION", value_parser = annotations::location,
           help_heading = "Cluster")]
     pub location: Option<String>,
+
+    /// Use the address, authority and credentials of this kubeconfig's current context [default: the pod's
+    /// service account]
+    #[arg(long, value_name = "FILE", env = "WARREN_KUBECONFIG", help_heading = KUBERNETES)]
+    pub kubeconfig: Option<PathBuf>,
+    /// API servers to try in turn. They must be reachable without Services, whose packets this agent carries
+    /// [default: the server in the kubelet's kubeconfig, then the endpoints of the Service `kubernetes` seen last
+    /// time, then KUBERNETES_SERVICE_HOST]
+    #[arg(
+        long,
+        value_name = "https://HOST:PORT,...",
+        env = "WARREN_API_SERVER",
+        value_delimiter = ',',
+        help_heading = KUBERNETES
+    )]
+    pub api_server: Option<Vec<ServerUrl>>,
+    /// The kubelet's kubeconfig: the address and authority of the API server are read from it, never its
+    /// credentials [default: the first there is of /etc/kubernetes/kubelet.conf, /var/lib/kubelet/kubeconfig,
+    /// /var/lib/rancher/k3s/agent/kubelet.kubeconfig]
+    #[arg(long, value_name = "FILE", env = "WARREN_KUBELET_KUBECONFIG", help_heading = KUBERNETES)]
+    pub kubelet_kubeconfig: Option<PathBuf>,
+    /// Where /readyz (200 once packets flow) and /livez answer, for a DaemonSet's probes; empty: nowhere
+    /// [default: 127.0.0.1:51820 with --source kube, else nowhere]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "WARREN_PROBE_BIND_ADDRESS", help_heading = KUBERNETES)]
+    pub probe_bind_address: Option<BindArg>,
 
     /// How packets to other nodes are wrapped [default: wireguard]
     #[arg(long, env = "WARREN_ENCAP", help_heading = "Tunnel")]
@@ -161,6 +197,18 @@ pub struct AgentArgs {
     )]
     pub proxy_mode_bind_address: Option<BindArg>,
 
+    /// Where the container runtime looks for CNI configurations: the agent writes one there when packets flow, or
+    /// puts warren-cni into the `bridge` or `ptp` one it finds; empty: leave it alone [default: empty]
+    #[arg(long, value_name = "DIR", env = "WARREN_CNI_CONF_DIR", help_heading = CNI)]
+    pub cni_conf_dir: Option<FolderArg>,
+    /// Where the container runtime looks for CNI plugins [default: /opt/cni/bin]
+    #[arg(long, value_name = "DIR", env = "WARREN_CNI_BIN_DIR", help_heading = CNI)]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// The file that the agent writes there; a runtime takes the first by name [default: 05-warren.conflist]
+    #[arg(long, value_name = "FILE", env = "WARREN_CNI_CONF_NAME", value_parser = conflist_name,
+          help_heading = CNI)]
+    pub cni_conf_name: Option<String>,
+
     /// Name of the tunnel device [default: warren0]
     #[arg(long, value_name = "NAME", env = "WARREN_TUN_NAME", value_parser = device_name,
           help_heading = "Host")]
@@ -182,6 +230,9 @@ pub struct AgentArgs {
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
     pub cleanup: bool,
+    /// With --cleanup: wait for a signal afterwards. A DaemonSet would start what ends again
+    #[arg(long, requires = "cleanup", help_heading = "Host")]
+    pub stay: bool,
 
     /// Do not take or give super-packets on the tunnel device
     #[arg(long, env = "WARREN_NO_TUN_GSO", num_args = 0..=1, default_missing_value = "true",
@@ -291,6 +342,36 @@ impl FromStr for BindArg {
     }
 }
 
+/// A folder, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FolderArg(pub(super) Option<PathBuf>);
+
+impl FromStr for FolderArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<FolderArg, String> {
+        match text {
+            "" => Ok(FolderArg(None)),
+            // A relative one would depend on where the agent was started.
+            _ if !text.starts_with('/') => Err(format!("{} does not begin with a slash", quote(text))),
+            _ => Ok(FolderArg(Some(text.into()))),
+        }
+    }
+}
+
+/// A runtime reads only files whose names end so, and none of a folder below.
+fn conflist_name(text: &str) -> Result<String, String> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match text.strip_suffix(".conflist") {
+        Some(stem)
+            if !stem.is_empty() && !stem.starts_with('.') && text.len() <= 100 && stem.chars().all(fine) =>
+        {
+            Ok(text.to_owned())
+        }
+        Some(_) | None => Err("not a file name like 05-warren.conflist".to_owned()),
+    }
+}
+
 /// Unlike a range of the cluster it may be a single address, or all.
 fn nodeport_range(text: &str) -> Result<IpNet, String> {
     let single = || text.parse::<IpAddr>().map(IpNet::from);
@@ -309,16 +390,31 @@ fn nodeport_range(text: &str) -> Result<IpNet, String> {
 pub enum SourceSpec {
     /// A folder.
     Dir(PathBuf),
+    /// The Kubernetes API.
+    Kube,
+}
+
+impl std::fmt::Display for SourceSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SourceSpec::Dir(path) => write!(f, "dir:{}", path.display()),
+            SourceSpec::Kube => f.write_str("kube"),
+        }
+    }
 }
 
 impl FromStr for SourceSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<SourceSpec, String> {
+        if text == "kube" {
+            return Ok(SourceSpec::Kube);
+        }
         match text.strip_prefix("dir:") {
-            Some("") | None => {
-                Err(format!("{} is not dir:PATH, a folder of Kubernetes objects", quote(text)))
-            }
+            Some("") | None => Err(format!(
+                "{} is neither kube, the Kubernetes API, nor dir:PATH, a folder of its objects",
+                quote(text)
+            )),
             Some(path) => Ok(SourceSpec::Dir(path.into())),
         }
     }

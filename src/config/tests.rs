@@ -120,6 +120,7 @@ fn unknown_keys_are_named_with_what_was_meant() {
         "configuration file w.yaml: there is no setting \"underlay_mtu\"; did you mean underlay-mtu?"
     );
     assert!(of("cleanup: true").contains("no setting"));
+    assert!(of("stay: true").contains("no setting"));
     assert!(of("config: x").contains("no setting"));
     assert!(of("help: true").contains("no setting"));
     assert!(of("a\nb: [").contains("w.yaml"));
@@ -149,7 +150,10 @@ fn refusals_say_what_to_do() {
     let base = ["--node", "a", "--source", "dir:/x"];
     let with = |more: &[&str]| refusal(&[&base, more].concat());
     assert!(refusal(&["--node", "a"]).contains("--source dir:PATH"));
-    assert!(refusal(&["--source", "kube", "--node", "a"]).contains("dir:PATH"));
+    assert!(refusal(&["--source", "kubernetes", "--node", "a"]).contains("neither kube"));
+    assert!(with(&["--api-server", "http://10.0.0.1:8080"]).contains("without TLS"));
+    assert!(with(&["--api-server", "10.0.0.1:6443"]).contains("https://"));
+    assert!(with(&["--api-server", "https://rancher.example/k8s/clusters/c"]).contains("path"));
     assert!(refusal(&["--source", "dir:/x", "--node", "A/b"]).contains("no Node's name"));
     assert!(refusal(&["--source", "dir:/x", "--node", "ATTIC"]).contains("lower case; attic?"));
     assert!(with(&["--port", "65530", "--lanes", "9"]).contains("beyond 65535"));
@@ -175,7 +179,7 @@ fn refusals_say_what_to_do() {
     }
     // Cleaning up needs no source.
     let config = AgentConfig::resolve(agent(&["--cleanup", "--node", "a"])).unwrap();
-    assert!(config.cleanup && config.source.is_none());
+    assert!(config.cleanup && config.source.is_none() && !config.stay);
 }
 
 #[test]
@@ -229,6 +233,29 @@ fn settings_for_the_state_line() {
 }
 
 #[test]
+fn kubernetes_is_found_by_itself_or_as_told() {
+    let config = AgentConfig::resolve(agent(&["--source", "kube", "--node", "a"])).unwrap();
+    assert_eq!((config.source, config.probe), (Some(SourceSpec::Kube), "127.0.0.1:51820".parse().ok()));
+    assert_eq!(config.access.kubelet[0], Path::new("/etc/kubernetes/kubelet.conf"));
+    assert_eq!(config.access.saved, Path::new("/var/lib/warren/api-servers.json"));
+    let config = AgentConfig::resolve(agent(&[
+        "--source=kube",
+        "--node=a",
+        "--api-server=https://10.0.0.1:6443,https://[2001:db8::1]:6443/,https://api.example",
+        "--kubelet-kubeconfig=/k",
+        "--state-dir=/s",
+        "--probe-bind-address=",
+    ]))
+    .unwrap();
+    let servers: Vec<String> = config.access.servers.iter().map(ToString::to_string).collect();
+    assert_eq!(servers, ["https://10.0.0.1:6443", "https://[2001:db8::1]:6443", "https://api.example:443"]);
+    assert_eq!((config.access.kubelet, config.probe), (vec!["/k".into()], None));
+    assert_eq!(config.access.saved, Path::new("/s/api-servers.json"));
+    // A folder has no probes unless they are asked for.
+    assert_eq!(AgentConfig::resolve(agent(&["--source=dir:/x", "--node=a"])).unwrap().probe, None);
+}
+
+#[test]
 fn services_are_automatic_and_answered_for_as_kube_proxy_does() {
     let config = |arguments: &[&str]| {
         let all = [&["--source", "dir:/x", "--node", "a"], arguments].concat();
@@ -269,4 +296,25 @@ fn services_are_automatic_and_answered_for_as_kube_proxy_does() {
     let file = parse_file("x", text).unwrap();
     assert_eq!((file.services, file.external_ips), (Some(ServicesArg::On), Some(Switch::Off)));
     assert_eq!(file.healthz_bind_address, Some(BindArg(None)));
+}
+
+#[test]
+fn the_cni_folders() {
+    let config = |arguments: &[&str]| {
+        let all = [&["--source", "dir:/x", "--node", "a"], arguments].concat();
+        AgentConfig::resolve(agent(&all)).unwrap().cni
+    };
+    let plain = config(&[]);
+    assert_eq!((plain.conf_dir, plain.conf_name.as_str()), (None, "05-warren.conflist"));
+    assert_eq!(plain.bin_dir, Path::new("/opt/cni/bin"));
+    let set = config(&["--cni-conf-dir=/a", "--cni-bin-dir=/b", "--cni-conf-name=00-x.conflist"]);
+    assert_eq!(
+        (set.conf_dir, set.bin_dir, set.conf_name.as_str()),
+        (Some("/a".into()), "/b".into(), "00-x.conflist")
+    );
+    assert_eq!(config(&["--cni-conf-dir="]).conf_dir, None);
+    assert!(refusal(&["--cni-conf-dir", "a"]).contains("slash"));
+    for name in ["x", "x.conf", ".conflist", "../x.conflist", ".x.conflist", "a b.conflist"] {
+        assert!(refusal(&["--cni-conf-name", name]).contains("05-warren.conflist"), "{name}");
+    }
 }

@@ -138,6 +138,11 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
     (announcement, reader.problems)
 }
 
+/// The names of all annotations that [`render`] may give.
+pub fn published() -> impl Iterator<Item = &'static str> {
+    KNOWN.into_iter().filter(|name| ![PUBLIC_KEY, ENDPOINT].contains(name))
+}
+
 /// The annotations that say this; reading them back gives the same.
 pub fn render(announcement: &Announcement) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();

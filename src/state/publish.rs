@@ -1,4 +1,5 @@
-//! What this node tells the others: its annotations, in a folder as `<node>.warren.yaml`.
+//! What this node tells the others: its annotations, in a folder as `<node>.warren.yaml`, in Kubernetes on its Node
+//! ([`node`]). [`events`]: what Kubernetes' users are told.
 //!
 //! The file is written only when it does not say what it should: after a change of ours, after somebody's
 //! edit, after its removal. Our own writing is therefore never a reason to write again. If somebody keeps
@@ -8,10 +9,24 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use super::annotations::{self, Announcement};
 use super::durable;
 use super::source::folder::PUBLISHED_SUFFIX;
 use super::source::manifest::MAX_FILE_BYTES;
+
+pub mod events;
+pub mod node;
+
+/// Where this node's announcement goes.
+#[derive(Debug)]
+pub enum Announcer {
+    /// Into a folder.
+    Folder(Publisher),
+    /// To whoever keeps the Node right, who must not hold up the state line.
+    Kubernetes(watch::Sender<Option<Announcement>>),
+}
 
 /// Longest pause between two repairs.
 const LONGEST_PAUSE: Duration = Duration::from_secs(64);
@@ -37,8 +52,7 @@ pub struct Publisher {
     path: PathBuf,
     node: String,
     last: Option<String>,
-    healed: Option<Instant>,
-    pause: Duration,
+    repairs: Repairs,
 }
 
 impl Publisher {
@@ -48,8 +62,7 @@ impl Publisher {
             path: folder.join(format!("{node}{PUBLISHED_SUFFIX}")),
             node: node.to_owned(),
             last: None,
-            healed: None,
-            pause: Duration::ZERO,
+            repairs: Repairs::default(),
         }
     }
 
@@ -73,7 +86,7 @@ impl Publisher {
             return Ok(Published::Unchanged);
         }
         let ours = self.last.as_ref() != Some(&wanted);
-        if !ours && !self.may_heal(now) {
+        if !ours && !self.repairs.left(now).is_zero() {
             return Ok(Published::Waiting);
         }
         durable::replace(&self.path, wanted.as_bytes(), 0o644)?;
@@ -81,18 +94,32 @@ impl Publisher {
         if ours {
             return Ok(Published::Written);
         }
-        self.healed = Some(now);
-        self.pause = (self.pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
+        self.repairs.done(now);
         Ok(Published::Healed)
     }
+}
 
-    fn may_heal(&mut self, now: Instant) -> bool {
-        let Some(healed) = self.healed else { return true };
-        let since = now.saturating_duration_since(healed);
+/// How often something was repaired lately.
+#[derive(Clone, Copy, Debug, Default)]
+struct Repairs {
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+impl Repairs {
+    /// How long the next repair has to wait.
+    fn left(&mut self, now: Instant) -> Duration {
+        let Some(last) = self.last else { return Duration::ZERO };
+        let since = now.saturating_duration_since(last);
         if since >= FORGIVEN {
             self.pause = Duration::ZERO;
         }
-        since >= self.pause
+        self.pause.saturating_sub(since)
+    }
+
+    fn done(&mut self, now: Instant) {
+        self.last = Some(now);
+        self.pause = (self.pause * 2).clamp(Duration::from_secs(1), LONGEST_PAUSE);
     }
 }
 

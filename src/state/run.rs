@@ -19,7 +19,7 @@ use super::checkpoint::{Checkpoint, CheckpointFiles, MAX_BYTES};
 use super::compile::{Compiled, Compiler, HostPlan, Settings};
 use super::desired::{Desired, Outcome};
 use super::problem::{Problem, ProblemBoard, ProblemKind};
-use super::publish::{Published, Publisher};
+use super::publish::{Announcer, Published, Publisher};
 use super::services::saved::SavedServices;
 use super::source::{Key, Kind, SourceEvent};
 use crate::snapshot::{LocalNode, Mesh, Snapshot};
@@ -229,7 +229,7 @@ impl StateLine {
         mut events: mpsc::Receiver<SourceEvent>,
         mut settings: watch::Receiver<Settings>,
         files: Option<CheckpointFiles>,
-        mut publisher: Option<Publisher>,
+        mut announcer: Option<Announcer>,
         clock: Clock,
     ) {
         let mut tick = interval(TICK);
@@ -266,7 +266,7 @@ impl StateLine {
                 }
             }
             if publish {
-                publisher = self.publish(publisher, clock).await;
+                announcer = self.announce(announcer, clock).await;
             }
         }
         self.unsaved.rest = 0;
@@ -403,15 +403,27 @@ impl StateLine {
         self.tell();
     }
 
-    /// Makes the published file say what it should; hands the publisher back. An agent that was started
-    /// with a wrong name, or before its Node has pods, leaves no file for the others to wonder about. One
-    /// that is there is put right: as long as it cannot be read, the source withholds this node's Node, and
-    /// nobody else repairs it.
-    async fn publish(&mut self, publisher: Option<Publisher>, clock: Clock) -> Option<Publisher> {
+    /// Sees to it that the others are told what they should be; hands the announcer back. An agent that was
+    /// started with a wrong name, or before its Node has pods, has nothing to say.
+    async fn announce(&mut self, announcer: Option<Announcer>, clock: Clock) -> Option<Announcer> {
         let Some(has_pods) = self.plan.borrow().as_ref().map(|plan| !plan.pod_ranges.is_empty()) else {
-            return publisher;
+            return announcer;
         };
-        let mut publisher = publisher?;
+        Some(match announcer? {
+            Announcer::Folder(publisher) => Announcer::Folder(self.publish(publisher, has_pods, clock).await),
+            Announcer::Kubernetes(keeper) => {
+                let wanted = has_pods.then(|| self.settings.announcement.clone());
+                if wanted.is_some() && *keeper.borrow() != wanted {
+                    keeper.send_replace(wanted);
+                }
+                Announcer::Kubernetes(keeper)
+            }
+        })
+    }
+
+    /// Makes the published file say what it should. One that is there is put right in any case: as long as it
+    /// cannot be read, the source withholds this node's Node, and nobody else repairs it.
+    async fn publish(&mut self, mut publisher: Publisher, has_pods: bool, clock: Clock) -> Publisher {
         let path = publisher.path().display().to_string();
         let announcement = self.settings.announcement.clone();
         let now = (clock.now)();
@@ -437,7 +449,7 @@ impl StateLine {
         };
         self.note("publish", problem.into_iter().collect());
         self.tell();
-        Some(publisher)
+        publisher
     }
 }
 
@@ -505,7 +517,7 @@ mod tests {
         let (line, outputs) = StateLine::new(settings(name, key), saved);
         let (sender, events) = mpsc::channel(64);
         let (_, settings) = watch::channel(settings(name, key));
-        let publisher = Publisher::new(folder, name);
+        let publisher = Announcer::Folder(Publisher::new(folder, name));
         let source = tokio::spawn(DirSource::new(folder).run(sender));
         let line = tokio::spawn(line.run(events, settings, Some(files), Some(publisher), CLOCK));
         (outputs, vec![source, line])

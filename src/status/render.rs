@@ -190,7 +190,7 @@ fn cluster_summary(state: &pb::StateView) -> String {
     }
     let guessed = match state.cluster_ranges_guessed {
         true => {
-            ", GUESSED from the nodes seen so far; to pods of nodes that are not in this folder packets leave outside \
+            ", GUESSED from the nodes seen so far; to pods of nodes that are not known yet packets leave outside \
              the tunnel: set --cluster-cidr"
         }
         false => "",

@@ -355,6 +355,34 @@ fn with_proc_sys_read_only_device_settings_go_by_netlink() {
 }
 
 #[test]
+fn with_proc_sys_net_mounted_in_the_second_place_everything_is_written_and_put_back() {
+    let node = Node::new();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sysctl");
+    let place = SecondPlace::new();
+    node.run(async {
+        sh("sysctl -w net.ipv6.conf.default.accept_ra=2");
+        place.mount();
+        assert!(std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").is_err());
+        let mut network = HostNetwork::open(Some(file.clone())).unwrap();
+        let report = network.apply(&config()).await.unwrap();
+        assert!(!report.changes.iter().any(|change| change.to_string().contains("by netlink")), "{report:?}");
+        for (key, value) in [
+            ("net.ipv4.ip_forward", "= 1"),
+            ("net.ipv6.conf.all.forwarding", "= 1"),
+            ("net.ipv6.conf.warren0.accept_ra", "= 0"),
+        ] {
+            let shown = sh(&format!("sysctl {key}"));
+            assert!(shown.contains(value), "{shown}");
+        }
+        assert!(network.apply(&config()).await.unwrap().is_empty());
+        host::cleanup("warren0", Some(&file)).await.unwrap();
+        let back = sh("sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding");
+        assert!(back.lines().all(|line| line.ends_with("= 0")), "{back}");
+    });
+}
+
+#[test]
 fn what_went_by_netlink_goes_back_by_netlink() {
     let node = Node::new();
     node.run(async {

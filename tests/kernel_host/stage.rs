@@ -206,6 +206,38 @@ pub(crate) fn read_only_proc_sys() {
     mount(none, "/proc/sys", none, read_only, none).unwrap();
 }
 
+/// The folder for the mount that the DaemonSet makes; it goes again if the machine did not have it.
+pub(crate) struct SecondPlace(bool);
+
+impl SecondPlace {
+    const FOLDER: &str = "/host";
+
+    pub(crate) fn new() -> Self {
+        Self(std::fs::create_dir(Self::FOLDER).is_ok())
+    }
+
+    /// For this thread alone: /proc/sys cannot be written, but /proc/sys/net can, in the second place.
+    pub(crate) fn mount(&self) {
+        use nix::mount::{MsFlags, mount};
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        mount(Some("tmpfs"), Self::FOLDER, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        let net = std::path::Path::new(Self::FOLDER).join("proc/sys/net");
+        std::fs::create_dir_all(&net).unwrap();
+        mount(Some("/proc/sys/net"), &net, none, MsFlags::MS_BIND, none).unwrap();
+        read_only_proc_sys();
+    }
+}
+
+impl Drop for SecondPlace {
+    fn drop(&mut self) {
+        if self.0 {
+            let _ = std::fs::remove_dir(Self::FOLDER);
+        }
+    }
+}
+
 /// Lets this thread alone read `what` at the place of a file of the kernel.
 pub(crate) fn pretend(file: &str, what: &std::path::Path) {
     use nix::mount::{MsFlags, mount};

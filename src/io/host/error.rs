@@ -35,7 +35,7 @@ pub enum HostError {
     NoNftables,
     /// A kernel setting is wrong and cannot be changed from here.
     #[error(
-        "sysctl {key} must be {value} and cannot be written ({source}): set it on the host, e.g. `sysctl -w {key}={value}`, or mount /proc/sys writable"
+        "sysctl {key} must be {value} and cannot be written ({source}): set it on the host, e.g. `sysctl -w {key}={value}`, or mount the node's /proc/sys/net at /host/proc/sys/net"
     )]
     Sysctl {
         /// Its dotted name.

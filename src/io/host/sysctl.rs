@@ -2,6 +2,7 @@
 //! own device is remembered in a state file, so that cleanup can put it back.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,10 @@ use super::nla::attribute;
 use super::{HostConfig, HostError, Report, routes};
 
 const ROOT: &str = "/proc/sys/";
+/// Where a container that has no full privilege finds what it may write: its own /proc/sys is mounted
+/// read-only. The pod mounts the node's `/proc/sys/net` there. It is no other than the one in /proc/sys: both
+/// show the network namespace of who looks, so that reading needs no second place.
+const WRITABLE_ROOT: &str = "/host/proc/sys/";
 
 /// IFLA_INET_CONF (linux/if_link.h) and the IPV4_DEVCONF_* numbers (linux/ip.h) of the settings that
 /// netlink can write where /proc/sys is read-only.
@@ -228,7 +233,7 @@ pub(super) async fn restore(
 }
 
 async fn put_back(handle: &Handle, interfaces: &Interfaces, key: &str, value: &str) -> bool {
-    if std::fs::write(path(key), value).is_ok() {
+    if write(key, value).is_ok() {
         return true;
     }
     let Some((device, name)) = key.strip_prefix("net/ipv4/conf/").and_then(|rest| rest.split_once('/'))
@@ -301,7 +306,7 @@ impl Saved {
         let mut lines = format!("boot {}\n", self.boot);
         lines.extend(self.values.iter().map(|(key, (before, ours))| format!("{key} {before} {ours}\n")));
         let next = path.with_extension("new");
-        let mut file = std::fs::File::create(&next)?;
+        let mut file = File::create(&next)?;
         file.write_all(lines.as_bytes())?;
         file.sync_all()?;
         std::fs::rename(next, path)
@@ -337,7 +342,7 @@ fn set_and_save(key: &str, value: &str, saved: &mut Saved, report: &mut Report) 
         return Ok(());
     }
     // Nothing to remember where /proc/sys is read-only.
-    std::fs::OpenOptions::new().write(true).open(path(key))?;
+    writable(key)?;
     if let Some(before) = before {
         saved.remember(key, &before, value)?;
     }
@@ -348,9 +353,24 @@ fn set(key: &str, value: &str, report: &mut Report) -> io::Result<()> {
     if read(key).as_deref() == Some(value) {
         return Ok(());
     }
-    std::fs::write(path(key), value)?;
+    write(key, value)?;
     report.changed(format!("sysctl {} = {value}", dotted(key)));
     Ok(())
+}
+
+fn write(key: &str, value: &str) -> io::Result<()> {
+    writable(key)?.write_all(value.as_bytes())
+}
+
+fn writable(key: &str) -> io::Result<File> {
+    let open = |root: &str| File::options().write(true).open(Path::new(root).join(key));
+    match open(ROOT) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => match open(WRITABLE_ROOT) {
+            Err(second) if second.kind() == io::ErrorKind::NotFound => Err(error),
+            outcome => outcome,
+        },
+        outcome => outcome,
+    }
 }
 
 /// One IPv4 setting of one device, by netlink.

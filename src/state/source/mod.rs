@@ -12,6 +12,7 @@ use super::problem::Problem;
 pub mod dir;
 mod fields;
 pub mod folder;
+pub mod kube;
 pub mod manifest;
 
 /// The kinds of object that Warren reads.

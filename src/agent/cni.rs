@@ -1,0 +1,444 @@
+//! CNI: what `warren-cni` reads of this agent, and the runtime's list of plugins.
+//!
+//! Both begin when packets flow, the list last: from then on the kubelet calls the node ready. Both stay when the
+//! agent ends; `--cleanup` takes them away.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tracing::{info, warn};
+
+use super::AgentError;
+use crate::cni::conflist::{self, BRIDGE, ConfFile, NEEDED, Own, Verdict, WELCOME};
+use crate::cni::data_path::{self, DataPath};
+use crate::cni::plugins::{self, Spoken};
+use crate::cni::{PLUGIN, SpecVersion};
+use crate::config::{AgentConfig, CniConfig};
+use crate::io::clock;
+use crate::io::host::HostState;
+use crate::state::compile::HostPlan;
+use crate::state::durable;
+
+/// How often the folder of lists is looked at: somebody may have changed it.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// No list of plugins comes near.
+const MOST_BYTES: u64 = 1 << 20;
+const MOST_FILES: usize = 256;
+/// In the state directory: which folders we have written to.
+const RECORD: &str = "cni-folders.json";
+/// What a file of others was before it was changed, beside it; a runtime does not read names that end so.
+const BEFORE: &str = "before-warren";
+/// Who may read a list of ours (CIS Kubernetes Benchmark 1.1.9).
+const MODE: u32 = 0o600;
+
+/// What pods get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pods {
+    mtu: u16,
+    ranges: Vec<IpNet>,
+}
+
+impl Pods {
+    fn of(plan: &HostPlan) -> Pods {
+        Pods { mtu: plan.pod_mtu, ranges: plan.pod_ranges.clone() }
+    }
+}
+
+/// Tells both tasks what pods get.
+pub(super) struct Cni(watch::Sender<Pods>);
+
+impl Cni {
+    /// Packets flow: says so from now on, and lets the runtime know of us. The first word is written when this
+    /// returns.
+    pub(super) fn start(
+        config: &AgentConfig,
+        plan: &HostPlan,
+        host: watch::Receiver<HostState>,
+    ) -> Result<(Cni, Vec<JoinHandle<()>>), AgentError> {
+        let (sender, pods) = watch::channel(Pods::of(plan));
+        let beat = Beat {
+            node: config.node.clone(),
+            device: config.tun_name.clone(),
+            run_dir: config.run_dir.clone(),
+        };
+        beat.write(&pods.borrow()).map_err(|source| AgentError::Io {
+            what: "cannot write data-path.json in the run directory",
+            source,
+        })?;
+        let mut tasks = vec![tokio::spawn(beat.go_on(pods.clone(), host))];
+        if let Some(folder) = config.cni.conf_dir.clone() {
+            let keeper = Keeper {
+                folder,
+                config: config.cni.clone(),
+                run_dir: std::path::absolute(&config.run_dir).unwrap_or_else(|_| config.run_dir.clone()),
+                record: config.state_dir.join(RECORD),
+                tun: config.tun_name.clone(),
+                asked: BTreeMap::new(),
+                said: BTreeSet::new(),
+            };
+            tasks.push(tokio::spawn(keeper.keep(pods)));
+        }
+        Ok((Cni(sender), tasks))
+    }
+
+    pub(super) fn obey(&self, plan: &HostPlan) {
+        let next = Pods::of(plan);
+        self.0.send_if_modified(|now| std::mem::replace(now, next) != *now);
+    }
+}
+
+/// Takes lists of ours away and ourselves out of those of others; says what.
+pub(super) fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
+    let record = config.state_dir.join(RECORD);
+    let mut folders = recorded(&record);
+    folders.extend(config.cni.conf_dir.clone());
+    let mut removed = Vec::new();
+    let mut done = || -> io::Result<()> {
+        for folder in &folders {
+            for file in read_folder(folder)? {
+                removed.extend(take_out(folder, &file)?);
+            }
+        }
+        match fs::remove_file(&record) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    };
+    done().map_err(|source| AgentError::Io { what: "cannot clean up the CNI configuration", source })?;
+    let word = data_path::path(&config.run_dir);
+    if fs::remove_file(&word).is_ok() {
+        removed.push(format!("file {}", word.display()));
+    }
+    Ok(removed)
+}
+
+/// Says every few seconds that packets flow.
+struct Beat {
+    node: String,
+    device: String,
+    run_dir: PathBuf,
+}
+
+impl Beat {
+    fn write(&self, pods: &Pods) -> io::Result<()> {
+        DataPath::now(&self.node, &self.device, pods.mtu, &pods.ranges).write(&self.run_dir)
+    }
+
+    /// The lanes run as long as the agent does; whether the node's routes and rules are right, the host's state says.
+    async fn go_on(self, mut pods: watch::Receiver<Pods>, host: watch::Receiver<HostState>) {
+        let mut every = interval(data_path::EVERY);
+        every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut said = false;
+        loop {
+            tokio::select! {
+                _ = every.tick() => {}
+                changed = pods.changed() => if changed.is_err() { return },
+            }
+            let right = host.borrow().right;
+            // A time in the future is one of before the clock was set back.
+            let age = right.map(|right| clock::wall().duration_since(right).unwrap_or_default());
+            if age.is_none_or(|age| age > data_path::EVERY) {
+                continue;
+            }
+            let pods = pods.borrow_and_update().clone();
+            match self.write(&pods) {
+                Ok(()) => said = false,
+                Err(error) if !said => {
+                    warn!(
+                        "{PLUGIN} will take this agent for dead: cannot write into the run directory: {error}"
+                    );
+                    said = true;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Keeps the list of plugins.
+struct Keeper {
+    folder: PathBuf,
+    config: CniConfig,
+    run_dir: PathBuf,
+    record: PathBuf,
+    tun: String,
+    /// What each plugin speaks, as long as its file stays the same.
+    asked: BTreeMap<&'static str, (FileId, Spoken)>,
+    said: BTreeSet<String>,
+}
+
+/// Which file it is: device, inode, size, time of change.
+type FileId = (u64, u64, u64, i64, i64);
+
+impl Keeper {
+    async fn keep(mut self, mut pods: watch::Receiver<Pods>) {
+        loop {
+            let now = pods.borrow_and_update().clone();
+            match self.look(now).await {
+                Ok(Some(done)) => info!("CNI: {done}"),
+                Ok(None) => {}
+                Err(problem) => self.say(format!("no pod network for this node's runtime yet: {problem}")),
+            }
+            match timeout(LOOK_EVERY, pods.changed()).await {
+                Ok(Err(_)) => return,
+                Ok(Ok(())) | Err(_) => {}
+            }
+        }
+    }
+
+    /// Makes it right; says what was done, or why it cannot be.
+    async fn look(&mut self, pods: Pods) -> Result<Option<String>, String> {
+        if pods.ranges.is_empty() {
+            return Err("this node has no pod range".to_owned());
+        }
+        let (folder, record) = (self.folder.clone(), self.record.clone());
+        let files = blocking(move || {
+            fs::create_dir_all(&folder)?;
+            remember(&record, &folder)?;
+            read_folder(&folder)
+        });
+        let files = files.await.map_err(|e| format!("{}: {e}", self.folder.display()))?;
+        let verdict = conflist::judge(&files, &self.config.conf_name, &pods.ranges);
+        if !plugins::is_installed(&self.config.bin_dir, PLUGIN) {
+            return Err(format!(
+                "there is no {PLUGIN} in {}: `warren install-cni` puts it there",
+                self.config.bin_dir.display()
+            ));
+        }
+        let own = self.config.conf_name.clone();
+        let run_dir = self.run_dir.to_string_lossy().into_owned();
+        let unreadable =
+            |file: &ConfFile| format!("{} cannot be changed: put {PLUGIN} into it yourself", file.name);
+        match verdict {
+            Verdict::Refuse(why) => Err(why),
+            Verdict::Own => {
+                let text = self.own_list(&files, &pods, &run_dir).await?;
+                self.write(&files, own, text, None).await
+            }
+            Verdict::Wrap(file) => {
+                let text = conflist::wrap(&file, &run_dir).ok_or_else(|| unreadable(&file))?;
+                self.write(&files, own, text, None).await
+            }
+            Verdict::Chain(file) => {
+                let text = conflist::chain(&file.text, &run_dir).ok_or_else(|| unreadable(&file))?;
+                let before = conflist::unchain(&file.text).ok_or_else(|| unreadable(&file))?;
+                let done = self.write(&files, file.name, text, Some(before)).await?;
+                // One around a single plugin's file, from before there was this one.
+                if files.iter().any(|file| file.name == own && conflist::is_ours(file)) {
+                    let path = self.folder.join(own);
+                    blocking(move || fs::remove_file(path)).await.map_err(|e| e.to_string())?;
+                }
+                Ok(done)
+            }
+        }
+    }
+
+    async fn own_list(&mut self, files: &[ConfFile], pods: &Pods, run_dir: &str) -> Result<String, String> {
+        let (bin, name) = (self.config.bin_dir.clone(), self.config.conf_name.clone());
+        let get = "get them from https://github.com/containernetworking/plugins/releases (Debian: \
+                   containernetworking-plugins)";
+        let missing: Vec<&str> =
+            NEEDED.into_iter().filter(|plugin| !plugins::is_installed(&bin, plugin)).collect();
+        if !missing.is_empty() {
+            return Err(format!(
+                "CNI plugins are missing in {}: {}; {get}",
+                bin.display(),
+                missing.join(", ")
+            ));
+        }
+        if !files.iter().any(|file| file.name == name) {
+            self.nobody_else_has_pods(&pods.ranges)?;
+        }
+        let mut extras = Vec::new();
+        for (plugin, loss) in WELCOME {
+            if plugins::is_installed(&bin, plugin) {
+                extras.push(plugin);
+            } else {
+                self.say(format!(
+                    "the CNI plugin {plugin} is missing in {}, so {loss}; {get}",
+                    bin.display()
+                ));
+            }
+        }
+        let mut spoken = Vec::new();
+        for plugin in NEEDED.into_iter().filter(|plugin| *plugin != PLUGIN).chain(extras.iter().copied()) {
+            spoken.push((plugin, self.ask(plugin).await));
+        }
+        let all = |version: &SpecVersion| spoken.iter().all(|(_, spoken)| spoken.has(*version));
+        let Some(version) = SpecVersion::ALL.into_iter().rev().find(all) else {
+            return Err(format!(
+                "the CNI plugins in {} have no version of CNI in common; {get}",
+                bin.display()
+            ));
+        };
+        Ok(Own { version, ranges: &pods.ranges, mtu: pods.mtu, run_dir, extras: &extras }.render())
+    }
+
+    /// Two interfaces with one subnet, and one address given to two pods: that is what a second network on the range
+    /// would make.
+    fn nobody_else_has_pods(&self, ranges: &[IpNet]) -> Result<(), String> {
+        let addresses =
+            nix::ifaddrs::getifaddrs().map_err(|e| format!("the interfaces cannot be listed: {e}"))?;
+        let found = addresses
+            .filter(|held| held.interface_name != self.tun && held.interface_name != BRIDGE)
+            .find_map(|held| {
+                let address = held.address?;
+                let v4 = address.as_sockaddr_in().map(|address| IpAddr::from(address.ip()));
+                let ip =
+                    v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::from(address.ip())))?;
+                ranges.iter().any(|range| range.contains(&ip)).then_some((held.interface_name, ip))
+            });
+        match found {
+            Some((name, address)) => Err(format!(
+                "the interface {name} holds {address}, of this node's pod range: pods of an earlier network are \
+                 still here. Drain the node and remove it (`ip link delete {name}`), or restart the machine"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    async fn ask(&mut self, plugin: &'static str) -> Spoken {
+        let id = fs::metadata(self.config.bin_dir.join(plugin)).map_or((0, 0, 0, 0, 0), |file| {
+            (file.dev(), file.ino(), file.size(), file.ctime(), file.ctime_nsec())
+        });
+        if let Some((known, spoken)) = self.asked.get(plugin)
+            && *known == id
+        {
+            return spoken.clone();
+        }
+        let spoken = plugins::ask(&self.config.bin_dir, plugin).await;
+        if let Spoken::Assumed(version, why) = &spoken {
+            self.say(format!(
+                "which versions of CNI the plugin {plugin} speaks is not known ({why}); {version} is assumed"
+            ));
+        }
+        self.asked.insert(plugin, (id, spoken.clone()));
+        spoken
+    }
+
+    /// Writes a file unless it is right; `before`: what it was without us, when it is somebody else's.
+    async fn write(
+        &mut self,
+        files: &[ConfFile],
+        name: String,
+        text: String,
+        before: Option<String>,
+    ) -> Result<Option<String>, String> {
+        let old = files.iter().find(|file| file.name == name);
+        if old.is_some_and(|old| old.text == text) {
+            return Ok(None);
+        }
+        let verb = match (&before, old) {
+            (Some(_), _) => "added warren-cni to",
+            (None, Some(_)) => "rewrote",
+            (None, None) => "wrote",
+        };
+        let path = self.folder.join(name);
+        let done = format!("{verb} {}: this node's runtime can add pods", path.display());
+        let write = move || -> io::Result<()> {
+            let mut mode = MODE;
+            if let Some(before) = before {
+                let file = fs::symlink_metadata(&path)?;
+                if !file.is_file() {
+                    return Err(io::Error::other("not a regular file; put warren-cni into it yourself"));
+                }
+                mode = file.permissions().mode() & 0o777;
+                durable::replace(&backup_of(&path), before.as_bytes(), mode)?;
+            }
+            durable::replace(&path, text.as_bytes(), mode)
+        };
+        blocking(write).await.map_err(|e| format!("{}: {e}", self.folder.display()))?;
+        self.said.clear();
+        Ok(Some(done))
+    }
+
+    /// Once, until something has changed.
+    fn say(&mut self, what: String) {
+        if !self.said.contains(&what) {
+            warn!("{what}");
+            self.said.insert(what);
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)))
+}
+
+/// The files that a runtime would look at, sorted by name as it does. One that cannot be read counts as empty.
+fn read_folder(folder: &Path) -> io::Result<Vec<ConfFile>> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name();
+        let is_conf = |name: &str| [".conflist", ".conf", ".json"].iter().any(|end| name.ends_with(end));
+        names.extend(name.into_string().ok().filter(|name| is_conf(name)));
+        if names.len() > MOST_FILES {
+            return Err(io::Error::other(format!("more than {MOST_FILES} files")));
+        }
+    }
+    names.sort();
+    let read = |name: String| {
+        let path = fs::canonicalize(folder.join(&name)).ok()?;
+        let bytes = durable::read(&path, MOST_BYTES).ok().flatten()?;
+        Some(ConfFile { name, text: String::from_utf8(bytes).unwrap_or_default() })
+    };
+    Ok(names.into_iter().filter_map(read).collect())
+}
+
+/// Takes us out of one file; says what was done.
+fn take_out(folder: &Path, file: &ConfFile) -> io::Result<Option<String>> {
+    let path = folder.join(&file.name);
+    if conflist::is_ours(file) {
+        fs::remove_file(&path)?;
+        return Ok(Some(format!("file {}", path.display())));
+    }
+    if !file.name.ends_with(".conflist") {
+        return Ok(None);
+    }
+    let Some(before) = conflist::unchain(&file.text).filter(|before| *before != file.text) else {
+        return Ok(None);
+    };
+    durable::replace(&path, before.as_bytes(), fs::metadata(&path)?.permissions().mode() & 0o777)?;
+    // One that differs is from before somebody changed the file, and may be worth something to him.
+    let backup = backup_of(&path);
+    if durable::read(&backup, MOST_BYTES).ok().flatten().is_some_and(|kept| kept == before.as_bytes()) {
+        fs::remove_file(&backup)?;
+    }
+    Ok(Some(format!("{PLUGIN} from {}", path.display())))
+}
+
+fn backup_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(BEFORE);
+    name.into()
+}
+
+/// The folders that we have written to; a record that makes no sense names none.
+fn recorded(record: &Path) -> BTreeSet<PathBuf> {
+    let read = durable::read(record, MOST_BYTES).ok().flatten();
+    read.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
+/// Before anything is written there.
+fn remember(record: &Path, folder: &Path) -> io::Result<()> {
+    let mut folders = recorded(record);
+    if !folders.insert(folder.to_owned()) {
+        return Ok(());
+    }
+    durable::replace(record, &serde_json::to_vec(&folders)?, MODE)
+}

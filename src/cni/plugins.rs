@@ -1,0 +1,117 @@
+//! Other people's plugins: which are installed, and which versions of CNI each speaks.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use super::SpecVersion;
+
+/// A plugin answers in milliseconds; a loaded machine may need longer.
+const PATIENCE: Duration = Duration::from_secs(5);
+const MOST_BYTES: u64 = 1 << 16;
+/// What every release of the usual plugins since 2021 speaks (v1.0.0 of containernetworking/plugins).
+const ASSUMED: SpecVersion = SpecVersion::V1_0_0;
+
+/// What became of asking a plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spoken {
+    /// These, of those that we speak.
+    Versions(Vec<SpecVersion>),
+    /// It is there and cannot be run from here: in a container it may lack its libraries. What it probably speaks,
+    /// and why that is a guess.
+    Assumed(SpecVersion, String),
+}
+
+impl Spoken {
+    /// Whether it speaks this one.
+    pub fn has(&self, version: SpecVersion) -> bool {
+        match self {
+            Spoken::Versions(versions) => versions.contains(&version),
+            Spoken::Assumed(newest, _) => version <= *newest,
+        }
+    }
+}
+
+/// Whether there is a program of this name.
+pub fn is_installed(folder: &Path, plugin: &str) -> bool {
+    let file = std::fs::metadata(folder.join(plugin));
+    file.is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+}
+
+/// Asks a plugin (VERSION); it gets nothing of our environment and little time.
+pub async fn ask(folder: &Path, plugin: &str) -> Spoken {
+    match timeout(PATIENCE, run(&folder.join(plugin), folder)).await {
+        Ok(Ok(output)) => match versions(&output) {
+            Some(versions) => Spoken::Versions(versions),
+            None => Spoken::Assumed(ASSUMED, "its answer makes no sense".to_owned()),
+        },
+        Ok(Err(error)) => Spoken::Assumed(ASSUMED, format!("it cannot be run here: {error}")),
+        Err(_) => Spoken::Assumed(ASSUMED, format!("it did not answer within {} s", PATIENCE.as_secs())),
+    }
+}
+
+async fn run(program: &Path, folder: &Path) -> io::Result<Vec<u8>> {
+    let mut child = Command::new(program)
+        .env_clear()
+        .env("CNI_COMMAND", "VERSION")
+        .env("CNI_PATH", folder)
+        // Older ones want them for every verb.
+        .envs(["CNI_CONTAINERID", "CNI_IFNAME", "CNI_NETNS"].map(|name| (name, OsStr::new("version"))))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        let question = format!("{{\"cniVersion\":\"{}\"}}", SpecVersion::NEWEST);
+        let _ = stdin.write_all(question.as_bytes()).await; // it need not read it
+    }
+    let mut output = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(MOST_BYTES).read_to_end(&mut output).await?;
+    }
+    child.wait().await?;
+    Ok(output)
+}
+
+fn versions(output: &[u8]) -> Option<Vec<SpecVersion>> {
+    let answer: Value = serde_json::from_slice(output).ok()?;
+    let spoken = answer.get("supportedVersions")?.as_array()?;
+    Some(spoken.iter().filter_map(|version| SpecVersion::parse(version.as_str()?)).collect())
+}
+
+/// Names of others in our messages: short, and no control characters.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().take(64).map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_of_plugins() {
+        let read = |text: &str| versions(text.as_bytes());
+        let usual = r#"{"cniVersion":"1.0.0","supportedVersions":["0.1.0","0.4.0","1.0.0","7"]}"#;
+        assert_eq!(read(usual), Some(vec![SpecVersion::V0_4_0, SpecVersion::V1_0_0]));
+        assert_eq!(read(r#"{"supportedVersions":"1.0.0"}"#), None);
+        assert_eq!(read("bash: error"), None);
+    }
+
+    #[tokio::test]
+    async fn a_plugin_that_is_no_program_is_guessed_at() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("bridge"), "no program").unwrap();
+        assert!(!is_installed(dir.path(), "bridge"));
+        let spoken = ask(dir.path(), "bridge").await;
+        assert!(spoken.has(SpecVersion::V1_0_0) && !spoken.has(SpecVersion::V1_1_0), "{spoken:?}");
+    }
+}

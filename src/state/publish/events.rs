@@ -1,0 +1,359 @@
+//! Events on Nodes, for those who look with `kubectl describe node`: what is wrong with what a node announced, what
+//! it claims of another's, and when its keys are others than before.
+//!
+//! Each node tells what concerns itself. What concerns another is told by three of the nodes, chosen by name, because
+//! that one may have no agent, or a bad one; the Event's name is made from what it says, so that they write one.
+//! It is told again after an hour, when the API server has forgotten it. So many at a time and no more.
+//!
+//! RBAC: `create` of `events.events.k8s.io` in the namespace `default`, where a Node's Events live.
+
+use std::collections::HashMap;
+use std::hash::Hasher as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::PostParams;
+use siphasher::sip::SipHasher24;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::snapshot::{Peer, Snapshot};
+use crate::state::problem::{Problem, ProblemKind};
+use crate::state::run::{Clock, StateReport};
+use crate::state::source::kube::Cluster;
+use crate::state::source::kube::client::reason;
+
+/// How many of the nodes tell what concerns another one.
+const TELLERS: usize = 3;
+/// How often it is looked what there is to tell.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Most Events at a time, and how soon there is room for another one.
+const BURST: u32 = 10;
+const ROOM_EVERY: Duration = Duration::from_secs(10);
+/// An API server keeps Events for an hour (--event-ttl).
+const AGAIN: Duration = Duration::from_secs(3660);
+/// Most that is remembered as told.
+const MAX_TOLD: usize = 1024;
+/// validateV1EventCreate: a note has so many bytes at most, and the instance so many.
+const MAX_NOTE: usize = 1024;
+const MAX_INSTANCE: usize = 128;
+
+/// Tells Events.
+#[derive(Debug)]
+pub struct Teller {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// This node.
+    pub node: String,
+    /// What is wrong.
+    pub report: watch::Receiver<Arc<StateReport>>,
+    /// Who is there, with which keys.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// The clocks.
+    pub clock: Clock,
+}
+
+impl Teller {
+    /// Tells until the state line ends.
+    pub async fn run(mut self) {
+        let api: Api<Event> = Api::namespaced(self.cluster.client(), "default");
+        let mut told = Told { room: BURST, ..Told::default() };
+        let mut keys = Keys::default();
+        loop {
+            let report = Arc::clone(&self.report.borrow_and_update());
+            let snapshot = self.snapshot.load_full();
+            let now = (self.clock.now)();
+            let news = keys.look(&snapshot);
+            // Only what this start has seen: the saved state's problems are those of then.
+            let problems = report.problems.iter().filter(|_| report.listed).filter_map(News::of);
+            for news in news.into_iter().chain(problems) {
+                let hash = news.hash();
+                if told.is_recent(hash, now) {
+                    continue;
+                }
+                if !concerns(&news.node, &self.node, &snapshot) {
+                    told.note(hash, now);
+                    continue;
+                }
+                if !told.takes_room(now) {
+                    break;
+                }
+                told.note(hash, now);
+                let event = news.event(&self.node, (self.clock.wall)());
+                match api.create(&PostParams::default(), &event).await {
+                    Ok(_) => {}
+                    // Another node was first, or we before a restart.
+                    Err(kube::Error::Api(status)) if status.code == 409 => {}
+                    Err(error) => {
+                        tracing::debug!("an Event on Node {} cannot be told: {}", news.node, reason(&error))
+                    }
+                }
+            }
+            sleep(LOOK_EVERY).await;
+            // What there was no room for, and what is to be told again.
+            let later = sleep(if told.room == 0 { ROOM_EVERY } else { AGAIN / 6 });
+            tokio::select! {
+                changed = self.report.changed() => if changed.is_err() { return },
+                () = later => {}
+            }
+        }
+    }
+}
+
+/// Something to tell about a Node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct News {
+    node: String,
+    reason: &'static str,
+    note: String,
+    warning: bool,
+}
+
+impl News {
+    fn of(problem: &Problem) -> Option<News> {
+        let node = problem.subject.strip_prefix("Node/")?;
+        let reason = match problem.kind {
+            ProblemKind::Annotation => "BadAnnotation",
+            ProblemKind::Value => "BadValue",
+            ProblemKind::Conflict => "Conflict",
+            ProblemKind::Setting => "Mismatch",
+            ProblemKind::File | ProblemKind::Object => return None,
+        };
+        let note = match problem.field.as_str() {
+            "" => problem.reason.clone(),
+            field => format!("{field}: {}", problem.reason),
+        };
+        Some(News { node: node.to_owned(), reason, note, warning: true })
+    }
+
+    /// The same for everybody who says the same.
+    fn hash(&self) -> u64 {
+        let mut hasher = SipHasher24::new();
+        for part in [self.node.as_str(), self.reason, &self.note] {
+            hasher.write(part.as_bytes());
+            hasher.write_u8(0);
+        }
+        hasher.finish()
+    }
+
+    fn event(&self, teller: &str, wall: SystemTime) -> Event {
+        // A name has 253 characters at most, and ends with a letter or digit before our dot.
+        let stem = cut(&self.node, 230).trim_end_matches(['-', '.']);
+        Event {
+            metadata: ObjectMeta {
+                name: Some(format!("{stem}.{:016x}", self.hash())),
+                namespace: Some("default".to_owned()),
+                ..ObjectMeta::default()
+            },
+            action: Some("Check".to_owned()),
+            event_time: Some(MicroTime(Timestamp::try_from(wall).unwrap_or_default())),
+            note: Some(cut(&self.note, MAX_NOTE).to_owned()),
+            reason: Some(self.reason.to_owned()),
+            regarding: Some(ObjectReference {
+                api_version: Some("v1".to_owned()),
+                kind: Some("Node".to_owned()),
+                name: Some(self.node.clone()),
+                uid: Some(self.node.clone()), // as the kubelet has it; `kubectl describe` looks for both
+                ..ObjectReference::default()
+            }),
+            reporting_controller: Some("warren.dev/agent".to_owned()),
+            reporting_instance: Some(cut(teller, MAX_INSTANCE).to_owned()),
+            type_: Some(if self.warning { "Warning" } else { "Normal" }.to_owned()),
+            ..Event::default()
+        }
+    }
+}
+
+fn cut(text: &str, most: usize) -> &str {
+    let mut end = most.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// Whether this node tells what concerns that one.
+fn concerns(about: &str, own: &str, snapshot: &Snapshot) -> bool {
+    if about == own {
+        return true;
+    }
+    let score = |name: &str| {
+        let mut hasher = SipHasher24::new();
+        hasher.write(about.as_bytes());
+        hasher.write_u8(0);
+        hasher.write(name.as_bytes());
+        hasher.finish()
+    };
+    let mine = score(own);
+    let peers = snapshot.mesh.peers.iter().flatten().filter(|peer| peer.name != about);
+    peers.filter(|peer| score(&peer.name) < mine).take(TELLERS).count() < TELLERS
+}
+
+/// What was told, and how much may still be.
+#[derive(Debug, Default)]
+struct Told {
+    at: HashMap<u64, Instant>,
+    room: u32,
+    refilled: Option<Instant>,
+}
+
+impl Told {
+    fn is_recent(&self, hash: u64, now: Instant) -> bool {
+        self.at.get(&hash).is_some_and(|at| now.saturating_duration_since(*at) < AGAIN)
+    }
+
+    fn note(&mut self, hash: u64, now: Instant) {
+        if self.at.len() >= MAX_TOLD {
+            self.at.retain(|_, at| now.saturating_duration_since(*at) < AGAIN);
+        }
+        if self.at.len() < MAX_TOLD {
+            self.at.insert(hash, now);
+        }
+    }
+
+    fn takes_room(&mut self, now: Instant) -> bool {
+        let refilled = *self.refilled.get_or_insert(now);
+        let more = now.saturating_duration_since(refilled).as_secs() / ROOM_EVERY.as_secs();
+        if let Some(more) = u32::try_from(more).ok().filter(|more| *more > 0) {
+            self.room = self.room.saturating_add(more).min(BURST);
+            self.refilled = Some(now);
+        }
+        let is_room = self.room > 0 && self.at.len() < MAX_TOLD;
+        self.room -= u32::from(is_room);
+        is_room
+    }
+}
+
+/// The keys that each peer had.
+#[derive(Debug, Default)]
+struct Keys(HashMap<String, Arc<Peer>>);
+
+impl Keys {
+    /// The peers none of whose keys is one of before. Peers that did not change are the same by address.
+    fn look(&mut self, snapshot: &Snapshot) -> Vec<News> {
+        let mut news = Vec::new();
+        for peer in snapshot.mesh.peers.iter().flatten().filter(|peer| !peer.lanes.is_empty()) {
+            let before = self.0.get(&peer.name);
+            if before.is_some_and(|before| Arc::ptr_eq(before, peer)) {
+                continue;
+            }
+            let is_new = before.is_some_and(|before| {
+                !peer.lanes.iter().any(|lane| before.lanes.iter().any(|old| old.key == lane.key))
+            });
+            if is_new {
+                let keys: Vec<String> =
+                    peer.lanes.iter().map(|lane| crate::state::annotations::key_text(&lane.key)).collect();
+                let note = format!("the node has other WireGuard keys than before: {}", keys.join(", "));
+                tracing::info!("Node {}: {note}", peer.name);
+                news.push(News { node: peer.name.clone(), reason: "KeysChanged", note, warning: false });
+            }
+            self.0.insert(peer.name.clone(), Arc::clone(peer));
+        }
+        // Nodes that went: their names may come back with other keys, and nobody minds.
+        if self.0.len() > 2 * snapshot.mesh.peers.len() + 16 {
+            let names: std::collections::HashSet<&str> =
+                snapshot.mesh.peers.iter().flatten().map(|peer| peer.name.as_str()).collect();
+            self.0.retain(|name, _| names.contains(name.as_str()));
+        }
+        news
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn news(note: &str) -> News {
+        let problem = Problem::node(ProblemKind::Annotation, "node-b", "warren.dev/lanes", note);
+        News::of(&problem).unwrap()
+    }
+
+    #[test]
+    fn an_event_is_valid_and_the_same_from_everybody() {
+        let long = News { node: format!("{}-", "n".repeat(229)), ..news(&"ä".repeat(1000)) };
+        for news in [news("not a key"), long] {
+            let [a, b] = ["node-a", "node-c"].map(|teller| news.event(teller, SystemTime::UNIX_EPOCH));
+            assert_eq!(a.metadata.name, b.metadata.name);
+            let name = a.metadata.name.clone().unwrap();
+            assert!(crate::state::source::manifest::is_dns_name(&name) && name.len() <= 253, "{name}");
+            assert!(a.note.unwrap().len() <= MAX_NOTE);
+            assert_eq!(a.type_.as_deref(), Some("Warning"));
+        }
+        assert_ne!(news("x").hash(), news("y").hash());
+    }
+
+    #[test]
+    fn the_same_is_told_once_an_hour_and_not_too_much_at_a_time() {
+        #[expect(clippy::disallowed_methods, reason = "a start for the made-up clock")]
+        let start = Instant::now();
+        let mut told = Told { room: BURST, ..Told::default() };
+        told.note(1, start);
+        assert!(told.is_recent(1, start) && !told.is_recent(2, start) && !told.is_recent(1, start + AGAIN));
+        assert_eq!((0..100).filter(|_| told.takes_room(start)).count(), BURST as usize);
+        assert!(told.takes_room(start + ROOM_EVERY) && !told.takes_room(start + ROOM_EVERY));
+        for hash in 0..2 * MAX_TOLD as u64 {
+            told.note(hash, start);
+        }
+        assert_eq!(told.at.len(), MAX_TOLD);
+        assert!(!told.takes_room(start + 2 * ROOM_EVERY), "what cannot be remembered is not told");
+        told.note(u64::MAX, start + AGAIN);
+        assert!(told.takes_room(start + AGAIN));
+    }
+
+    fn snapshot(peers: Vec<Peer>) -> Snapshot {
+        let peers = peers.into_iter().map(|peer| Some(Arc::new(peer))).collect();
+        let mesh = crate::snapshot::Mesh { peers, ..Default::default() };
+        let local = crate::snapshot::LocalNode {
+            name: "x".to_owned(),
+            address_v4: None,
+            address_v6: None,
+            vni: 1,
+            mac: [2; 6],
+        };
+        Snapshot { generation: 1, local: Arc::new(local), mesh: Arc::new(mesh), services: Arc::default() }
+    }
+
+    fn peer(name: &str, key: u8) -> Peer {
+        Peer {
+            id: crate::snapshot::PeerId(0),
+            name: name.to_owned(),
+            encap: None,
+            lanes: vec![crate::snapshot::PeerLane { key: [key; 32], port: 1 }],
+            endpoints: Vec::new(),
+            vxlan: None,
+            pod_ranges: Vec::new(),
+            addresses: Vec::new(),
+            mtu: 1400,
+            keepalive: 0,
+            takes_strangers: false,
+        }
+    }
+
+    #[test]
+    fn three_of_all_tell_what_concerns_another() {
+        let names: Vec<String> = (0..50).map(|n| format!("node-{n}")).collect();
+        let tells = |own: &String| {
+            let others = names.iter().filter(|name| *name != own).map(|name| peer(name, 1)).collect();
+            concerns("node-7", own, &snapshot(others))
+        };
+        let tellers: Vec<&String> = names.iter().filter(|own| tells(own)).collect();
+        assert_eq!(tellers.len(), TELLERS + 1, "{tellers:?}");
+        assert!(tellers.contains(&&"node-7".to_owned()));
+    }
+
+    #[test]
+    fn other_keys_are_noticed_once() {
+        let mut keys = Keys::default();
+        assert!(keys.look(&snapshot(vec![peer("a", 1)])).is_empty());
+        assert!(keys.look(&snapshot(vec![peer("a", 1)])).is_empty());
+        let news = keys.look(&snapshot(vec![peer("a", 2)]));
+        assert_eq!(news.iter().map(|news| news.reason).collect::<Vec<_>>(), ["KeysChanged"]);
+        assert!(keys.look(&snapshot(vec![peer("a", 2)])).is_empty());
+    }
+}
