@@ -9,6 +9,7 @@ mod others;
 
 mod folder;
 mod interop;
+mod keys;
 mod mesh;
 mod mtu;
 mod nat;
