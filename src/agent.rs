@@ -34,7 +34,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinHandle};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use tracing::{debug, error, info, warn};
 
 pub use error::AgentError;
@@ -69,6 +69,8 @@ const KEY_STEPS: Duration = Duration::from_secs(1);
 const TUN_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the node's routes and rules may be other than planned before the node counts as not ready.
 const HOST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long whoever stepped aside leaves the place to the one who asked for it.
+const STEP_ASIDE: Duration = Duration::from_secs(1);
 /// Events of the source that may wait.
 const EVENTS: usize = 4096;
 
@@ -165,22 +167,42 @@ struct Running {
 async fn agent(config: AgentConfig) -> Result<(), AgentError> {
     // As the first process of a container it would not end by a signal that it does not listen for.
     let mut stop = Signals::new()?;
-    let running = tokio::select! {
-        running = start(config) => running?,
-        () = stop.wait() => {
-            info!("stopping before packets flow");
-            return Ok(());
+    // Whoever stepped aside waits for the other one's end: asking in turn, both would do nothing else.
+    let (mut ask, mut pause) = (config.standby, Duration::ZERO);
+    loop {
+        let begin = async {
+            sleep(pause).await;
+            start(config.clone(), ask).await
+        };
+        let running = tokio::select! {
+            running = begin => running?,
+            () = stop.wait() => {
+                info!("stopping before packets flow");
+                return Ok(());
+            }
+        };
+        match running.follow(&mut stop).await? {
+            End::Stopped => return Ok(()),
+            End::SteppedAside => (ask, pause) = (false, STEP_ASIDE),
         }
-    };
-    running.follow(stop).await
+    }
 }
 
-async fn start(config: AgentConfig) -> Result<Running, AgentError> {
+/// Why an agent ends without an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By a signal.
+    Stopped,
+    /// For another agent, whose end is waited for.
+    SteppedAside,
+}
+
+async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     // 1 what there is
     presence::may_administrate()?;
     make_dir(&config.state_dir, "--state-dir")?;
     make_dir(&config.run_dir, "--run-dir")?;
-    let status_socket = server::bind(&config.run_dir)?;
+    let status_socket = presence::turn(&config, ask).await?;
     let mut ends = Ends::open(&config)?;
     presence::nobody_is_here(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
@@ -318,7 +340,9 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
 
 impl Running {
     // 6 until told to stop
-    async fn follow(mut self, mut stop: Signals) -> Result<(), AgentError> {
+    async fn follow(mut self, stop: &mut Signals) -> Result<End, AgentError> {
+        let asked = presence::asked(self.config.standby.then(|| self.config.run_dir.clone()));
+        tokio::pin!(asked);
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut key_steps = interval(KEY_STEPS);
@@ -328,9 +352,10 @@ impl Running {
         let keepalive = self.config.keepalive;
         let mut call = interval(Duration::from_secs(keepalive.max(1).into()));
         call.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
+        let end = loop {
             tokio::select! {
-                () = stop.wait() => break,
+                () = stop.wait() => break End::Stopped,
+                () = &mut asked => break End::SteppedAside,
                 Some((lane, reason)) = self.lane_ends.recv() => {
                     return Err(AgentError::LaneFailed { lane, reason });
                 }
@@ -361,12 +386,18 @@ impl Running {
                 _ = call.tick(), if keepalive > 0 => self.call_everybody(),
                 () = &mut recent => {}
             }
+        };
+        match end {
+            End::Stopped => info!(
+                "stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` \
+                 removes them)"
+            ),
+            End::SteppedAside => info!("another agent takes over, with the interface, routes and rules"),
         }
-        info!(
-            "stopping; the interface, routes and rules stay for the next agent (`warren agent --cleanup` removes them)"
-        );
         recent::note(&self.files, &self.handle).await;
-        Ok(())
+        // The other tasks end with what they belong to; this one would go on for as long as the process does.
+        self.host_watch.abort();
+        Ok(end)
     }
 
     async fn obey(&mut self, next: Arc<HostPlan>) -> Result<(), AgentError> {

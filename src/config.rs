@@ -128,6 +128,8 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// Folder of sockets.
     pub run_dir: PathBuf,
+    /// Whether to wait for another agent's end.
+    pub standby: bool,
     /// Log filter.
     pub log: String,
     /// Whether to clean up and end.
@@ -303,6 +305,7 @@ impl AgentConfig {
             masquerade: args.masquerade.unwrap_or(Masquerade::On),
             state_dir,
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+            standby: args.standby.unwrap_or(false),
             log: args.log.unwrap_or_else(|| "info".to_owned()),
             cleanup: args.cleanup,
             stay: args.stay,

@@ -52,7 +52,7 @@ fn the_schema_takes_what_makes_sense_and_nothing_else() {
         "clusterCidr: [10.244.0.0/16, 'fd00:244::/56']",
         "underlayMtu: 1420",
         "apiServer: ['https://[fd00::1]:6443', 'https://k8s.example:6443']",
-        "maxUnavailable: 3",
+        "maxSurge: 3",
         "image: {digest: 'sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'}",
     ] {
         let output = template(good);
@@ -74,8 +74,8 @@ fn the_schema_takes_what_makes_sense_and_nothing_else() {
         ("cni: {binDir: /opt/cni/bin/}", "binDir"),
         ("distribution: openshift", "distribution"),
         ("underlayMtu: 500", "underlayMtu"),
-        ("maxUnavailable: 0", "maxUnavailable"),
-        ("maxUnavailable: 0%", "maxUnavailable"),
+        ("maxSurge: 0", "maxSurge"),
+        ("maxSurge: 0%", "maxSurge"),
         ("image: {digest: 'sha256:a'}", "digest"),
         ("encapsulation: vxlan", "encapsulation"),
     ] {
@@ -184,7 +184,7 @@ fn the_rights_are_these_and_no_more() {
         rules.iter().map(|rule| format!("{} {}", list(&rule["resources"]), list(&rule["verbs"]))).collect()
     };
     let expected = [
-        "nodes get,list,watch",
+        "nodes list,watch",
         "nodes patch",
         "nodes/status patch",
         "services list,watch",
@@ -192,7 +192,7 @@ fn the_rights_are_these_and_no_more() {
         "servicecidrs list,watch",
     ];
     assert_eq!(rules("ClusterRole"), expected.map(str::to_owned).into());
-    assert_eq!(rules("Role"), ["events create,patch".to_owned()].into());
+    assert_eq!(rules("Role"), ["events create".to_owned()].into());
 }
 
 /// The policy is for the account that the pods have, also in another namespace.

@@ -14,7 +14,7 @@ set -euo pipefail
 wireguard_go=v0.0.0-20260522210424-ecfc5a8d5446
 boringtun=0.7.1
 gotatun=0.10.2
-cni_plugins=v1.9.0
+cni_plugins=v1.9.1 # before, CHECK of `bandwidth` crashes for a pod without a limit
 cnitool=v1.3.0
 kube_proxy=1.36.3
 helm=v3.22.0

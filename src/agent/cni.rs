@@ -255,7 +255,7 @@ impl Keeper {
                 missing.join(", ")
             ));
         }
-        if !files.iter().any(|file| file.name == name) {
+        if !files.iter().any(|file| file.name == name && conflist::is_own_network(file)) {
             self.nobody_else_has_pods(&pods.ranges)?;
         }
         let mut extras = Vec::new();

@@ -1,12 +1,29 @@
 //! One agent per network namespace, and the files that say it is there.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use futures_util::StreamExt;
+use inotify::{EventStream, Inotify, WatchMask};
 use rtnetlink::Handle;
+use tokio::time::sleep;
+use tracing::{info, warn};
 
 use super::AgentError;
+use crate::config::AgentConfig;
 use crate::io::underlay;
+use crate::status::server;
+use crate::status::socket::{OwnedSocket, SocketError};
+
+/// How often one that stands by looks whether it may go on: packets wait for that.
+const STANDBY_LOOK: Duration = Duration::from_millis(10);
+/// After how many looks it asks again.
+const ASK_EVERY: u64 = 100;
+/// Written in the run directory by who asks.
+const SUCCESSOR: &str = "successor";
 
 /// Fails where not even the attempt makes sense, before a folder's permissions speak of something else.
 pub(super) fn may_administrate() -> Result<(), AgentError> {
@@ -23,6 +40,63 @@ pub(super) fn may_administrate() -> Result<(), AgentError> {
 fn capabilities(status: &str) -> Option<u64> {
     let text = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     u64::from_str_radix(text.trim(), 16).ok()
+}
+
+/// Takes the run directory. If another agent has it and we may stand by, its end is waited for: what it leaves in the
+/// kernel and in the directory is ours then, after no more time than it takes to start. With `ask` it is told that we
+/// are here, and steps aside if it may stand by itself: should we fail, it goes on where we ended.
+pub(super) async fn turn(config: &AgentConfig, ask: bool) -> Result<OwnedSocket, AgentError> {
+    let successor = config.run_dir.join(SUCCESSOR);
+    let mut waited = 0_u64;
+    loop {
+        match server::bind(&config.run_dir) {
+            Err(SocketError::InUse { .. }) if config.standby => {}
+            outcome => {
+                let socket = outcome?;
+                if waited > 0 {
+                    // The descriptors of one that was killed are closed one after the other.
+                    sleep(STANDBY_LOOK).await;
+                }
+                let _ = fs::remove_file(successor);
+                return Ok(socket);
+            }
+        }
+        if waited == 0 {
+            info!("another agent is running; standing by until it ends");
+        }
+        // Again, because one that is just starting does not listen yet.
+        if ask && waited % ASK_EVERY == 0 {
+            fs::write(&successor, "").map_err(|source| AgentError::Io {
+                what: "cannot write the file `successor` in the run directory",
+                source,
+            })?;
+        }
+        waited += 1;
+        sleep(STANDBY_LOOK).await;
+    }
+}
+
+/// Ends when another agent has asked for our place, in this run directory; where there is none, never. Where nobody can
+/// be heard, that one waits for our end.
+pub(super) async fn asked(run_dir: Option<PathBuf>) {
+    match run_dir.map(|run_dir| successors(&run_dir)) {
+        Some(Ok(mut events)) => {
+            while let Some(Ok(event)) = events.next().await {
+                if event.name.as_deref() == Some(OsStr::new(SUCCESSOR)) {
+                    return;
+                }
+            }
+        }
+        Some(Err(error)) => warn!("an agent that is to take over will not be heard: {error}"),
+        None => {}
+    }
+    std::future::pending().await
+}
+
+fn successors(run_dir: &Path) -> io::Result<EventStream<[u8; 1024]>> {
+    let inotify = Inotify::init()?;
+    inotify.watches().add(run_dir, WatchMask::CLOSE_WRITE)?;
+    inotify.into_event_stream([0; 1024])
 }
 
 /// Fails if another agent runs in this network namespace, with this device or with another one: routes, rules and
@@ -87,7 +161,55 @@ pub(super) fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
+    use crate::config::AgentArgs;
+
+    fn config(run_dir: &Path, standby: bool) -> AgentConfig {
+        let run_dir = Some(run_dir.to_owned());
+        let source = Some("dir:/nowhere".parse().unwrap());
+        let node = Some("a".to_owned());
+        let args = AgentArgs { run_dir, source, node, standby: Some(standby), ..AgentArgs::default() };
+        AgentConfig::resolve(args).unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_that_stands_by_waits_for_the_other_ones_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = turn(&config(dir.path(), true), true).await.unwrap();
+        let refused = turn(&config(dir.path(), false), true).await.unwrap_err();
+        assert!(refused.to_string().contains("another agent is running"), "{refused}");
+        let waiting = config(dir.path(), true);
+        let second = tokio::spawn(async move { turn(&waiting, false).await });
+        sleep(5 * STANDBY_LOOK).await;
+        assert!(!second.is_finished());
+        assert!(!dir.path().join(SUCCESSOR).exists(), "it did not ask");
+        drop(first);
+        let second = timeout(Duration::from_secs(5), second).await.unwrap().unwrap().unwrap();
+        assert!(second.path().exists());
+    }
+
+    #[tokio::test]
+    async fn who_asks_is_heard_by_who_may_stand_by() {
+        let dir = tempfile::tempdir().unwrap();
+        let both = config(dir.path(), true);
+        let first = turn(&both, true).await.unwrap();
+        let asking = both.clone();
+        // Asked once before anybody listened, and again.
+        let second = tokio::spawn(async move { turn(&asking, true).await });
+        while !dir.path().join(SUCCESSOR).exists() {
+            sleep(STANDBY_LOOK).await;
+        }
+        tokio::select! {
+            () = asked(Some(both.run_dir.clone())) => {}
+            () = asked(None) => panic!("it would end for good"),
+            () = sleep(Duration::from_secs(5)) => panic!("not heard"),
+        }
+        drop(first);
+        timeout(Duration::from_secs(5), second).await.unwrap().unwrap().unwrap();
+        assert!(!dir.path().join(SUCCESSOR).exists(), "what was asked for was given");
+    }
 
     #[test]
     fn capabilities_are_read() {

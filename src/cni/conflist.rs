@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
+use super::input::DEFAULT_RUN_DIR;
 use super::{PLUGIN, SpecVersion};
 
 /// The network's name in our own list.
@@ -126,18 +127,16 @@ pub enum Verdict {
 /// Decides by the folder's files, sorted by name, of which `own_name` is the one we write.
 pub fn judge(files: &[ConfFile], own_name: &str, ranges: &[IpNet]) -> Verdict {
     let ours = files.iter().find(|file| file.name == own_name);
-    if let Some(ours) = ours {
-        match List::parse(ours) {
-            // Pods are in it already.
-            Some(list) if list.note && list.name == NETWORK => return Verdict::Own,
-            Some(list) if list.note => {}
-            Some(_) | None => {
-                let why = "is in the way: it has the name of Warren's CNI configuration and is not of Warren";
-                return Verdict::Refuse(format!(
-                    "{own_name} {why}; remove it, or choose another --cni-conf-name"
-                ));
-            }
+    match ours {
+        // Pods are in it already.
+        Some(ours) if is_own_network(ours) => return Verdict::Own,
+        Some(ours) if !is_ours(ours) => {
+            let why = "is in the way: it has the name of Warren's CNI configuration and is not of Warren";
+            return Verdict::Refuse(format!(
+                "{own_name} {why}; remove it, or choose another --cni-conf-name"
+            ));
         }
+        Some(_) | None => {}
     }
     for file in files.iter().filter(|file| file.name != own_name) {
         match List::parse(file).map_or(Opinion::Unreadable, |list| list.judge(file, ranges)) {
@@ -283,6 +282,11 @@ impl Plugin {
         subnets.filter(|subnets| !subnets.is_empty())
     }
 
+    /// Of our own part.
+    fn run_dir(&self) -> Option<&str> {
+        self.config.get("runDir").map_or(Some(DEFAULT_RUN_DIR), Value::as_str)
+    }
+
     fn is_gateway(&self) -> bool {
         ["isGateway", "isDefaultGateway"].iter().any(|key| self.config.get(*key) == Some(&Value::Bool(true)))
     }
@@ -309,7 +313,8 @@ pub fn wrap(file: &ConfFile, run_dir: &str) -> Option<String> {
 pub fn chain(text: &str, run_dir: &str) -> Option<String> {
     let ours = entry(run_dir);
     let without = match position(text)? {
-        Some(at) if Plugin::parse(List::of(text, true)?.plugins[at])?.config == ours => {
+        // Perhaps in a person's words.
+        Some(at) if Plugin::parse(List::of(text, true)?.plugins[at])?.run_dir() == Some(run_dir) => {
             return Some(text.to_owned());
         }
         Some(_) => unchain(text)?,
@@ -334,6 +339,11 @@ pub fn unchain(text: &str) -> Option<String> {
         None => (start, place(text, list.plugins.get(1)?)?.0),
     };
     Some(format!("{}{}", text.get(..from)?, text.get(to..)?))
+}
+
+/// Whether a file is the list of our own network.
+pub fn is_own_network(file: &ConfFile) -> bool {
+    List::parse(file).is_some_and(|list| list.note && list.name == NETWORK)
 }
 
 /// Whether a file is of the agent's making.

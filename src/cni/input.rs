@@ -10,7 +10,8 @@ use super::SpecVersion;
 use super::call::is_identifier;
 use super::error::{CniError, Code};
 
-const DEFAULT_RUN_DIR: &str = "/run/warren";
+/// The agent's, unless it was told otherwise.
+pub(super) const DEFAULT_RUN_DIR: &str = "/run/warren";
 /// A pod has a few of each; every one of them costs a question to the kernel or a comparison.
 const MOST_INTERFACES: usize = 64;
 const MOST_ADDRESSES: usize = 256;

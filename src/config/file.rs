@@ -162,6 +162,7 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         masquerade,
         state_dir,
         run_dir,
+        standby,
         log,
         no_tun_gso,
         no_udp_gso,

@@ -227,6 +227,12 @@ pub struct AgentArgs {
     /// [default: info]
     #[arg(long, value_name = "FILTER", env = "WARREN_LOG", value_parser = log_filter, help_heading = "Host")]
     pub log: Option<String>,
+    /// If an agent already runs here, wait until it ends and go on then, instead of failing: in an update the new
+    /// agent is there before the old one goes
+    #[arg(long, env = "WARREN_STANDBY", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = "Host")]
+    pub standby: Option<bool>,
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
     pub cleanup: bool,

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::lab::Lab;
-use crate::lab::agent::Mesh;
+use crate::lab::agent::{Agent, Mesh};
 use crate::lab::traffic::{Echo, Flow, exchange, reach};
+use crate::lab::{Lab, wait_for};
 
 /// After a gap TCP tries again at growing intervals; this is ample for an agent that starts at once.
 const RESUMES: Duration = Duration::from_secs(10);
@@ -48,6 +48,42 @@ fn an_agent_that_is_stopped_leaves_the_network_and_goes_on_where_it_was() {
     agents[0].restart(lab, &lab.nodes[0]);
     flow.assert_alive(RESUMES);
     flow.finish();
+}
+
+/// An update: the new agent is there before the old one goes, and the old one goes on if the new one fails.
+#[test]
+fn agents_hand_over_to_one_another() {
+    for encap in ["wireguard", "vxlan"] {
+        let arguments = ["--encap", encap, "--standby"];
+        let mut mesh = Mesh::start(Lab::two(), &arguments);
+        let echo = Echo::start(mesh.pod(1));
+        let flow = Flow::start(mesh.pod(0), mesh.pod(1), 0, echo.port, RATE);
+        flow.assert_alive(RESUMES);
+        mesh.agents[0].wait_saved(&mesh.lab, &mesh.lab.nodes[1]);
+        let began = |mesh: &Mesh, times: usize| {
+            wait_for("one of the two has begun", RESUMES, || {
+                (mesh.agents[0].log().matches("ready: packets flow").count() == times).then_some(())
+            });
+        };
+        let mut new = Agent::launch(&mesh.lab, &mesh.lab.nodes[0], &arguments);
+        began(&mesh, 2);
+        flow.assert_alive(RESUMES);
+        assert!(mesh.agents[0].is_running() && new.is_running(), "the old one stands by");
+        assert!(mesh.agents[0].log().contains("another agent takes over"));
+        let handed_over = flow.longest_pause();
+        new.kill();
+        began(&mesh, 3);
+        flow.assert_alive(RESUMES);
+        let mut newer = Agent::launch(&mesh.lab, &mesh.lab.nodes[0], &arguments);
+        began(&mesh, 4);
+        assert!(mesh.agents[0].stop().success(), "one that stands by ends when it is told to");
+        flow.assert_alive(RESUMES);
+        assert!(newer.is_running());
+        let pause = flow.longest_pause();
+        eprintln!("{encap}: longest pause {handed_over:?} when handed over, {pause:?} when killed");
+        assert!(pause < Duration::from_secs(2), "{encap}: {pause:?}");
+        flow.finish();
+    }
 }
 
 /// The cluster's description is gone while the agent restarts: what was known last goes on.

@@ -121,6 +121,9 @@ fn a_list_of_others_is_changed_in_one_place_and_comes_back() {
 
     let dense = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"ptp"}]}"#;
     assert_eq!(unchain(&chain(dense, RUN).unwrap()).unwrap(), dense);
+    // Somebody has put us there by himself, in his own words.
+    let by_hand = dense.replace("]}", r#", {"type": "warren-cni", "x": 1}]}"#);
+    assert_eq!(chain(&by_hand, RUN).unwrap(), by_hand);
     // Somebody put us first.
     let first = r#"{"plugins":[ {"type":"warren-cni"}, {"type":"ptp"}]}"#;
     assert_eq!(unchain(first).unwrap(), r#"{"plugins":[ {"type":"ptp"}]}"#);

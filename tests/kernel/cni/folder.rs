@@ -1,0 +1,180 @@
+//! The folder of configurations: what the agent writes, what it leaves alone, and that it takes all of it back.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::runtime::{OWN, Runtime, mtu};
+use crate::lab::agent::{self, Agent, READY, warren};
+use crate::lab::netns::Netns;
+use crate::lab::{Lab, Node, wait_for};
+
+fn lab() -> Lab {
+    let lab = Lab::two();
+    lab.write_nodes();
+    lab
+}
+
+fn cleanup(lab: &Lab, node: &Node) -> String {
+    let output = agent::command(lab, node, &["--cleanup"]).output().expect("run the cleanup");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .expect("read the folder")
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+fn log_says(agent: &Agent, word: &str) {
+    wait_for(&format!("the log says {word:?}"), READY, || agent.log().contains(word).then_some(()));
+}
+
+#[test]
+fn the_list_follows_the_node_and_goes_with_a_cleanup() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let mut agent = runtime.agent(&lab, &[]);
+    let list = runtime.configured();
+    let bridge = |list: &Value| list["plugins"][0].clone();
+    assert_eq!(bridge(&list)["mtu"], json!(agent.pod_mtu()));
+    // Kept: somebody removes it, or writes nonsense into it.
+    fs::remove_file(runtime.conf.join(OWN)).expect("remove the list");
+    assert_eq!(runtime.configured(), list);
+    // Followed: the network's MTU, and another pod range.
+    node.ns.run("ip link set eth0 mtu 1400");
+    let smaller = runtime.wait_for_file(OWN, |list| bridge(list)["mtu"].as_u64() < Some(1400));
+    assert_eq!(bridge(&smaller)["mtu"], json!(agent.pod_mtu()));
+    let moved = lab.node_object(node, &[]).replace("10.244.1.0/24", "10.244.77.0/24");
+    lab.write_object("node1.yaml", &moved);
+    let range = |list: &Value| bridge(list)["ipam"]["ranges"][0][0]["subnet"].clone();
+    runtime.wait_for_file(OWN, |list| range(list) == "10.244.77.0/24");
+    let pod = Netns::new("pod");
+    assert!(runtime.add(&pod).addresses()[0].to_string().starts_with("10.244.77."));
+    assert_eq!(mtu(&pod, "eth0"), agent.pod_mtu());
+    // It stays when the agent ends, and goes with the cleanup, which was not told where it is.
+    agent.stop();
+    assert_eq!(names(&runtime.conf), [OWN]);
+    let said = cleanup(&lab, node);
+    assert!(said.contains(OWN), "{said}");
+    assert_eq!(names(&runtime.conf), [""; 0]);
+    assert!(!cleanup(&lab, node).contains(OWN));
+}
+
+#[test]
+fn a_list_of_others_gets_one_entry_and_comes_back_as_it_was() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let text = "{\n \"plugins\": [\n   { \"type\": \"bridge\", \"bridge\": \"cbr0\", \"isGateway\":true, \"odd\": 1.50,\n     \
+                \"ipam\": {\"type\":\"host-local\", \"ranges\": [[{\"subnet\":\"10.244.1.0/24\"}],\
+                [{\"subnet\":\"fd00:10:244:1::/64\"}]], \"routes\":[{\"dst\":\"0.0.0.0/0\"}]} }\n ],\n \
+                \"name\": \"theirs\", \"cniVersion\": \"1.0.0\" }\n";
+    runtime.write("10-theirs.conflist", text);
+    let mut agent = runtime.agent(&lab, &[]);
+    let list = runtime.wait_for_file("10-theirs.conflist", |list| list["plugins"][1]["type"] == "warren-cni");
+    assert_eq!((&list["name"], &list["plugins"][0]["odd"]), (&json!("theirs"), &json!(1.5)));
+    assert_eq!(names(&runtime.conf), ["10-theirs.conflist", "10-theirs.conflist.before-warren"]);
+    let pod = Netns::new("pod");
+    runtime.add_to("theirs", &pod, &json!({}));
+    assert_eq!(mtu(&pod, "eth0"), agent.pod_mtu());
+    // Its owner writes it again, differently.
+    let other = text.replace("1.50", "2.50");
+    runtime.write("10-theirs.conflist", &other);
+    runtime.wait_for_file("10-theirs.conflist", |list| {
+        list["plugins"][1]["type"] == "warren-cni" && list["plugins"][0]["odd"] == json!(2.5)
+    });
+    agent.stop();
+    cleanup(&lab, node);
+    assert_eq!(fs::read_to_string(runtime.conf.join("10-theirs.conflist")).expect("it is there"), other);
+    assert_eq!(names(&runtime.conf), ["10-theirs.conflist"]);
+}
+
+#[test]
+fn a_single_plugins_file_stays_and_a_list_with_it_comes_first() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let text = r#"{"cniVersion":"0.4.0","name":"single","type":"bridge","bridge":"cbr0","isGateway":true,"ipMasq":true,
+                   "ipam":{"type":"host-local","ranges":[[{"subnet":"10.244.1.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}}"#;
+    runtime.write("10-single.conf", text);
+    let mut agent = runtime.agent(&lab, &[]);
+    let list = runtime.configured();
+    assert_eq!((&list["name"], &list["cniVersion"]), (&json!("single"), &json!("0.4.0")));
+    let pod = Netns::new("pod");
+    runtime.do_it("add", "single", &pod);
+    assert_eq!(mtu(&pod, "eth0"), agent.pod_mtu());
+    agent.stop();
+    cleanup(&lab, node);
+    assert_eq!(names(&runtime.conf), ["10-single.conf"]);
+    assert_eq!(fs::read_to_string(runtime.conf.join("10-single.conf")).expect("it is there"), text);
+}
+
+#[test]
+fn other_networks_are_left_alone_and_named() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let flannel = r#"{"cniVersion":"0.3.1","name":"cbr0","plugins":[{"type":"flannel","delegate":{}}]}"#;
+    runtime.write("10-flannel.conflist", flannel);
+    let agent = runtime.agent(&lab, &[]);
+    log_says(&agent, "10-flannel.conflist belongs to another pod network (flannel)");
+    assert_eq!(names(&runtime.conf), ["10-flannel.conflist"]);
+    // It goes, but its bridge is still there: a second one would have the same subnet.
+    node.ns
+        .run_all("ip link add cni0 type bridge\n ip addr add 10.244.1.1/24 dev cni0\n ip link set cni0 up");
+    fs::remove_file(runtime.conf.join("10-flannel.conflist")).expect("remove it");
+    log_says(&agent, "ip link delete cni0");
+    assert_eq!(names(&runtime.conf), [""; 0]);
+    node.ns.run("ip link delete cni0");
+    runtime.configured();
+}
+
+#[test]
+fn missing_plugins_are_named_and_taken_when_they_come() {
+    let lab = lab();
+    let runtime = Runtime::new(&lab, &lab.nodes[0]);
+    let [away, back] = ["away", "bin"].map(|name| lab.path().join("node1").join(name));
+    fs::create_dir(&away).expect("make a folder");
+    let shift = |from: &Path, to: &Path, name: &str| {
+        fs::rename(from.join(name), to.join(name)).expect("move a plugin")
+    };
+    ["warren-cni", "bridge", "bandwidth"].iter().for_each(|name| shift(&back, &away, name));
+    let agent = runtime.agent(&lab, &[]);
+    log_says(&agent, "`warren install-cni` puts it there");
+    let install = |arguments: &[&str]| {
+        let output = Command::new(warren())
+            .arg("install-cni")
+            .arg("--cni-bin-dir")
+            .arg(&back)
+            .args(arguments)
+            .output();
+        let output = output.expect("run install-cni");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let said = install(&[]);
+    assert!(said.contains("installed") && said.contains("bridge, bandwidth"), "{said}");
+    assert!(install(&[]).contains("up to date"));
+    log_says(&agent, "CNI plugins are missing");
+    shift(&away, &back, "bridge");
+    let types = |list: &Value| -> Vec<String> {
+        let all = list["plugins"].as_array().expect("plugins");
+        all.iter().map(|plugin| plugin["type"].as_str().expect("a type").to_owned()).collect()
+    };
+    assert_eq!(types(&runtime.configured()), ["bridge", "portmap", "warren-cni"]);
+    log_says(&agent, "bandwidth limits of pods do nothing");
+    shift(&away, &back, "bandwidth");
+    runtime.wait_for_file(OWN, |list| types(list).len() == 4);
+    let pod = Netns::new("pod");
+    runtime.add(&pod);
+    assert!(install(&["--remove"]).contains("removed"));
+    assert!(!back.join("warren-cni").exists());
+}
