@@ -21,8 +21,8 @@ use super::udp::{self, UdpError, UdpOptions, UdpSocket};
 use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::FlowTable;
 use crate::datapath::{Counters, Lane, LaneConfig};
-use crate::tunnel::wireguard::Keys;
 use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
+use crate::tunnel::wireguard::Keys;
 
 /// VXLAN source sockets of a lane: what a hash over source ports needs to spread flows a little.
 const VXLAN_SOURCES: u8 = 4;

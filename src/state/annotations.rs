@@ -48,8 +48,19 @@ const KEEPALIVE: &str = "warren.dev/keepalive";
 const SERVICES: &str = "warren.dev/services";
 const PUBLIC_KEY: &str = "warren.dev/public-key";
 const ENDPOINT: &str = "warren.dev/endpoint";
-const KNOWN: [&str; 11] =
-    [PROTOCOL_NAME, LANES, ALSO_KEYS, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, SERVICES, PUBLIC_KEY, ENDPOINT];
+const KNOWN: [&str; 11] = [
+    PROTOCOL_NAME,
+    LANES,
+    ALSO_KEYS,
+    ENDPOINTS,
+    LOCATION,
+    ENCAPS,
+    VXLAN_MAC,
+    KEEPALIVE,
+    SERVICES,
+    PUBLIC_KEY,
+    ENDPOINT,
+];
 
 /// The encapsulations that a node sends and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -473,6 +484,21 @@ mod tests {
         assert_eq!(problems, []);
     }
 
+    #[test]
+    fn second_keys_are_one_for_each_lane_and_new() {
+        let [a, b, c] = [1_u8, 2, 3].map(|n| key_text(&[n; 32]));
+        let of = |also: &str| read(&[(LANES, &format!("{a}:1,{b}:2")), (ALSO_KEYS, also)]);
+        let (announcement, problems) = of(&format!("{c},{}", key_text(&[4; 32])));
+        assert_eq!((announcement.also, problems), (vec![[3; 32], [4; 32]], Vec::new()));
+        for wrong in [c.clone(), format!("{c},{c}"), format!("{c},{a}"), format!("{c},x"), String::new()] {
+            let (announcement, problems) = of(&wrong);
+            assert_eq!((announcement.lanes.len(), announcement.also.len()), (2, 0), "{wrong}");
+            assert_eq!(problems[0].annotation, ALSO_KEYS, "{wrong}");
+        }
+        let (announcement, problems) = read(&[(ALSO_KEYS, &c)]);
+        assert_eq!((announcement.also.len(), problems.len()), (0, 1), "keys without lanes");
+    }
+
     fn lane() -> impl Strategy<Value = PeerLane> {
         (proptest::array::uniform32(1..=255_u8), 1..=u16::MAX).prop_map(|(key, port)| PeerLane { key, port })
     }
@@ -488,15 +514,17 @@ mod tests {
             location in proptest::option::of("[a-zA-Z0-9_./-]{1,63}"),
             (wireguard, vxlan) in (any::<bool>(), any::<bool>()),
             mac in proptest::option::of(any::<[u8; 6]>()), keepalive in 0..=3600_u16,
-            services in any::<bool>(),
+            services in any::<bool>(), changing in any::<bool>(),
         ) -> Announcement {
             let plain = |endpoint: &SocketAddr| {
                 endpoint.port() != 0 && is_reachable(endpoint.ip())
             };
             let endpoints = endpoints.into_iter().map(|e| SocketAddr::new(e.ip(), e.port()));
             let encaps = Encaps { wireguard: wireguard || !lanes.is_empty(), vxlan: vxlan || mac.is_some() };
+            let second = |lane: &PeerLane| lane.key.map(|byte| byte ^ 0x55);
+            let also = if changing { lanes.iter().map(second).collect() } else { Vec::new() };
             Announcement {
-                lanes, endpoints: endpoints.filter(plain).collect(), location, encaps,
+                lanes, also, endpoints: endpoints.filter(plain).collect(), location, encaps,
                 vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive, services,
             }
         }

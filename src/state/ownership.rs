@@ -162,7 +162,8 @@ impl Claims<'_> {
         if grant.lanes.is_empty() || also.is_empty() {
             return Vec::new();
         }
-        if let Some((lane, owner)) = also.iter().enumerate().find_map(|(n, key)| Some((n, *owners.get(key)?))) {
+        if let Some((lane, owner)) = also.iter().enumerate().find_map(|(n, key)| Some((n, *owners.get(key)?)))
+        {
             let reason = format!("the key of lane {lane} is one of {}; none is used", name_of(nodes, owner));
             self.refuse(ProblemKind::Conflict, node, "warren.dev/also-keys", reason);
             return Vec::new();
@@ -307,6 +308,33 @@ mod tests {
                     .all(|p| p.subject == format!("Node/{loser}") && p.reason.contains(winner.as_str()))
             );
         }
+    }
+
+    #[test]
+    fn a_second_key_takes_no_key_from_anybody() {
+        let object = |name: &str, created: u8, key: u8, also: u8| {
+            let mut object = object(
+                name,
+                Some(created),
+                name,
+                &format!("10.{created}.0.0/24"),
+                &format!("192.0.2.{created}"),
+                key,
+            );
+            let Object::Node(node) = &mut object else { panic!() };
+            let annotations = std::sync::Arc::make_mut(node).metadata.annotations.as_mut().unwrap();
+            annotations
+                .insert("warren.dev/also-keys".to_owned(), crate::state::annotations::key_text(&[also; 32]));
+            object
+        };
+        // The oldest claims what the youngest uses, and one that the second claims too.
+        let objects = [object("old", 1, 1, 3), object("mid", 2, 2, 9), object("new", 3, 3, 9)];
+        let (grants, problems) = settled(&objects, &ClusterRanges::default());
+        let found: Vec<_> =
+            grants.iter().map(|(name, g)| (name.as_str(), g.lanes.len(), g.also.len())).collect();
+        assert_eq!(found, [("old", 1, 0), ("mid", 1, 1), ("new", 1, 0)]);
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems.iter().all(|p| p.field == "warren.dev/also-keys"), "{problems:?}");
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub(super) fn peer(id: u32, name: &str) -> Peer {
         mtu: 1420,
         keepalive: 25,
         takes_strangers: true,
-            also: Vec::new(),
+        also: Vec::new(),
     }
 }
 

@@ -114,7 +114,10 @@ impl Handle {
         let (answer, answered) = oneshot::channel();
         let rotations = self.rotations.as_ref().ok_or("this agent has keys that cannot be changed")?;
         let ended = |_| "the agent is ending".to_owned();
-        rotations.send(RotateOrder { overlap, answer }).await.map_err(|_| "the agent is ending".to_owned())?;
+        rotations
+            .send(RotateOrder { overlap, answer })
+            .await
+            .map_err(|_| "the agent is ending".to_owned())?;
         answered.await.map_err(ended)?
     }
 

@@ -546,7 +546,9 @@ impl WireGuard {
             .slots
             .iter()
             .filter(|(_, slot)| slot.candidate.is_none())
-            .filter(|(_, slot)| self.sessions.get(slot.active).and_then(Option::as_deref).is_some_and(outdated))
+            .filter(|(_, slot)| {
+                self.sessions.get(slot.active).and_then(Option::as_deref).is_some_and(outdated)
+            })
             .map(|(place, _)| *place)
             .take(RENEWALS)
             .collect();

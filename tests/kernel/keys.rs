@@ -75,7 +75,8 @@ fn change_under_traffic(lanes: &str) {
         eprintln!("{lanes} lanes: {bytes} bytes whole, longest pause {pause:?}");
         assert!(pause < Duration::from_secs(1), "{pause:?} without a byte");
     }
-    let kept = std::fs::read_dir(mesh.agents[0].folder().join("state/keys")).expect("a folder of keys").count();
+    let kept =
+        std::fs::read_dir(mesh.agents[0].folder().join("state/keys")).expect("a folder of keys").count();
     assert_eq!(kept.to_string(), lanes, "the last keys are gone from the disk");
 }
 

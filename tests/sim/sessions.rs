@@ -347,7 +347,7 @@ fn lanes_of_different_number_find_each_other() {
 #[test]
 fn keys_change_under_traffic_and_nothing_is_lost() {
     for_seeds("keys_change_under_traffic", 12, |seed| {
-        let lanes = 1 + (seed % 2) as usize;
+        let lanes = 1 + (seed % 2) as u8;
         let mut world = World::mesh(seed, 4, Spec { lanes, ..Spec::default() });
         world.net.faults = Faults { reorder: 300, duplicate: 100, ..Faults::NONE };
         world.net.faults.jitter = Duration::from_millis(5);

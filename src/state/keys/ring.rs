@@ -96,7 +96,8 @@ impl KeyRing {
     /// Step 1: makes the next keys.
     pub fn announce(&mut self) -> Result<(), KeyError> {
         let lanes = 0..self.current.len();
-        let next = lanes.map(|lane| one(&named(&self.folder, lane, "next"))).collect::<Result<Vec<_>, _>>()?;
+        let next =
+            lanes.map(|lane| one(&named(&self.folder, lane, "next"))).collect::<Result<Vec<_>, _>>()?;
         if !self.differ(&next) {
             let path = named(&self.folder, 0, "next").display().to_string();
             return Err(KeyError::Corrupt { path, reason: "a key that is in use already".to_owned() });
@@ -177,7 +178,10 @@ mod tests {
         let next = publics(ring.also());
         let found = |phase, current: &[PublicKey], also: &[PublicKey]| {
             let ring = KeyRing::open(dir.path(), 2).unwrap();
-            assert_eq!((ring.phase(), ring.public(), publics(ring.also())), (phase, current.to_vec(), also.to_vec()));
+            assert_eq!(
+                (ring.phase(), ring.public(), publics(ring.also())),
+                (phase, current.to_vec(), also.to_vec())
+            );
         };
         found(Phase::Announced, &first, &next);
         ring.switch().unwrap();
@@ -207,7 +211,11 @@ mod tests {
                 fs::rename(named(&folder, lane, "next"), path_of(&folder, lane)).unwrap();
             }
             let ring = KeyRing::open(dir.path(), 2).unwrap();
-            assert_eq!((ring.phase(), ring.public(), publics(ring.also())), (Phase::Switched, next, first), "{renamed}");
+            assert_eq!(
+                (ring.phase(), ring.public(), publics(ring.also())),
+                (Phase::Switched, next, first),
+                "{renamed}"
+            );
         }
     }
 
