@@ -17,6 +17,7 @@ mod ends;
 mod error;
 mod feed;
 mod health;
+mod keys;
 mod presence;
 mod recent;
 mod serve;
@@ -48,11 +49,12 @@ use crate::snapshot::{Encap, LaneId, PeerId};
 use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
 use crate::state::durable::Loaded;
-use crate::state::keys;
+use crate::state::keys::{KeyRing, vxlan_mac};
 use crate::state::run::{Clock, Outputs, StateLine, StateReport};
-use crate::status::{Handle, server};
+use crate::status::{Handle, RotateOrder, server};
 use ends::Ends;
 use health::Answers;
+use keys::KeyChange;
 use presence::{ReadyFile, make_dir};
 
 /// How long the first full list of the source may take before we say that we wait for it.
@@ -61,6 +63,8 @@ const FIRST_LIST: Duration = Duration::from_secs(5);
 const NODE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often the underlay's addresses and MTU are looked at, and active peers noted.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often it is looked whether a change of keys may go on.
+const KEY_STEPS: Duration = Duration::from_secs(1);
 /// How long the device may be missing before the lanes have had their chance to make it again.
 const TUN_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the node's routes and rules may be other than planned before the node counts as not ready.
@@ -144,6 +148,8 @@ struct Running {
     host_state: watch::Receiver<HostState>,
     /// What is answered for load balancers.
     answers: watch::Sender<Answers>,
+    keys: KeyChange,
+    rotations: mpsc::Receiver<RotateOrder>,
     /// What is answered for probes.
     probe: watch::Sender<Answers>,
     settings_sender: watch::Sender<Settings>,
@@ -200,7 +206,10 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     let mut ends = Ends::open(&config)?;
     presence::nobody_is_here(&ends.netlink, &config.tun_name).await?;
     let ready = ReadyFile::new(&config.run_dir);
-    let keys = keys::load_or_create(&config.state_dir, usize::from(config.lanes))?;
+    let keys = KeyRing::open(&config.state_dir, usize::from(config.lanes))?;
+    let mac = vxlan_mac(&config.state_dir, keys.public().first().unwrap_or(&[0; 32]))
+        .map_err(|source| AgentError::Io { what: "cannot keep the VXLAN end's MAC address", source })?;
+    let keys = KeyChange::new(keys, config.rotate_keys);
     let files = CheckpointFiles::new(&config.state_dir, config.node.clone());
     let saved = match files.load() {
         Ok(Loaded::Good(saved)) => Some(saved),
@@ -216,12 +225,12 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         .map_err(|source| AgentError::Io { what: "the kernel gives no random numbers", source })?;
 
     // 2 the state line
-    let public: Vec<_> = keys.iter().map(|key| key.public()).collect();
     let fixed_mtu = match config.underlay_mtu {
         UnderlayMtu::Fixed(mtu) => Some(mtu),
         UnderlayMtu::Auto => None,
     };
-    let mut settings = config.settings(&public, fixed_mtu.unwrap_or(1500));
+    let mut settings = config.settings(&keys.public(), mac, fixed_mtu.unwrap_or(1500));
+    keys.announce_in(&mut settings.announcement);
     ends.look(&mut settings, &[]).await;
     let (line, mut outputs) = StateLine::new(settings.clone(), saved);
     let (events, source_events) = mpsc::channel(EVENTS);
@@ -251,7 +260,7 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
             tun: config.tun_name.clone(),
             port: config.port,
             vxlan_port: config.encap.encaps().vxlan.then_some(config.vxlan_port),
-            keys: keys.iter().map(|key| key.secret().to_bytes()).collect(),
+            keys: keys.lane_keys(),
             offloads: lane_offloads(&config),
             flows: Arc::new(table),
             affinity: Arc::new(affinity),
@@ -281,7 +290,8 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
-    let handle = serve::handle(&config, &outputs, &fleet);
+    let (orders, rotations) = mpsc::channel(4);
+    let handle = serve::handle(&config, &outputs, &fleet).taking(orders);
     tasks.0.extend(serve::serve(&config, handle.clone(), status_socket));
     tasks.0.push(tokio::spawn(serve::follow_reports(handle.clone(), outputs.report.clone())));
     handle.update(|live| {
@@ -314,6 +324,8 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         host_watch,
         host_state,
         answers,
+        keys,
+        rotations,
         probe,
         settings_sender,
         handle,
@@ -333,6 +345,8 @@ impl Running {
         tokio::pin!(asked);
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut key_steps = interval(KEY_STEPS);
+        key_steps.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let recent = recent::keep(self.files.clone(), self.handle.clone());
         tokio::pin!(recent);
         let keepalive = self.config.keepalive;
@@ -355,6 +369,15 @@ impl Running {
                 ended = &mut self.host_watch => return Err(unwatched(ended)),
                 Some(news) = self.host_news.recv() => self.host_says(news),
                 Ok(()) = self.host_state.changed() => self.kube_proxy_comes_or_goes(),
+                Some(order) = self.rotations.recv() => {
+                    let news = self.keys.obey(order, &self.fleet);
+                    self.announce_keys(news);
+                }
+                _ = key_steps.tick() => {
+                    let shown = self.outputs.report.borrow().keys_shown;
+                    let news = self.keys.step(&self.fleet, shown);
+                    self.announce_keys(news);
+                }
                 _ = look.tick() => {
                     self.is_the_device_back()?;
                     self.look().await;
@@ -411,6 +434,17 @@ impl Running {
         let kube_proxy = self.host_state.borrow().kube_proxy.is_some();
         let answers = services::answers(&self.config, &self.plan, kube_proxy);
         self.answers.send_if_modified(|now| std::mem::replace(now, answers) != *now);
+    }
+
+    /// Tells the others of new keys, after the lanes.
+    fn announce_keys(&mut self, news: bool) {
+        let stands = self.keys.describe();
+        if self.handle.live().keys != stands {
+            self.handle.update(|live| live.keys.clone_from(&stands));
+        }
+        if news && self.keys.announce_in(&mut self.settings.announcement) {
+            self.settings_sender.send_replace(self.settings.clone());
+        }
     }
 
     async fn look(&mut self) {

@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use thiserror::Error;
@@ -30,7 +31,6 @@ use crate::state::source::kube::access::{KUBELET_KUBECONFIGS, SERVICE_ACCOUNT};
 use crate::state::source::kube::{AccessSettings, ServerUrl};
 use crate::state::source::manifest::is_dns_name;
 use crate::status::client::DEFAULT_RUN_DIR;
-use crate::tunnel::vxlan::mac_from_key;
 
 mod file;
 mod flags;
@@ -102,6 +102,8 @@ pub struct AgentConfig {
     pub endpoints: Vec<SocketAddr>,
     /// Keepalive that is asked for.
     pub keepalive: u16,
+    /// From which age on keys are changed by themselves.
+    pub rotate_keys: Option<Duration>,
     /// MTU of the underlay.
     pub underlay_mtu: UnderlayMtu,
     /// Who does Services.
@@ -287,6 +289,10 @@ impl AgentConfig {
             lanes: args.lanes.unwrap_or(1),
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
+            rotate_keys: args
+                .rotate_keys
+                .filter(|days| *days > 0)
+                .map(|days| Duration::from_secs(u64::from(days) * 86_400)),
             underlay_mtu: args.underlay_mtu.unwrap_or(UnderlayMtu::Auto),
             services: args.services.unwrap_or(ServicesArg::Auto),
             nodeport_ranges: args.nodeport_addresses.unwrap_or_default(),
@@ -316,15 +322,15 @@ impl AgentConfig {
     }
 
     /// What the state line needs of this, with what only the running agent knows.
-    pub fn settings(&self, keys: &[PublicKey], underlay_mtu: u16) -> Settings {
+    pub fn settings(&self, keys: &[PublicKey], mac: [u8; 6], underlay_mtu: u16) -> Settings {
         let lanes = keys.iter().zip(self.port..).map(|(key, port)| PeerLane { key: *key, port });
         let encaps = self.encap.encaps();
-        let mac = mac_from_key(keys.first().unwrap_or(&[0; 32]));
         Settings {
             node: self.node.clone(),
             encap: self.encap,
             announcement: Announcement {
                 lanes: lanes.collect(),
+                also: Vec::new(),
                 endpoints: self.endpoints.clone(),
                 location: self.location.clone(),
                 encaps,

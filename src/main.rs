@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => return demo::run(args).unwrap_or_else(|error| fail(&error)),
         Command::Status(args) => status::client::status(&args).map_err(Into::into),
         Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
+        Command::Keys(args) => status::client::keys(&args).map_err(Into::into),
         Command::InstallCni(args) => cni::install::run(&args).map_err(Into::into),
     };
     match result {

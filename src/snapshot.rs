@@ -113,6 +113,8 @@ pub struct Peer {
     pub keepalive: u16,
     /// Whether it takes packets of clients outside the mesh that are sent to an endpoint of its own.
     pub takes_strangers: bool,
+    /// A second key of each lane, while its keys change: the next one before, the last one after it. Empty otherwise.
+    pub also: Vec<PublicKey>,
 }
 
 /// Whose address this is, when a packet comes out of a peer's tunnel.
@@ -201,7 +203,7 @@ pub struct Mesh {
     pub peers: Vec<Option<Arc<Peer>>>,
     /// Every pod range and node address, this node's too.
     pub routes: RouteTable,
-    /// Which peer and lane a WireGuard key belongs to.
+    /// Which peer and lane a WireGuard key belongs to, those of [`Peer::also`] too.
     pub keys: HashMap<PublicKey, (PeerId, LaneId)>,
     /// Outer addresses that may send VXLAN to us.
     pub vxlan_sources: HashMap<IpAddr, PeerId>,

@@ -147,6 +147,7 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         lanes,
         endpoint,
         keepalive,
+        rotate_keys,
         underlay_mtu,
         services,
         nodeport_addresses,

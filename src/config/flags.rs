@@ -17,7 +17,7 @@ use crate::state::compile::EncapPolicy;
 use crate::state::convert::cluster_range;
 use crate::state::problem::{nearest, one_line, quote};
 use crate::state::source::kube::ServerUrl;
-use crate::status::client::{PeersArgs, StatusArgs};
+use crate::status::client::{KeysArgs, PeersArgs, StatusArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -67,6 +67,8 @@ pub enum Command {
     Status(StatusArgs),
     /// List the other nodes, and how each is reached
     Peers(PeersArgs),
+    /// Change this node's WireGuard keys, or show them
+    Keys(KeysArgs),
     /// Put the CNI plugin where this machine's container runtime looks for it
     #[command(after_help = INSTALL_EXAMPLES)]
     InstallCni(InstallArgs),
@@ -157,6 +159,11 @@ pub struct AgentArgs {
     #[arg(long, value_name = "SECONDS", env = "WARREN_KEEPALIVE",
           value_parser = clap::value_parser!(u16).range(0..=3600), help_heading = "Tunnel")]
     pub keepalive: Option<u16>,
+    /// Change the node's WireGuard keys when they are so many days old; 0: only by `warren keys rotate`
+    /// [default: 0]
+    #[arg(long, value_name = "DAYS", env = "WARREN_ROTATE_KEYS",
+          value_parser = clap::value_parser!(u16).range(0..=3650), help_heading = "Tunnel")]
+    pub rotate_keys: Option<u16>,
     /// MTU of the network between the nodes, or auto [default: auto]
     #[arg(long, value_name = "auto|N", env = "WARREN_UNDERLAY_MTU", help_heading = "Tunnel")]
     pub underlay_mtu: Option<UnderlayMtu>,

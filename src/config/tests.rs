@@ -222,7 +222,7 @@ fn settings_for_the_state_line() {
         "[2001:db8::1]",
     ];
     let config = AgentConfig::resolve(agent(&arguments)).unwrap();
-    let settings = config.settings(&[[1; 32], [2; 32]], 1500);
+    let settings = config.settings(&[[1; 32], [2; 32]], [2; 6], 1500);
     let lanes: Vec<u16> = settings.announcement.lanes.iter().map(|lane| lane.port).collect();
     assert_eq!(lanes, [51820, 51821]);
     assert_eq!(settings.announcement.endpoints, ["[2001:db8::1]:51820".parse().unwrap()]);

@@ -41,7 +41,7 @@ use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, Headers, parse};
 use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
-use crate::tunnel::wireguard::WireGuard;
+use crate::tunnel::wireguard::{Keys, WireGuard};
 use crate::tunnel::{Segments, TxBatch};
 use affinity::Affinity;
 use conntrack::FlowTable;
@@ -262,6 +262,11 @@ impl Lane {
         {
             self.counters.count_drop(reason);
         }
+    }
+
+    /// Changes its WireGuard keys.
+    pub fn set_keys(&mut self, now: Instant, keys: Keys) {
+        self.wireguard.set_keys(now, keys);
     }
 
     /// When [`Self::handle_timeout`] wants to be called next.

@@ -55,6 +55,7 @@ fn world() -> World {
             mtu: 1450,
             keepalive: 0,
             takes_strangers: true,
+            also: Vec::new(),
         })));
     }
     let local = LocalNode {

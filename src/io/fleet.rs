@@ -22,6 +22,7 @@ use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::FlowTable;
 use crate::datapath::{Counters, Lane, LaneConfig};
 use crate::snapshot::{LaneId, PeerId, PublicKey, Snapshot};
+use crate::tunnel::wireguard::Keys;
 
 /// VXLAN source sockets of a lane: what a hash over source ports needs to spread flows a little.
 const VXLAN_SOURCES: u8 = 4;
@@ -50,8 +51,8 @@ pub struct FleetConfig {
     pub port: u16,
     /// UDP port of VXLAN, shared by all lanes; `None` when the node does not speak it.
     pub vxlan_port: Option<u16>,
-    /// The lanes' private keys, one each.
-    pub keys: Vec<[u8; 32]>,
+    /// The lanes' keys.
+    pub keys: Vec<Keys>,
     /// Offloads that may be used.
     pub offloads: LaneOffloads,
     /// The flow table.
@@ -107,9 +108,9 @@ impl Fleet {
         for (index, key) in config.keys.iter().enumerate() {
             let id = LaneId(index as u8);
             let (kernel, offloads) = open_kernel(&config, id)?;
-            let lane = Lane::new(LaneConfig {
+            let mut lane = Lane::new(LaneConfig {
                 id,
-                private: *key,
+                private: key.current.to_bytes(),
                 seed: random_seed()?,
                 vxlan_sources: VXLAN_SOURCES,
                 neighbours: Arc::clone(&neighbours),
@@ -117,6 +118,7 @@ impl Fleet {
                 affinity: Arc::clone(&config.affinity),
                 epoch,
             });
+            lane.set_keys(epoch.0, key.clone());
             let (commands, orders) = sync_channel(COMMANDS);
             fleet.lanes.push(RunningLane {
                 id,
@@ -149,6 +151,16 @@ impl Fleet {
             // Full is rung already.
             let _ = lane.bell.write(1);
         }
+    }
+
+    /// Gives the lanes other keys, lane 0's first. False if one is so busy that it could not be told: then all are
+    /// to be told again.
+    pub fn change_keys(&self, keys: &[Keys]) -> bool {
+        let told = self.lanes.iter().zip(keys);
+        let told = told.map(|(lane, keys)| lane.commands.try_send(Command::Keys(keys.clone())).is_ok());
+        let all = told.fold(true, |all, told| all & told);
+        self.ring();
+        all
     }
 
     /// Tells every lane to start sessions with these peers.

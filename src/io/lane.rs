@@ -28,8 +28,8 @@ use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
 use crate::packet::parse;
 use crate::packet::segment::SuperPacket;
 use crate::packet::vnet::{GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
-use crate::snapshot::{Encap, PeerId, Snapshot};
-use crate::tunnel::wireguard::{SessionReport, WireGuardStats};
+use crate::snapshot::{Encap, PeerId, PublicKey, Snapshot};
+use crate::tunnel::wireguard::{Keys, SessionReport, WireGuardStats};
 
 /// Frames read from the TUN before the network gets its turn.
 const TUN_FRAMES: usize = 16;
@@ -49,6 +49,8 @@ const MAX_PIECES: usize = 1 + MAX_SEGMENTS as usize;
 pub enum Command {
     /// Start sessions with these peers.
     Initiate(Vec<PeerId>),
+    /// Use these keys from now on.
+    Keys(Keys),
     /// Say how things are.
     Report(SyncSender<LaneReport>),
 }
@@ -56,6 +58,8 @@ pub enum Command {
 /// How things are.
 #[derive(Clone, Debug, Default)]
 pub struct LaneReport {
+    /// Its public key, the one in use.
+    pub public_key: PublicKey,
     /// WireGuard sessions.
     pub sessions: Vec<SessionReport>,
     /// Traffic per peer, indexed by [`PeerId`].
@@ -277,6 +281,7 @@ impl<K: Kernel> LaneLoop<K> {
                     // No more than there are, however often we are told.
                     self.initiate.truncate(snapshot.mesh.peers.len());
                 }
+                Command::Keys(keys) => self.lane.set_keys(now, keys),
                 Command::Report(answer) => {
                     // Whoever asked may have gone.
                     let _ = answer.try_send(self.report(now));
@@ -296,6 +301,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     fn report(&self, now: Instant) -> LaneReport {
         LaneReport {
+            public_key: self.lane.wireguard().public_key(),
             sessions: self.lane.wireguard().report(now),
             traffic: self.lane.traffic().to_vec(),
             wireguard: self.lane.wireguard().stats,

@@ -150,6 +150,7 @@ fn snapshot_of(peers: u8) -> Snapshot {
             mtu: 1450,
             keepalive: 0,
             takes_strangers: true,
+            also: Vec::new(),
         })));
     }
     let local = LocalNode {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `warren.dev/protocol` | `1` |
 //! | `warren.dev/lanes` | `KEY:PORT,...`: each lane's WireGuard public key and UDP port, lane 0 first |
+//! | `warren.dev/also-keys` | `KEY,...`: a second key of each lane, while its keys change: the next or the last one |
 //! | `warren.dev/endpoints` | `IP:PORT,[IPV6]:PORT,...`: where lane 0 may be reached, best first |
 //! | `warren.dev/location` | a word: nodes of one location may speak VXLAN to each other in `auto` mode |
 //! | `warren.dev/encaps` | `wireguard`, `vxlan` or `wireguard,vxlan`: what the node sends and accepts |
@@ -38,6 +39,7 @@ pub const MAX_ENDPOINTS: usize = 16;
 
 const PROTOCOL_NAME: &str = "warren.dev/protocol";
 const LANES: &str = "warren.dev/lanes";
+const ALSO_KEYS: &str = "warren.dev/also-keys";
 const ENDPOINTS: &str = "warren.dev/endpoints";
 const LOCATION: &str = "warren.dev/location";
 const ENCAPS: &str = "warren.dev/encaps";
@@ -46,8 +48,19 @@ const KEEPALIVE: &str = "warren.dev/keepalive";
 const SERVICES: &str = "warren.dev/services";
 const PUBLIC_KEY: &str = "warren.dev/public-key";
 const ENDPOINT: &str = "warren.dev/endpoint";
-const KNOWN: [&str; 10] =
-    [PROTOCOL_NAME, LANES, ENDPOINTS, LOCATION, ENCAPS, VXLAN_MAC, KEEPALIVE, SERVICES, PUBLIC_KEY, ENDPOINT];
+const KNOWN: [&str; 11] = [
+    PROTOCOL_NAME,
+    LANES,
+    ALSO_KEYS,
+    ENDPOINTS,
+    LOCATION,
+    ENCAPS,
+    VXLAN_MAC,
+    KEEPALIVE,
+    SERVICES,
+    PUBLIC_KEY,
+    ENDPOINT,
+];
 
 /// The encapsulations that a node sends and accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -79,6 +92,8 @@ impl fmt::Display for Encaps {
 pub struct Announcement {
     /// Its lanes, lane 0 first; empty when it has announced no key.
     pub lanes: Vec<PeerLane>,
+    /// A second key of each lane, while its keys change; empty otherwise.
+    pub also: Vec<PublicKey>,
     /// Where lane 0 may be reached, best first.
     pub endpoints: Vec<SocketAddr>,
     /// Its location.
@@ -115,6 +130,7 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
     }
     let mut announcement = Announcement {
         lanes: reader.value(LANES, lanes).unwrap_or_default(),
+        also: Vec::new(),
         endpoints: reader.value(ENDPOINTS, endpoints).unwrap_or_default(),
         location: reader.value(LOCATION, location),
         encaps: reader.value(ENCAPS, encaps).unwrap_or_default(),
@@ -122,6 +138,8 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
         keepalive: reader.value(KEEPALIVE, keepalive).unwrap_or_default(),
         services: reader.value(SERVICES, switch).unwrap_or_default(),
     };
+    let first = announcement.lanes.clone();
+    announcement.also = reader.value(ALSO_KEYS, |text| also_keys(text, &first)).unwrap_or_default();
     reader.by_hand(&mut announcement);
     reader.mistyped();
     if announcement.encaps.is_empty() && !annotations.contains_key(ENCAPS) {
@@ -146,6 +164,7 @@ pub fn render(announcement: &Announcement) -> BTreeMap<String, String> {
     };
     put(PROTOCOL_NAME, PROTOCOL.to_owned());
     put(LANES, lanes_text(&announcement.lanes));
+    put(ALSO_KEYS, announcement.also.iter().map(key_text).collect::<Vec<_>>().join(","));
     let endpoints: Vec<String> = announcement.endpoints.iter().map(SocketAddr::to_string).collect();
     put(ENDPOINTS, endpoints.join(","));
     put(LOCATION, announcement.location.clone().unwrap_or_default());
@@ -275,6 +294,19 @@ fn lanes(text: &str) -> Result<Vec<PeerLane>, String> {
     Ok(lanes)
 }
 
+/// One for each lane, and none of them a lane's first.
+fn also_keys(text: &str, lanes: &[PeerLane]) -> Result<Vec<PublicKey>, String> {
+    let keys = items(text, MAX_LANES)?.into_iter().map(key).collect::<Result<Vec<_>, _>>()?;
+    if keys.len() != lanes.len() {
+        return Err(format!("{} keys for {} lanes; each lane has one", keys.len(), lanes.len()));
+    }
+    let distinct: BTreeSet<_> = keys.iter().chain(lanes.iter().map(|lane| &lane.key)).collect();
+    if distinct.len() != keys.len() + lanes.len() {
+        return Err("a key twice: each lane needs its own".to_owned());
+    }
+    Ok(keys)
+}
+
 fn lanes_text(lanes: &[PeerLane]) -> String {
     let lanes: Vec<String> =
         lanes.iter().map(|lane| format!("{}:{}", key_text(&lane.key), lane.port)).collect();
@@ -341,7 +373,8 @@ fn encaps(text: &str) -> Result<Encaps, String> {
     }
 }
 
-fn mac(text: &str) -> Result<[u8; 6], String> {
+/// Checks a MAC address.
+pub fn mac(text: &str) -> Result<[u8; 6], String> {
     let wrong = || format!("{} is not a MAC address like 02:00:00:aa:bb:cc", quote(text));
     let mut mac = [0; 6];
     let mut parts = text.split(':');
@@ -451,6 +484,21 @@ mod tests {
         assert_eq!(problems, []);
     }
 
+    #[test]
+    fn second_keys_are_one_for_each_lane_and_new() {
+        let [a, b, c] = [1_u8, 2, 3].map(|n| key_text(&[n; 32]));
+        let of = |also: &str| read(&[(LANES, &format!("{a}:1,{b}:2")), (ALSO_KEYS, also)]);
+        let (announcement, problems) = of(&format!("{c},{}", key_text(&[4; 32])));
+        assert_eq!((announcement.also, problems), (vec![[3; 32], [4; 32]], Vec::new()));
+        for wrong in [c.clone(), format!("{c},{c}"), format!("{c},{a}"), format!("{c},x"), String::new()] {
+            let (announcement, problems) = of(&wrong);
+            assert_eq!((announcement.lanes.len(), announcement.also.len()), (2, 0), "{wrong}");
+            assert_eq!(problems[0].annotation, ALSO_KEYS, "{wrong}");
+        }
+        let (announcement, problems) = read(&[(ALSO_KEYS, &c)]);
+        assert_eq!((announcement.also.len(), problems.len()), (0, 1), "keys without lanes");
+    }
+
     fn lane() -> impl Strategy<Value = PeerLane> {
         (proptest::array::uniform32(1..=255_u8), 1..=u16::MAX).prop_map(|(key, port)| PeerLane { key, port })
     }
@@ -466,15 +514,17 @@ mod tests {
             location in proptest::option::of("[a-zA-Z0-9_./-]{1,63}"),
             (wireguard, vxlan) in (any::<bool>(), any::<bool>()),
             mac in proptest::option::of(any::<[u8; 6]>()), keepalive in 0..=3600_u16,
-            services in any::<bool>(),
+            services in any::<bool>(), changing in any::<bool>(),
         ) -> Announcement {
             let plain = |endpoint: &SocketAddr| {
                 endpoint.port() != 0 && is_reachable(endpoint.ip())
             };
             let endpoints = endpoints.into_iter().map(|e| SocketAddr::new(e.ip(), e.port()));
             let encaps = Encaps { wireguard: wireguard || !lanes.is_empty(), vxlan: vxlan || mac.is_some() };
+            let second = |lane: &PeerLane| lane.key.map(|byte| byte ^ 0x55);
+            let also = if changing { lanes.iter().map(second).collect() } else { Vec::new() };
             Announcement {
-                lanes, endpoints: endpoints.filter(plain).collect(), location, encaps,
+                lanes, also, endpoints: endpoints.filter(plain).collect(), location, encaps,
                 vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive, services,
             }
         }

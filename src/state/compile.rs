@@ -372,6 +372,7 @@ impl Compiler {
             // Whoever of the two is behind NAT, its own packets keep the way in open.
             keepalive: shortest(info.announcement.keepalive, settings.announcement.keepalive),
             takes_strangers: info.announcement.services,
+            also: grant.also.clone(),
         };
         let before = self.known.get(&info.name).map(|known| &known.peer).filter(|before| ***before == peer);
         let (peer, reused) = match before {
@@ -446,8 +447,9 @@ fn place(mesh: &mut Mesh, peer: Arc<Peer>) {
     for address in &peer.addresses {
         mesh.routes.insert((*address).into(), Owner::PeerNode(peer.id));
     }
-    for (lane, number) in peer.lanes.iter().zip(0..) {
-        mesh.keys.insert(lane.key, (peer.id, LaneId(number)));
+    let keys = peer.lanes.iter().map(|lane| lane.key).zip(0..).chain(peer.also.iter().copied().zip(0..));
+    for (key, number) in keys {
+        mesh.keys.insert(key, (peer.id, LaneId(number)));
     }
     if let (Some(Encap::Vxlan), Some(vxlan)) = (peer.encap, &peer.vxlan) {
         mesh.vxlan_sources.insert(vxlan.address, peer.id);

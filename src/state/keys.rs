@@ -2,6 +2,10 @@
 //!
 //! One file a lane, in the text form that `wg genkey` writes. A file that is missing is made; one that
 //! cannot be read or understood stops the agent: a new key over a damaged one would be another node's.
+//!
+//! While keys change ([`KeyRing`]), a lane has a second file: `lane-0.next.key` or `lane-0.last.key`.
+
+mod ring;
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -15,8 +19,11 @@ use thiserror::Error;
 use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
 
-use super::durable;
+pub use ring::{KeyRing, Phase};
+
+use super::{annotations, durable};
 use crate::snapshot::{MAX_LANES, PublicKey};
+use crate::tunnel::vxlan::mac_from_key;
 
 /// The key pair of one lane. The secret is wiped from memory when it is dropped, and never printed.
 #[derive(Clone)]
@@ -91,7 +98,7 @@ pub enum KeyError {
 }
 
 /// The keys of all lanes, lane 0 first; those that do not exist yet are made.
-pub fn load_or_create(state_folder: &Path, lanes: usize) -> Result<Vec<LaneKey>, KeyError> {
+fn load_or_create(state_folder: &Path, lanes: usize) -> Result<Vec<LaneKey>, KeyError> {
     if lanes == 0 || lanes > MAX_LANES {
         return Err(KeyError::Lanes(lanes));
     }
@@ -189,6 +196,19 @@ fn check(path: &Path, metadata: &fs::Metadata, wanted: &'static str) -> Result<(
 fn at(path: &Path) -> impl FnOnce(io::Error) -> KeyError {
     let path = path.display().to_string();
     move |error| KeyError::Io { path, error }
+}
+
+/// The inner MAC address of this node's VXLAN end: made from its first key, the same for ever after.
+pub fn vxlan_mac(state_folder: &Path, first: &PublicKey) -> io::Result<[u8; 6]> {
+    let path = state_folder.join("vxlan-mac");
+    let made = mac_from_key(first);
+    let text = durable::read(&path, 64)?.unwrap_or_default();
+    let saved = std::str::from_utf8(&text).ok().and_then(|text| annotations::mac(text.trim()).ok());
+    if let Some(saved) = saved {
+        return Ok(saved);
+    }
+    durable::replace(&path, format!("{}\n", annotations::mac_text(made)).as_bytes(), 0o644)?;
+    Ok(made)
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub struct Grant {
     pub addresses: Vec<IpAddr>,
     /// Its lanes: all, or none if another node has one of the keys (lanes are counted by position).
     pub lanes: Vec<PeerLane>,
+    /// Second keys of its lanes, while they change.
+    pub also: Vec<PublicKey>,
     /// Where it may be reached, without addresses that are inside the mesh.
     pub endpoints: Vec<SocketAddr>,
 }
@@ -59,6 +61,10 @@ pub fn settle(nodes: &[&Arc<NodeInfo>], cluster: &ClusterRanges) -> Ownership {
         grant.addresses = claims.addresses_of(index, node, nodes, &mut addresses);
         grant.lanes = claims.lanes_of(index, node, nodes, &mut keys);
         grant.endpoints = claims.endpoints_of(node, nodes, grant);
+    }
+    // Only now: what a node will use or has used takes no key from one that uses it.
+    for (index, (node, grant)) in nodes.iter().zip(&mut grants).enumerate() {
+        grant.also = claims.also_of(index, node, nodes, grant, &mut keys);
     }
     Ownership { grants, problems: claims.problems }
 }
@@ -141,6 +147,29 @@ impl Claims<'_> {
         }
         owners.extend(lanes.iter().map(|lane| (lane.key, index)));
         lanes.clone()
+    }
+
+    /// The second keys of its lanes: all or none, like the first.
+    fn also_of(
+        &mut self,
+        index: usize,
+        node: &NodeInfo,
+        nodes: &[&Arc<NodeInfo>],
+        grant: &Grant,
+        owners: &mut HashMap<PublicKey, usize>,
+    ) -> Vec<PublicKey> {
+        let also = &node.announcement.also;
+        if grant.lanes.is_empty() || also.is_empty() {
+            return Vec::new();
+        }
+        if let Some((lane, owner)) = also.iter().enumerate().find_map(|(n, key)| Some((n, *owners.get(key)?)))
+        {
+            let reason = format!("the key of lane {lane} is one of {}; none is used", name_of(nodes, owner));
+            self.refuse(ProblemKind::Conflict, node, "warren.dev/also-keys", reason);
+            return Vec::new();
+        }
+        owners.extend(also.iter().map(|key| (*key, index)));
+        also.clone()
     }
 
     /// What it announces; if that is nothing, its addresses at lane 0's port.
@@ -279,6 +308,33 @@ mod tests {
                     .all(|p| p.subject == format!("Node/{loser}") && p.reason.contains(winner.as_str()))
             );
         }
+    }
+
+    #[test]
+    fn a_second_key_takes_no_key_from_anybody() {
+        let object = |name: &str, created: u8, key: u8, also: u8| {
+            let mut object = object(
+                name,
+                Some(created),
+                name,
+                &format!("10.{created}.0.0/24"),
+                &format!("192.0.2.{created}"),
+                key,
+            );
+            let Object::Node(node) = &mut object else { panic!() };
+            let annotations = std::sync::Arc::make_mut(node).metadata.annotations.as_mut().unwrap();
+            annotations
+                .insert("warren.dev/also-keys".to_owned(), crate::state::annotations::key_text(&[also; 32]));
+            object
+        };
+        // The oldest claims what the youngest uses, and one that the second claims too.
+        let objects = [object("old", 1, 1, 3), object("mid", 2, 2, 9), object("new", 3, 3, 9)];
+        let (grants, problems) = settled(&objects, &ClusterRanges::default());
+        let found: Vec<_> =
+            grants.iter().map(|(name, g)| (name.as_str(), g.lanes.len(), g.also.len())).collect();
+        assert_eq!(found, [("old", 1, 0), ("mid", 1, 1), ("new", 1, 0)]);
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems.iter().all(|p| p.field == "warren.dev/also-keys"), "{problems:?}");
     }
 
     #[test]

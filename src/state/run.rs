@@ -52,6 +52,8 @@ pub struct StateReport {
     /// When the state was saved that is still in force, if it is: seconds since 1970. The source has then
     /// not given a complete list yet, or one without a pod range of this node.
     pub from_checkpoint: Option<u64>,
+    /// Whether the source shows this node's Node with the keys that we announce.
+    pub keys_shown: bool,
     /// How many Nodes there are, this one included.
     pub nodes: usize,
     /// How many Services are served.
@@ -347,6 +349,10 @@ impl StateLine {
         let report = StateReport {
             listed: self.is_listed(),
             from_checkpoint: self.from_checkpoint,
+            keys_shown: self.desired.node(&self.settings.node).is_some_and(|node| {
+                let (shown, said) = (&node.announcement, &self.settings.announcement);
+                shown.lanes == said.lanes && shown.also == said.also
+            }),
             nodes: self.desired.nodes().count(),
             services,
             endpoints,

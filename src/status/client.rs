@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use tokio::net::UnixStream;
@@ -64,6 +64,31 @@ pub struct PeersArgs {
     pub target: Target,
 }
 
+/// Change this node's WireGuard keys, or show them
+#[derive(Args, Clone, Debug)]
+pub struct KeysArgs {
+    /// What to do [default: show]
+    #[command(subcommand)]
+    pub verb: Option<KeysVerb>,
+    /// Which agent to ask
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// What `warren keys` can do.
+#[derive(Subcommand, Clone, Debug)]
+pub enum KeysVerb {
+    /// Show the public key of each lane, and where a change stands
+    Show,
+    /// Begin a change: no packet is lost, no connection notices. The next keys are announced first, and used once
+    /// the other nodes have had time to hear of them. A peer that is no Warren node has to be given the new key
+    Rotate {
+        /// How long the next keys are announced before they are used; the last ones are answered three times as long
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(2..=86_400))]
+        overlap: u32,
+    },
+}
+
 /// Why a command got no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -107,6 +132,12 @@ pub enum ClientError {
         /// What was asked for.
         name: String,
     },
+    /// The agent will not do it.
+    #[error("the agent refuses: {reason}")]
+    Refused {
+        /// Its reason.
+        reason: String,
+    },
     /// The answer could not be printed.
     #[error("cannot print the answer: {0}")]
     Print(#[from] io::Error),
@@ -130,6 +161,37 @@ pub fn peers(args: &PeersArgs) -> Result<(), ClientError> {
         return print_json(&answer);
     }
     print(&if args.verbose { render::peers_verbose(&answer) } else { render::peers(&answer) })
+}
+
+/// Runs `warren keys`.
+pub fn keys(args: &KeysArgs) -> Result<(), ClientError> {
+    let socket = args.target.socket();
+    if let Some(KeysVerb::Rotate { overlap }) = args.verb {
+        let stands = block_on(within(PATIENCE, &socket, rotate(&socket, overlap)))??;
+        return match args.target.json {
+            true => print_json(&stands),
+            false => print(&format!("{}\n", render::clean(&stands.stands))),
+        };
+    }
+    let view = block_on(within(PATIENCE, &socket, fetch_view(&socket)))??;
+    if args.target.json {
+        let lanes: Vec<_> = view.lanes.iter().map(|lane| &lane.public_key).collect();
+        return print_json(&serde_json::json!({ "public_keys": lanes, "change": view.keys }));
+    }
+    print(&render::keys(&view))
+}
+
+/// Asks the agent on this socket for new keys.
+pub async fn rotate(socket: &Path, overlap_seconds: u32) -> Result<pb::RotateKeysResponse, ClientError> {
+    let mut client = connect(socket).await?;
+    let answer = client.rotate_keys(pb::RotateKeysRequest { overlap_seconds }).await;
+    match answer {
+        Ok(answer) => Ok(answer.into_inner()),
+        Err(status) if status.code() == tonic::Code::FailedPrecondition => {
+            Err(ClientError::Refused { reason: render::clean(status.message()) })
+        }
+        Err(status) => Err(bad_answer(socket, &status)),
+    }
 }
 
 /// Asks the agent on this socket for everything.

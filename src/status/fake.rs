@@ -46,6 +46,7 @@ pub(super) fn peer(id: u32, name: &str) -> Peer {
         mtu: 1420,
         keepalive: 25,
         takes_strangers: true,
+        also: Vec::new(),
     }
 }
 
@@ -121,12 +122,14 @@ pub(super) fn reports(now: Instant) -> Vec<LaneReport> {
     let quiet = PeerTraffic::default();
     vec![
         LaneReport {
+            public_key: [1; 32],
             sessions: vec![session(0, 0, [2; 32], "192.0.2.2:51820"), unanswered],
             traffic: vec![PeerTraffic { bytes_received: 1023, ..fresh }, traffic(1, 2, now), quiet, trying],
             wireguard: WireGuardStats { initiations_sent: 4, ..WireGuardStats::default() },
             offloads: LaneOffloads { tun_udp: false, ..LaneOffloads::default() },
         },
         LaneReport {
+            public_key: [2; 32],
             sessions: vec![SessionReport {
                 handshake_age: Some(Duration::from_secs(90)),
                 ..session(0, 1, [102; 32], "192.0.2.2:51821")
@@ -239,7 +242,7 @@ pub(super) fn answer_as(index: usize, commands: Receiver<Command>) {
                 Command::Report(answer) => {
                     let _ = answer.try_send(reports(clock::now()).swap_remove(index));
                 }
-                Command::Initiate(_) => {}
+                Command::Initiate(_) | Command::Keys(_) => {}
             }
         }
     });

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use nix::sys::eventfd::EventFd;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{pb, view};
 use crate::datapath::Counters;
@@ -46,8 +47,19 @@ pub struct Live {
     pub problems: Vec<pb::Problem>,
     /// Why this node's Services are not ours; empty when they are.
     pub services_elsewhere: String,
+    /// Where a change of keys stands; empty when there is none.
+    pub keys: String,
     /// What the state line knows; `None` until it has said so.
     pub state: Option<pb::StateView>,
+}
+
+/// Somebody wants new keys.
+#[derive(Debug)]
+pub struct RotateOrder {
+    /// How long the next keys are announced before they are used; `None` for as long as usual.
+    pub overlap: Option<Duration>,
+    /// Hears where the change stands, or why there is none.
+    pub answer: oneshot::Sender<Result<String, String>>,
 }
 
 /// How to reach one lane.
@@ -76,6 +88,7 @@ pub struct Handle {
     lanes: Arc<[LaneHandle]>,
     snapshot: Arc<ArcSwap<Snapshot>>,
     live: Arc<ArcSwap<Live>>,
+    rotations: Option<mpsc::Sender<RotateOrder>>,
 }
 
 impl Handle {
@@ -87,7 +100,25 @@ impl Handle {
             lanes: lanes.into(),
             snapshot,
             live: Arc::new(ArcSwap::from_pointee(live)),
+            rotations: None,
         }
+    }
+
+    /// The same, of an agent that takes orders for new keys.
+    pub fn taking(self, rotations: mpsc::Sender<RotateOrder>) -> Handle {
+        Handle { rotations: Some(rotations), ..self }
+    }
+
+    /// Asks for new keys.
+    pub async fn rotate(&self, overlap: Option<Duration>) -> Result<String, String> {
+        let (answer, answered) = oneshot::channel();
+        let rotations = self.rotations.as_ref().ok_or("this agent has keys that cannot be changed")?;
+        let ended = |_| "the agent is ending".to_owned();
+        rotations
+            .send(RotateOrder { overlap, answer })
+            .await
+            .map_err(|_| "the agent is ending".to_owned())?;
+        answered.await.map_err(ended)?
     }
 
     /// Changes what is not in the snapshot. `change` may run more than once when two writers meet.

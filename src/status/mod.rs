@@ -19,7 +19,7 @@ pub mod socket;
 pub mod uapi;
 pub mod view;
 
-pub use handle::{Handle, LaneHandle, Live, NodeInfo};
+pub use handle::{Handle, LaneHandle, Live, NodeInfo, RotateOrder};
 
 /// The messages of `proto/warren/v1/status.proto`, generated.
 #[allow(missing_docs, unreachable_pub, rust_2018_idioms, clippy::all)] // generated code

@@ -22,6 +22,21 @@ pub fn status(view: &pb::NodeView) -> String {
     out
 }
 
+/// The keys of this node's lanes.
+pub fn keys(view: &pb::NodeView) -> String {
+    let mut out = String::new();
+    for lane in &view.lanes {
+        let _ = writeln!(out, "lane {}  {}  port {}", lane.id, clean(&lane.public_key), lane.port);
+    }
+    match view.keys.as_str() {
+        "" => {}
+        stands => {
+            let _ = writeln!(out, "{}", clean(stands));
+        }
+    }
+    out
+}
+
 /// The peers, one a line.
 pub fn peers(answer: &pb::PeersResponse) -> String {
     let mut out = String::new();
@@ -116,6 +131,9 @@ fn head(out: &mut String, view: &pb::NodeView) {
         rows.push(vec!["state".to_owned(), state_summary(view, state)]);
         rows.push(vec!["cluster".to_owned(), cluster_summary(state)]);
         rows.push(vec!["services".to_owned(), service_summary(view, state)]);
+        if !view.keys.is_empty() {
+            rows.push(vec!["keys".to_owned(), clean(&view.keys)]);
+        }
         rows.push(vec!["problems".to_owned(), problem_summary(view.problems.len(), state)]);
     }
     if !view.settings.is_empty() {

@@ -101,6 +101,16 @@ impl StatusService for Answers {
             silent_lanes: view.lanes.iter().filter(|lane| !lane.answered).map(|lane| lane.id).collect(),
         }))
     }
+
+    async fn rotate_keys(
+        &self,
+        request: Request<pb::RotateKeysRequest>,
+    ) -> Result<Response<pb::RotateKeysResponse>, Status> {
+        let overlap = request.into_inner().overlap_seconds;
+        let overlap = (overlap > 0).then(|| Duration::from_secs(overlap.into()));
+        let stands = self.handle.rotate(overlap).await.map_err(Status::failed_precondition)?;
+        Ok(Response::new(pb::RotateKeysResponse { stands }))
+    }
 }
 
 #[cfg(test)]

@@ -72,6 +72,7 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         problems: live.problems.clone(),
         state: live.state.clone(),
         services_elsewhere: live.services_elsewhere.clone(),
+        keys: live.keys.clone(),
     }
 }
 
@@ -135,6 +136,7 @@ fn lane_view(lane: &LaneHandle, report: Option<&LaneReport>) -> pb::LaneView {
         ..pb::LaneView::default()
     };
     if let Some(report) = report {
+        view.public_key = key_text(&report.public_key);
         view.sessions = report.sessions.len() as u32;
         view.sessions_established = report.sessions.iter().filter(|s| is_live(s)).count() as u32;
         view.rx_bytes = report.traffic.iter().map(|t| t.bytes_received).sum();

@@ -402,6 +402,7 @@ mod tests {
                 mtu: 1450,
                 keepalive: 0,
                 takes_strangers: true,
+                also: Vec::new(),
             };
             let mut mesh = Mesh::default();
             mesh.vxlan_sources.insert(ip("192.0.2.2"), peer.id);

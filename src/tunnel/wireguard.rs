@@ -15,6 +15,10 @@
 //! not newer than the last one we saw is a replay, or a peer whose clock was set back; it gets a
 //! candidate of its own, which takes over only when data arrives that proves the peer holds the keys.
 //!
+//! Keys change without a packet lost ([`Keys`], and `also` of a [`Peer`]): handshakes to either of our keys and by
+//! either of the peer's are answered. A session between keys that are no longer the ones in use gets a candidate
+//! between those that are; and whatever was replaced goes on receiving for a while, because packets are under way.
+//!
 //! An endpoint never lies inside the mesh: what is sealed for such a peer would come back to be sealed again.
 //! Announced ones were checked where they were compiled; where datagrams come from is checked here, once for
 //! each place: an ordinary packet comes from the confirmed one and costs no look-up.
@@ -50,6 +54,10 @@ const QUEUE_PACKETS: usize = 128;
 const QUEUE_BYTES: usize = 8 << 20;
 /// A packet that has waited this long is of no use to anyone: TCP has sent it again twice.
 const QUEUE_AGE: Duration = Duration::from_secs(5);
+/// How long a session that was replaced goes on receiving: longer than any packet is under way.
+const RETIRED: Duration = Duration::from_secs(20);
+/// Sessions that get a candidate between newer keys in one tick: a handshake costs more than a hundred packets.
+const RENEWALS: usize = 16;
 /// boringtun's session index has 24 bits of ours.
 const MAX_SESSIONS: usize = 1 << 24;
 
@@ -111,6 +119,43 @@ pub struct WireGuardStats {
     pub queue_dropped: u64,
 }
 
+/// The private keys of a lane.
+#[derive(Clone)]
+pub struct Keys {
+    /// The one in use.
+    pub current: StaticSecret,
+    /// One whose handshakes are answered too: the next one before a change, the last one after it.
+    pub also: Option<StaticSecret>,
+}
+
+impl std::fmt::Debug for Keys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keys").field("also", &self.also.is_some()).finish_non_exhaustive()
+    }
+}
+
+/// One of our keys, and who is let through to it.
+struct Identity {
+    private: StaticSecret,
+    public: DalekPublic,
+    /// Demands a cookie of whoever it is asked about.
+    cookies: Arc<RateLimiter>,
+    /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
+    open_gate: Arc<RateLimiter>,
+}
+
+impl Identity {
+    fn new(private: StaticSecret) -> Identity {
+        let public = DalekPublic::from(&private);
+        Identity {
+            cookies: Arc::new(RateLimiter::new(&public, 0)),
+            open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
+            private,
+            public,
+        }
+    }
+}
+
 struct Queued {
     since: Instant,
     packet: Vec<u8>,
@@ -120,7 +165,11 @@ struct Session {
     tunn: Tunn,
     peer: PeerId,
     lane: LaneId,
+    /// The peer's key, and ours.
     key: PublicKey,
+    ours: PublicKey,
+    /// Since when another has been in its place.
+    retired: Option<Instant>,
     established: bool,
     keepalive: Option<Duration>,
     endpoints: Endpoints,
@@ -145,17 +194,21 @@ struct LastSeen {
 struct Slot {
     active: usize,
     candidate: Option<usize>,
+    /// What was active before, and still receives.
+    retired: Option<usize>,
+}
+
+impl Slot {
+    fn of(active: usize) -> Slot {
+        Slot { active, candidate: None, retired: None }
+    }
 }
 
 /// The WireGuard end of one lane.
 pub struct WireGuard {
-    private: StaticSecret,
-    public: DalekPublic,
+    /// Ours in use first.
+    identities: Vec<Identity>,
     lane: LaneId,
-    /// Demands a cookie of whoever it is asked about.
-    cookies: Arc<RateLimiter>,
-    /// Checks the first MAC of handshakes and lets all pass that have it right; every session has it too.
-    open_gate: Arc<RateLimiter>,
     limits: HandshakeLimits,
     spent: VecDeque<[u8; 8]>,
     sessions: Vec<Option<Box<Session>>>,
@@ -183,12 +236,8 @@ impl std::fmt::Debug for WireGuard {
 impl WireGuard {
     /// The lane's end, with its private key; `seed` keys the table of source limits.
     pub fn new(private: StaticSecret, lane: LaneId, seed: (u64, u64)) -> WireGuard {
-        let public = DalekPublic::from(&private);
         WireGuard {
-            cookies: Arc::new(RateLimiter::new(&public, 0)),
-            open_gate: Arc::new(RateLimiter::new(&public, u64::MAX)),
-            private,
-            public,
+            identities: vec![Identity::new(private)],
             lane,
             limits: HandshakeLimits::new(seed),
             spent: VecDeque::new(),
@@ -208,7 +257,33 @@ impl WireGuard {
 
     /// The lane's public key.
     pub fn public_key(&self) -> PublicKey {
-        self.public.to_bytes()
+        self.identity().public.to_bytes()
+    }
+
+    /// Changes the lane's keys. Sessions of keys that are not among them end; those of the key that is no longer
+    /// in use are replaced one after the other.
+    pub fn set_keys(&mut self, now: Instant, keys: Keys) {
+        let mut old = std::mem::take(&mut self.identities);
+        for private in [Some(keys.current), keys.also].into_iter().flatten() {
+            let public = DalekPublic::from(&private);
+            let known = old.iter().position(|identity| identity.public == public);
+            self.identities.push(match known {
+                Some(index) => old.swap_remove(index),
+                None => Identity::new(private),
+            });
+        }
+        for index in 0..self.sessions.len() {
+            let ours = self.sessions[index].as_ref().map(|session| session.ours);
+            if ours.is_some_and(|ours| !self.identities.iter().any(|i| i.public.to_bytes() == ours)) {
+                self.remove(index);
+            }
+        }
+        self.next_tick = (self.live > 0).then_some(now);
+    }
+
+    fn identity(&self) -> &Identity {
+        // There is always the one in use.
+        &self.identities[0]
     }
 
     // --- 1. out ----------------------------------------------------------------------------------
@@ -280,13 +355,22 @@ impl WireGuard {
         if let Some(slot) = self.slots.get(&(peer.id, lane)) {
             return Ok(slot.active);
         }
-        let index = self.make_session(now, peer, lane)?;
-        self.slots.insert((peer.id, lane), Slot { active: index, candidate: None });
+        let key = current_key(peer, lane).ok_or(DropReason::UnknownPeer)?;
+        let index = self.make_session(now, peer, lane, key, 0)?;
+        self.slots.insert((peer.id, lane), Slot::of(index));
         Ok(index)
     }
 
-    fn make_session(&mut self, now: Instant, peer: &Peer, lane: LaneId) -> Result<usize, DropReason> {
-        let key = peer.lanes.get(usize::from(lane.0)).ok_or(DropReason::UnknownPeer)?.key;
+    /// A session between this key of the peer's lane and that identity of ours.
+    fn make_session(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        lane: LaneId,
+        key: PublicKey,
+        identity: usize,
+    ) -> Result<usize, DropReason> {
+        let ours = self.identities.get(identity).ok_or(DropReason::UnknownPeer)?;
         let index = match self.free.pop() {
             Some(index) => index,
             None if self.sessions.len() < MAX_SESSIONS => {
@@ -301,18 +385,20 @@ impl WireGuard {
         }
         // Persistent keepalives are sent by the tick: boringtun could not follow a changed interval.
         let tunn = Tunn::new(
-            self.private.clone(),
+            ours.private.clone(),
             DalekPublic::from(key),
             None,
             None,
             index as u32,
-            Some(Arc::clone(&self.open_gate)),
+            Some(Arc::clone(&ours.open_gate)),
         );
         self.sessions[index] = Some(Box::new(Session {
             tunn,
             peer: peer.id,
             lane,
             key,
+            ours: ours.public.to_bytes(),
+            retired: None,
             established: false,
             keepalive: keepalive(peer),
             endpoints,
@@ -382,11 +468,19 @@ impl WireGuard {
         for index in 0..self.sessions.len() {
             self.tick_session(now, index, tx);
         }
+        self.renew(now, tx);
         self.next_tick = (self.live > 0).then_some(now + TICK);
     }
 
     fn tick_session(&mut self, now: Instant, index: usize, tx: &mut TxBatch) {
         let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) else { return };
+        if let Some(since) = session.retired {
+            // It only receives: no timer of its own may begin anything.
+            if now.saturating_duration_since(since) >= RETIRED {
+                self.remove(index);
+            }
+            return;
+        }
         let Some(room) = tx.reserve(HANDSHAKE_ROOM) else { return };
         match session.tunn.update_timers(room) {
             TunnResult::WriteToNetwork(message) => {
@@ -439,6 +533,36 @@ impl WireGuard {
         }
     }
 
+    /// Gives sessions between keys that are no longer those in use a candidate between those that are.
+    fn renew(&mut self, now: Instant, tx: &mut TxBatch) {
+        let Some(mesh) = self.mesh.clone() else { return };
+        let ours = self.public_key();
+        let outdated = |session: &Session| {
+            let key = mesh.peer(session.peer).and_then(|peer| current_key(peer, session.lane));
+            session.ours != ours || key.is_some_and(|key| key != session.key)
+        };
+        // Most of the time all are as they should be.
+        let found: Vec<(PeerId, LaneId)> = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| slot.candidate.is_none())
+            .filter(|(_, slot)| {
+                self.sessions.get(slot.active).and_then(Option::as_deref).is_some_and(outdated)
+            })
+            .map(|(place, _)| *place)
+            .take(RENEWALS)
+            .collect();
+        for (id, lane) in found {
+            let Some(peer) = mesh.peer(id) else { continue };
+            let Some(key) = current_key(peer, lane) else { continue };
+            let Ok(index) = self.make_session(now, peer, lane, key, 0) else { return };
+            if let Some(slot) = self.slots.get_mut(&(id, lane)) {
+                slot.candidate = Some(index);
+            }
+            self.send_initiation(now, index, tx);
+        }
+    }
+
     /// Follows a new mesh: sessions whose peer or key has gone end, endpoints follow the announcements.
     pub fn handle_mesh(&mut self, mesh: &Arc<Mesh>) {
         if self.mesh.as_ref().is_some_and(|old| Arc::ptr_eq(old, mesh)) {
@@ -448,8 +572,7 @@ impl WireGuard {
         for index in 0..self.sessions.len() {
             let Some(session) = self.sessions[index].as_mut() else { continue };
             let peer = mesh.peer(session.peer);
-            let kept = peer
-                .filter(|p| p.lanes.get(usize::from(session.lane.0)).is_some_and(|l| l.key == session.key));
+            let kept = peer.filter(|peer| has_key(peer, session.lane, &session.key));
             match kept {
                 Some(peer) => {
                     session.keepalive = keepalive(peer);
@@ -460,8 +583,8 @@ impl WireGuard {
             }
         }
         self.last_seen.retain(|(peer, lane), seen| {
-            let lane = mesh.peer(*peer).and_then(|p| p.lanes.get(usize::from(lane.0)));
-            lane.is_some_and(|l| l.key == seen.key) && !mesh.routes.among_pods(seen.at.ip())
+            mesh.peer(*peer).is_some_and(|peer| has_key(peer, *lane, &seen.key))
+                && !mesh.routes.among_pods(seen.at.ip())
         });
     }
 
@@ -479,11 +602,17 @@ impl WireGuard {
         let Some(slot) = self.slots.get_mut(&key) else { return };
         if slot.candidate == Some(index) {
             slot.candidate = None;
+        } else if slot.retired == Some(index) {
+            slot.retired = None;
         } else if slot.active == index {
             match slot.candidate.take() {
                 Some(candidate) => slot.active = candidate,
                 None => {
+                    let retired = slot.retired;
                     self.slots.remove(&key);
+                    if let Some(retired) = retired {
+                        self.remove(retired);
+                    }
                 }
             }
         }
@@ -494,6 +623,7 @@ impl WireGuard {
         self.sessions
             .iter()
             .flatten()
+            .filter(|s| s.retired.is_none())
             .map(|s| SessionReport {
                 peer: s.peer,
                 lane: s.lane,
@@ -520,6 +650,17 @@ fn lane_endpoints(peer: &Peer, lane: LaneId) -> Vec<SocketAddr> {
         })
         .take(MAX_ANNOUNCED)
         .collect()
+}
+
+/// The key that a peer's lane uses.
+fn current_key(peer: &Peer, lane: LaneId) -> Option<PublicKey> {
+    peer.lanes.get(usize::from(lane.0)).map(|lane| lane.key)
+}
+
+/// Whether a key is one of this lane's: the one in use, or the next or last one.
+fn has_key(peer: &Peer, lane: LaneId, key: &PublicKey) -> bool {
+    let number = usize::from(lane.0);
+    current_key(peer, lane).as_ref() == Some(key) || peer.also.get(number) == Some(key)
 }
 
 /// How often a peer wants to hear from us, if it does.

@@ -10,6 +10,7 @@ mod others;
 mod cni;
 mod folder;
 mod interop;
+mod keys;
 mod mesh;
 mod mtu;
 mod nat;

@@ -7,7 +7,7 @@ use warren::packet::DropReason;
 
 use crate::net::Faults;
 use crate::rng::for_seeds;
-use crate::world::{Spec, World};
+use crate::world::{Spec, World, public};
 
 /// After this long without an answer WireGuard begins a new handshake (KEEPALIVE_TIMEOUT + REKEY_TIMEOUT), and
 /// this long it may take on a network that loses nothing (a tick of ours, a round trip).
@@ -340,5 +340,71 @@ fn lanes_of_different_number_find_each_other() {
             assert!(lane.counters().total(Total::PacketsSent) > 0, "an idle lane of node {node}");
         }
     }
+    world.audit();
+}
+
+/// Announced, switched, retired: whatever the network does to the order of packets, none is lost.
+#[test]
+fn keys_change_under_traffic_and_nothing_is_lost() {
+    for_seeds("keys_change_under_traffic", 12, |seed| {
+        let lanes = 1 + (seed % 2) as u8;
+        let mut world = World::mesh(seed, 4, Spec { lanes, ..Spec::default() });
+        world.net.faults = Faults { reorder: 300, duplicate: 100, ..Faults::NONE };
+        world.net.faults.jitter = Duration::from_millis(5);
+        let mut ids = Vec::new();
+        let mut talk = |world: &mut World, seconds: u32| {
+            for _ in 0..seconds * 100 {
+                for other in 1..4 {
+                    ids.extend([world.send(0, other), world.send(other, 0)]);
+                }
+                world.run_ms(10);
+            }
+        };
+        talk(&mut world, 3);
+        for round in 0..2 {
+            let first = world.nodes[0].keys.clone();
+            let next: Vec<[u8; 32]> = first.iter().map(|_| world.rng.bytes()).collect();
+            world.set_keys(0, first.clone(), next.clone());
+            world.publish();
+            talk(&mut world, 3);
+            world.set_keys(0, next.clone(), first.clone());
+            // The others hear of it later than of the handshakes.
+            talk(&mut world, 1);
+            world.publish();
+            talk(&mut world, 25);
+            let ours = public(&next[0]);
+            assert_eq!(world.nodes[0].lanes[0].wireguard().public_key(), ours);
+            for other in 1..4 {
+                let report = world.report(other);
+                assert!(report.iter().any(|s| s.key == ours && s.established), "round {round}: {report:?}");
+            }
+            world.set_keys(0, next, Vec::new());
+            world.publish();
+            talk(&mut world, 3);
+        }
+        world.run_secs(1);
+        world.ledger.assert_all(&ids);
+        world.audit();
+    });
+}
+
+/// Whoever did not hear of the change calls the last key, and is answered for as long as there is one.
+#[test]
+fn who_missed_the_change_is_answered_while_the_last_key_is_there() {
+    let mut world = World::mesh(9, 2, Spec::default());
+    let first = world.nodes[0].keys.clone();
+    let next: Vec<[u8; 32]> = vec![world.rng.bytes()];
+    // Node 1 knows the next key, but not that it is in use.
+    world.set_keys(0, first.clone(), next.clone());
+    world.publish();
+    world.set_keys(0, next.clone(), first);
+    let early = world.send(1, 0);
+    world.run_secs(1);
+    let back = world.send(0, 1);
+    world.run_secs(1);
+    world.ledger.assert_all(&[early, back]);
+    // Node 0 has gone over to a session between the keys in use by itself.
+    let ours = public(&next[0]);
+    assert!(world.report(1).iter().any(|s| s.key == ours && s.established), "{:?}", world.report(1));
     world.audit();
 }

@@ -29,7 +29,7 @@ use warren::snapshot::{
 };
 use warren::tunnel::Via;
 use warren::tunnel::vxlan_link::Neighbours;
-use warren::tunnel::wireguard::SessionReport;
+use warren::tunnel::wireguard::{Keys, SessionReport};
 use x25519_dalek::StaticSecret;
 
 use crate::ledger::Ledger;
@@ -84,6 +84,8 @@ pub(crate) struct Node {
     /// What it says of itself.
     pub endpoints: Vec<SocketAddr>,
     pub keys: Vec<[u8; 32]>,
+    /// Second keys, while they change; empty otherwise.
+    pub also: Vec<[u8; 32]>,
     pub lanes: Vec<Lane>,
     pub snapshot: Arc<Snapshot>,
     /// Packets that reached its TUN and are no probes.
@@ -180,6 +182,7 @@ impl World {
             spec,
             address,
             keys,
+            also: Vec::new(),
             lanes: Vec::new(),
             snapshot,
             other: Vec::new(),
@@ -244,6 +247,16 @@ impl World {
         self.restart(id);
     }
 
+    /// The running lanes get these keys; nobody is told before [`Self::publish`].
+    pub(crate) fn set_keys(&mut self, id: usize, keys: Vec<[u8; 32]>, also: Vec<[u8; 32]>) {
+        let secret = |key: &[u8; 32]| StaticSecret::from(*key);
+        for number in 0..keys.len() {
+            let keys = Keys { current: secret(&keys[number]), also: also.get(number).map(secret) };
+            self.drive(id, number, |lane, now, _, _, _| lane.set_keys(now, keys));
+        }
+        (self.nodes[id].keys, self.nodes[id].also) = (keys, also);
+    }
+
     /// The node is reached at another address from now on; what it announces stays.
     pub(crate) fn move_to(&mut self, id: usize, address: IpAddr) {
         self.net.detach(self.nodes[id].address);
@@ -284,6 +297,7 @@ impl World {
             mtu: self.mtu,
             keepalive: node.spec.keepalive,
             takes_strangers: true,
+            also: node.also.iter().map(public).collect(),
         }
     }
 
@@ -307,6 +321,9 @@ impl World {
             let encap = self.encap(id, other);
             for (i, lane) in peer.lanes.iter().enumerate() {
                 mesh.keys.insert(lane.key, (peer.id, LaneId(i as u8)));
+            }
+            for (i, key) in peer.also.iter().enumerate() {
+                mesh.keys.insert(*key, (peer.id, LaneId(i as u8)));
             }
             if let Some(vxlan) = &peer.vxlan {
                 mesh.vxlan_sources.insert(vxlan.address, peer.id);

@@ -332,6 +332,7 @@ mod tests {
             mtu: 1400,
             keepalive: 0,
             takes_strangers: false,
+            also: Vec::new(),
         }
     }
 

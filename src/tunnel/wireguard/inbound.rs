@@ -13,7 +13,7 @@ use super::{
     WireGuardError, parse_handshake_anon,
 };
 use crate::packet::DropReason;
-use crate::snapshot::{LaneId, Mesh, Peer, PeerId};
+use crate::snapshot::{LaneId, Mesh, Peer, PeerId, PublicKey};
 use crate::tunnel::{TxBatch, Via};
 
 /// A session ends before its counter does (WireGuard paper section 6.5: 2^64 - 2^13 - 1 messages); boringtun
@@ -24,6 +24,14 @@ const CANDIDATE_AGE: Duration = Duration::from_secs(5);
 /// Initiations with an old timestamp that are remembered, so that a recorded one can be in an honest one's way
 /// once and not again: eight hours of one peer's rekeys.
 const SPENT: usize = 256;
+
+/// Between which keys a handshake is: the peer's, and which one of ours.
+#[derive(Clone, Copy)]
+struct Pair {
+    key: PublicKey,
+    identity: usize,
+    ours: PublicKey,
+}
 
 impl WireGuard {
     /// Opens a datagram. A packet in it is written to the start of `plain`, which must be at least as
@@ -69,11 +77,12 @@ impl WireGuard {
         plain: &mut [u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        if let Err(reason) = self.gate(mesh, from, datagram) {
-            return Opened::Drop(reason);
-        }
+        let identity = match self.gate(mesh, from, datagram) {
+            Ok((_, identity)) => identity,
+            Err(reason) => return Opened::Drop(reason),
+        };
         if !self.limits.trusts_answer(from.ip(), now)
-            && let Err(reason) = self.demand_cookie(now, from, datagram, tx)
+            && let Err(reason) = self.demand_cookie(now, from, identity, datagram, tx)
         {
             return Opened::Drop(reason);
         }
@@ -141,26 +150,39 @@ impl WireGuard {
         session.established = true;
         self.stats.handshakes_completed += 1;
         let (peer, lane) = (session.peer, session.lane);
-        self.promote(index, peer, lane);
+        self.promote(now, index, peer, lane);
         self.flush_queue(now, index, tx);
     }
 
-    /// A candidate that proved itself replaces the session that was in use.
-    fn promote(&mut self, index: usize, peer: PeerId, lane: LaneId) {
+    /// A candidate that proved itself replaces the session that was in use, which goes on receiving: the peer
+    /// may not know it yet, and packets are under way.
+    fn promote(&mut self, now: Instant, index: usize, peer: PeerId, lane: LaneId) {
         let Some(slot) = self.slots.get_mut(&(peer, lane)) else { return };
         if slot.candidate != Some(index) {
             return;
         }
-        let old = std::mem::replace(slot, Slot { active: index, candidate: None }).active;
-        let waiting = self.sessions.get_mut(old).and_then(Option::take);
-        if let Some(mut waiting) = waiting {
+        let old = slot.active;
+        let before = slot.retired.replace(old);
+        (slot.active, slot.candidate) = (index, None);
+        let Some(waiting) = self.sessions.get_mut(old).and_then(Option::as_mut) else { return };
+        waiting.retired = Some(now);
+        let (mut queue, received, sent) =
+            (std::mem::take(&mut waiting.queue), waiting.received, waiting.sent);
+        if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
+            session.queue.append(&mut queue);
+            session.received += received;
+            session.sent += sent;
+        }
+        if let Some(before) = before {
+            self.drop_retired(before);
+        }
+    }
+
+    /// Ends a session that is in no place any more.
+    fn drop_retired(&mut self, index: usize) {
+        if self.sessions.get_mut(index).and_then(Option::take).is_some() {
             self.live -= 1;
-            self.free.push(old);
-            if let Some(session) = self.sessions.get_mut(index).and_then(Option::as_mut) {
-                session.queue.append(&mut waiting.queue);
-                session.received += waiting.received;
-                session.sent += waiting.sent;
-            }
+            self.free.push(index);
         }
     }
 
@@ -197,41 +219,57 @@ impl WireGuard {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        let message = match self.gate(mesh, from, datagram) {
-            Ok(Packet::HandshakeInit(message)) => message,
-            Ok(Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_)) => {
+        let (message, identity) = match self.gate(mesh, from, datagram) {
+            Ok((Packet::HandshakeInit(message), identity)) => (message, identity),
+            Ok((Packet::HandshakeResponse(_) | Packet::PacketCookieReply(_) | Packet::PacketData(_), _)) => {
                 return Opened::Drop(DropReason::NotTunnel);
             }
             Err(reason) => return Opened::Drop(reason),
         };
-        if let Err(reason) = self.admit(now, from, datagram, tx) {
+        if let Err(reason) = self.admit(now, from, identity, datagram, tx) {
             return Opened::Drop(reason);
         }
-        let Ok(half) = parse_handshake_anon(&self.private, &self.public, &message) else {
+        let Some(ours) = self.identities.get(identity) else {
+            return Opened::Drop(DropReason::UnknownPeer);
+        };
+        let Ok(half) = parse_handshake_anon(&ours.private, &ours.public, &message) else {
             return Opened::Drop(DropReason::BadAuthentication);
         };
-        let Some(&(id, lane)) = mesh.keys.get(&half.peer_static_public) else {
+        let pair = Pair { key: half.peer_static_public, identity, ours: ours.public.to_bytes() };
+        let Some(&(id, lane)) = mesh.keys.get(&pair.key) else {
             return Opened::Drop(DropReason::UnknownPeer);
         };
         let Some(peer) = mesh.peer(id) else {
             return Opened::Drop(DropReason::UnknownPeer);
         };
-        self.answer_initiation(now, peer, lane, from, datagram, tx)
+        self.answer_initiation(now, peer, lane, pair, from, datagram, tx)
     }
 
     /// What is cheap to see of a handshake message: that it did not come through the mesh, and that whoever wrote
-    /// it knows our public key.
-    fn gate<'a>(&self, mesh: &Mesh, from: SocketAddr, datagram: &'a [u8]) -> Result<Packet<'a>, DropReason> {
+    /// it knows a public key of ours, and which.
+    fn gate<'a>(
+        &self,
+        mesh: &Mesh,
+        from: SocketAddr,
+        datagram: &'a [u8],
+    ) -> Result<(Packet<'a>, usize), DropReason> {
         if mesh.routes.among_pods(from.ip()) {
             return Err(DropReason::TunnelInTunnel);
         }
-        self.open_gate.verify_packet(None, datagram, &mut []).map_err(|refusal| match refusal {
-            TunnResult::Err(error) => reason(&error),
-            TunnResult::Done
-            | TunnResult::WriteToNetwork(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => DropReason::NotTunnel,
-        })
+        let mut refused = DropReason::NotTunnel;
+        for (number, identity) in self.identities.iter().enumerate() {
+            match identity.open_gate.verify_packet(None, datagram, &mut []) {
+                Ok(packet) => return Ok((packet, number)),
+                Err(TunnResult::Err(error)) => refused = reason(&error),
+                Err(
+                    TunnResult::Done
+                    | TunnResult::WriteToNetwork(_)
+                    | TunnResult::WriteToTunnelV4(..)
+                    | TunnResult::WriteToTunnelV6(..),
+                ) => {}
+            }
+        }
+        Err(refused)
     }
 
     /// Whether there is time for the expensive part of a handshake. When there are too many, or too many
@@ -240,13 +278,14 @@ impl WireGuard {
         &mut self,
         now: Instant,
         from: SocketAddr,
+        identity: usize,
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Result<(), DropReason> {
         if self.limits.allow_unproven(from.ip(), now) {
             return Ok(());
         }
-        self.demand_cookie(now, from, datagram, tx)
+        self.demand_cookie(now, from, identity, datagram, tx)
     }
 
     /// Lets a handshake message with our cookie in it pass, in measure; to another the cookie is sent.
@@ -254,11 +293,13 @@ impl WireGuard {
         &mut self,
         now: Instant,
         from: SocketAddr,
+        identity: usize,
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Result<(), DropReason> {
         let mut cookie = [0; 64];
-        match self.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
+        let ours = self.identities.get(identity).ok_or(DropReason::UnknownPeer)?;
+        match ours.cookies.verify_packet(Some(from.ip()), datagram, &mut cookie) {
             Ok(_) if self.limits.allow_proven(from.ip(), now) => Ok(()),
             Ok(_) => Err(DropReason::HandshakeRate),
             Err(TunnResult::WriteToNetwork(reply)) => {
@@ -275,11 +316,13 @@ impl WireGuard {
         }
     }
 
+    #[allow(clippy::too_many_arguments)] // one datagram and everything that is known about it
     fn answer_initiation(
         &mut self,
         now: Instant,
         peer: &Peer,
         lane: LaneId,
+        pair: Pair,
         from: SocketAddr,
         datagram: &[u8],
         tx: &mut TxBatch,
@@ -291,16 +334,19 @@ impl WireGuard {
         let known = self.slots.get(&(peer.id, lane)).copied();
         let active = match known {
             Some(slot) => slot.active,
-            None => match self.make_session(now, peer, lane) {
+            None => match self.make_session(now, peer, lane, pair.key, pair.identity) {
                 Ok(index) => {
-                    self.slots.insert((peer.id, lane), Slot { active: index, candidate: None });
+                    self.slots.insert((peer.id, lane), Slot::of(index));
                     index
                 }
                 Err(reason) => return Opened::Drop(reason),
             },
         };
+        let session = |index: usize| self.sessions.get(index).and_then(Option::as_deref);
         let in_the_way = |s: &Session| s.established && !s.ring.has_room();
-        if !self.sessions.get(active).and_then(Option::as_ref).is_some_and(|s| in_the_way(s)) {
+        let between = |s: &Session| s.key == pair.key && s.ours == pair.ours;
+        let other_keys = !session(active).is_some_and(between);
+        if !other_keys && !session(active).is_some_and(in_the_way) {
             match self.respond(active, from, datagram, tx) {
                 Err(WireGuardError::WrongTai64nTimestamp) => {}
                 Err(error) => {
@@ -315,7 +361,8 @@ impl WireGuard {
         }
         // The candidate may have answered an earlier one of the same peer: let it judge first.
         if let Some(candidate) = known.and_then(|slot| slot.candidate) {
-            if self.respond(candidate, from, datagram, tx).is_ok() {
+            let judges = self.sessions.get(candidate).and_then(Option::as_deref).is_some_and(between);
+            if judges && self.respond(candidate, from, datagram, tx).is_ok() {
                 self.spend(print);
                 return Opened::Control;
             }
@@ -327,8 +374,8 @@ impl WireGuard {
             }
             self.remove(candidate);
         }
-        self.stats.old_timestamps += 1;
-        let Ok(candidate) = self.make_session(now, peer, lane) else {
+        self.stats.old_timestamps += u64::from(!other_keys);
+        let Ok(candidate) = self.make_session(now, peer, lane, pair.key, pair.identity) else {
             return Opened::Drop(DropReason::NoBuffer);
         };
         if let Some(slot) = self.slots.get_mut(&(peer.id, lane)) {

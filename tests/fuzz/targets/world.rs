@@ -392,6 +392,7 @@ fn peer(number: u8, encap: Option<Encap>) -> Peer {
         mtu: if number == 2 { 1280 } else { 1420 },
         keepalive: if number == 1 { 25 } else { 0 },
         takes_strangers: true,
+        also: Vec::new(),
     }
 }
 

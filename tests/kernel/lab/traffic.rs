@@ -159,6 +159,57 @@ pub fn pings(from: Station<'_>, to: Station<'_>, family: usize, within: Duration
     ping_once(&socket, target, 1, 56).is_ok()
 }
 
+/// Pings every 10 ms until it is finished, and counts.
+#[derive(Debug)]
+pub struct PingTrain {
+    stop: Arc<AtomicBool>,
+    threads: [JoinHandle<u64>; 2],
+}
+
+impl PingTrain {
+    /// Departs.
+    pub fn start(from: Station<'_>, to: Station<'_>, family: usize) -> PingTrain {
+        const EVERY: Duration = Duration::from_millis(10);
+        let target = to.addresses[family];
+        let socket = ping_socket(from.ns, from.addresses[family], target, GLANCE);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stop_sending, stop_receiving) = (Arc::clone(&stop), Arc::clone(&stop));
+        let mut answers = socket.try_clone().expect("a second handle");
+        let sender = std::thread::spawn(move || {
+            let request = if target.is_ipv4() { 8 } else { 128 };
+            let mut sent: u64 = 0;
+            while !stop_sending.load(Ordering::Relaxed) {
+                let message = [&[request, 0, 0, 0, 0, 0][..], &(sent as u16).to_be_bytes()].concat();
+                socket.send_to(&message, &SocketAddr::new(target, 0).into()).expect("send a ping");
+                sent += 1;
+                std::thread::sleep(EVERY);
+            }
+            sent
+        });
+        let receiver = std::thread::spawn(move || {
+            let reply = if target.is_ipv4() { 0 } else { 129 };
+            let (mut received, mut answer) = (0, [0; 64]);
+            // The last ones are still under way when the sender stops.
+            let mut silent = 0;
+            while silent < 20 {
+                match answers.read(&mut answer) {
+                    Ok(n) if n >= 8 && answer[0] == reply => (received, silent) = (received + 1, 0),
+                    Ok(_) | Err(_) => silent += u32::from(stop_receiving.load(Ordering::Relaxed)),
+                }
+            }
+            received
+        });
+        PingTrain { stop, threads: [sender, receiver] }
+    }
+
+    /// Stops; how many were sent, and how many came back.
+    pub fn finish(self) -> (u64, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        let [sent, received] = self.threads.map(|thread| thread.join().expect("a train that arrives"));
+        (sent, received)
+    }
+}
+
 fn ping_sizes(ns: &Netns, source: IpAddr, target: IpAddr, sizes: &[usize]) {
     let socket = ping_socket(ns, source, target, PATIENCE);
     for (sequence, &size) in (2u16..).zip(sizes) {
