@@ -16,8 +16,8 @@
 //! candidate of its own, which takes over only when data arrives that proves the peer holds the keys.
 //!
 //! Keys change without a packet lost ([`Keys`], and `also` of a [`Peer`]): handshakes to either of our keys and by
-//! either of the peer's are answered. A session between keys that are no longer the ones in use gets a candidate
-//! between those that are; and whatever was replaced goes on receiving for a while, because packets are under way.
+//! either of the peer's are answered. A session of a key of ours that is no longer the one in use gets a
+//! candidate of the one that is; and whatever was replaced goes on receiving for a while, because packets are under way.
 //!
 //! An endpoint never lies inside the mesh: what is sealed for such a peer would come back to be sealed again.
 //! Announced ones were checked where they were compiled; where datagrams come from is checked here, once for
@@ -533,29 +533,35 @@ impl WireGuard {
         }
     }
 
-    /// Gives sessions between keys that are no longer those in use a candidate between those that are.
+    /// Gives sessions of a key of ours that is no longer the one in use a candidate of the one that is. Only whoever
+    /// changes keys does that: a peer that has not heard of it yet would lead the session back.
     fn renew(&mut self, now: Instant, tx: &mut TxBatch) {
         let Some(mesh) = self.mesh.clone() else { return };
         let ours = self.public_key();
-        let outdated = |session: &Session| {
-            let key = mesh.peer(session.peer).and_then(|peer| current_key(peer, session.lane));
-            session.ours != ours || key.is_some_and(|key| key != session.key)
+        let session = |index: usize| self.sessions.get(index).and_then(Option::as_deref);
+        let begun = |slot: &Slot| slot.candidate.and_then(session).is_some_and(|s| s.ours == ours);
+        // Most of the time there is none.
+        let outdated = |slot: &Slot| {
+            session(slot.active).filter(|s| s.ours != ours && !begun(slot)).map(|s| s.endpoints.target())
         };
-        // Most of the time all are as they should be.
-        let found: Vec<(PeerId, LaneId)> = self
+        let found: Vec<(PeerId, LaneId, Option<SocketAddr>)> = self
             .slots
             .iter()
-            .filter(|(_, slot)| slot.candidate.is_none())
-            .filter(|(_, slot)| {
-                self.sessions.get(slot.active).and_then(Option::as_deref).is_some_and(outdated)
-            })
-            .map(|(place, _)| *place)
+            .filter_map(|((peer, lane), slot)| outdated(slot).map(|at| (*peer, *lane, at)))
             .take(RENEWALS)
             .collect();
-        for (id, lane) in found {
+        for (id, lane, at) in found {
             let Some(peer) = mesh.peer(id) else { continue };
             let Some(key) = current_key(peer, lane) else { continue };
+            // One that has proved nothing, and is of the old key too.
+            if let Some(old) = self.slots.get(&(id, lane)).and_then(|slot| slot.candidate) {
+                self.remove(old);
+            }
             let Ok(index) = self.make_session(now, peer, lane, key, 0) else { return };
+            // Where the peer is now, which it may not have announced.
+            if let (Some(session), Some(at)) = (self.sessions.get_mut(index).and_then(Option::as_mut), at) {
+                session.endpoints.called(at);
+            }
             if let Some(slot) = self.slots.get_mut(&(id, lane)) {
                 slot.candidate = Some(index);
             }
