@@ -8,7 +8,7 @@
 //!    configuration where the runtime looks for it
 //! 6. until a signal, or the end of a lane: follow plans, underlay and peers
 //!
-//! From the beginning `/livez` and `/readyz` answer, where they are wanted.
+//! From the beginning `warren status` is answered, and `/livez` and `/readyz` where they are wanted.
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
@@ -244,7 +244,11 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         Answers { probe: config.probe, not_ready: Some("starting".to_owned()), ..Answers::default() };
     let (probe, wanted_probe) = watch::channel(starting);
     tasks.0.push(tokio::spawn(health::serve(wanted_probe, watch::channel(HostState::default()).1)));
-    let plan = feed::first_plan(&config, &mut outputs, &probe).await?;
+    let (orders, rotations) = mpsc::channel(4);
+    let handle = serve::handle(&config, &outputs).taking(orders);
+    tasks.0.push(serve::serve(handle.clone(), status_socket));
+    tasks.0.push(tokio::spawn(serve::follow_reports(handle.clone(), outputs.report.clone())));
+    let plan = feed::first_plan(&config, &mut outputs, &probe, &handle).await?;
 
     // 3 lanes
     let table = flows::open(&config.run_dir.join("flows"), seed).map_err(|source| AgentError::Io {
@@ -290,10 +294,8 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     let host_watch = tokio::spawn(host_network.watch(host_reader, host_events));
 
     // 5 ready
-    let (orders, rotations) = mpsc::channel(4);
-    let handle = serve::handle(&config, &outputs, &fleet).taking(orders);
-    tasks.0.extend(serve::serve(&config, handle.clone(), status_socket));
-    tasks.0.push(tokio::spawn(serve::follow_reports(handle.clone(), outputs.report.clone())));
+    handle.start_lanes(serve::lanes(&fleet));
+    tasks.0.extend(serve::serve_wireguard(&config, handle.clone()));
     handle.update(|live| {
         live.pod_mtu = plan.pod_mtu;
         live.pod_ranges.clone_from(&plan.pod_ranges);

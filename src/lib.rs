@@ -31,7 +31,7 @@
 //! source -> convert (hostile input ends here) -> desired -> compile -> Snapshot -> ArcSwap      state/run.rs
 //! ```
 //!
-//! 1. `state::source`: a folder of Kubernetes objects, watched; later the Kubernetes API
+//! 1. `state::source`: a folder of Kubernetes objects, or the Kubernetes API, watched
 //! 2. `state::convert`, `state::annotations`: typed, bounded values; what is wrong is reported
 //! 3. `state::desired`, `state::ownership`: what should be, and who owns which range, address and key
 //! 4. `state::compile`: the [`snapshot::Snapshot`] for the lanes and the plan for the host;

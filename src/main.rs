@@ -65,11 +65,13 @@ fn wait_to_be_stopped() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// boringtun logs every expired session as an error, and the netlink crates that nobody listens when the agent
-/// ends; what matters of that, Warren counts and says itself.
+/// boringtun logs every expired session as an error, kube whatever a server answers, and the netlink crates that
+/// nobody listens when the agent ends; what matters of that, Warren counts and says itself.
 fn start_log(filter: &str) -> Result<(), Box<dyn std::error::Error>> {
-    let filter = EnvFilter::try_new(format!("boringtun=off,netlink_proto=error,{filter}"))
-        .map_err(|e| format!("--log {filter}: {e}; for example info, or warn,warren::state=debug"))?;
+    let filter = EnvFilter::try_new(format!(
+        "boringtun=off,kube_client=off,kube_runtime=off,netlink_proto=error,{filter}"
+    ))
+    .map_err(|e| format!("--log {filter}: {e}; for example info, or warn,warren::state=debug"))?;
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     log.with_ansi(colours).with_target(false).init();

@@ -19,6 +19,7 @@ use crate::state::run::{Clock, Outputs};
 use crate::state::source::SourceEvent;
 use crate::state::source::dir::DirSource;
 use crate::state::source::kube::{Cluster, KubeSource};
+use crate::status::Handle;
 
 /// How often it is said that we still wait, when it is for the same.
 const STILL: u32 = 12;
@@ -84,6 +85,7 @@ pub(super) async fn first_plan(
     config: &AgentConfig,
     outputs: &mut Outputs,
     probe: &watch::Sender<Answers>,
+    handle: &Handle,
 ) -> Result<Arc<HostPlan>, AgentError> {
     let mut waits = interval(FIRST_LIST);
     waits.tick().await;
@@ -109,10 +111,10 @@ pub(super) async fn first_plan(
             continue;
         }
         let waiting = waiting_for(config, outputs);
-        probe.send_if_modified(|answers| {
-            let not_ready = Some(waiting.clone());
-            std::mem::replace(&mut answers.not_ready, not_ready.clone()) != not_ready
-        });
+        if probe.borrow().not_ready.as_ref() != Some(&waiting) {
+            probe.send_modify(|answers| answers.not_ready = Some(waiting.clone()));
+            handle.update(|live| live.not_ready = Some(waiting.clone()));
+        }
         tokio::select! {
             changed = outputs.plan.changed() => alive(changed)?,
             changed = outputs.report.changed() => alive(changed)?,

@@ -15,16 +15,8 @@ use crate::state::run::{Outputs, StateReport};
 use crate::status::socket::OwnedSocket;
 use crate::status::{Handle, LaneHandle, NodeInfo, pb, server, uapi};
 
-pub(super) fn handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> Handle {
-    let lanes = fleet.lanes.iter().map(|lane| LaneHandle {
-        id: lane.id,
-        public_key: lane.public_key,
-        port: lane.port,
-        commands: lane.commands.clone(),
-        bell: Arc::clone(&lane.bell),
-        counters: Arc::clone(&lane.counters),
-        offloads: lane.offloads,
-    });
+/// A handle of an agent whose lanes do not run yet.
+pub(super) fn handle(config: &AgentConfig, outputs: &Outputs) -> Handle {
     let info = NodeInfo {
         name: config.node.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -41,26 +33,45 @@ pub(super) fn handle(config: &AgentConfig, outputs: &Outputs, fleet: &Fleet) -> 
         ],
         started: clock::now(),
     };
-    Handle::new(info, Arc::clone(&outputs.snapshot), lanes.collect())
+    Handle::new(info, Arc::clone(&outputs.snapshot), Vec::new())
 }
 
-pub(super) fn serve(config: &AgentConfig, handle: Handle, socket: OwnedSocket) -> Vec<JoinHandle<()>> {
-    let grpc = handle.clone();
-    let mut tasks = vec![tokio::spawn(async move {
-        if let Err(error) = server::serve(socket, grpc, std::future::pending()).await {
+pub(super) fn lanes(fleet: &Fleet) -> Vec<LaneHandle> {
+    let lanes = fleet.lanes.iter().map(|lane| LaneHandle {
+        id: lane.id,
+        public_key: lane.public_key,
+        port: lane.port,
+        commands: lane.commands.clone(),
+        bell: Arc::clone(&lane.bell),
+        counters: Arc::clone(&lane.counters),
+        offloads: lane.offloads,
+    });
+    lanes.collect()
+}
+
+/// For `warren status`, from the beginning: whoever asks may want to know what the agent waits for.
+pub(super) fn serve(handle: Handle, socket: OwnedSocket) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        if let Err(error) = server::serve(socket, handle, std::future::pending()).await {
             error!("`warren status` does not work any more: {error}");
         }
-    })];
+    })
+}
+
+/// For `wg show`, once there is something to show.
+pub(super) fn serve_wireguard(config: &AgentConfig, handle: Handle) -> Option<JoinHandle<()>> {
     match uapi::bind(Path::new(uapi::DEFAULT_DIR), &config.tun_name) {
-        Ok(socket) => tasks.push(tokio::spawn(async move {
+        Ok(socket) => Some(tokio::spawn(async move {
             if let Err(error) = uapi::serve(socket, handle, std::future::pending()).await {
                 warn!("`wg show` does not work any more: {error}");
             }
         })),
         // The mesh works without it.
-        Err(error) => warn!("`wg show` will not work: {error}"),
+        Err(error) => {
+            warn!("`wg show` will not work: {error}");
+            None
+        }
     }
-    tasks
 }
 
 /// Hands what the state line finds wrong to whoever asks.

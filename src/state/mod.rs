@@ -3,7 +3,7 @@
 //!
 //! In the order in which an object meets them:
 //!
-//! 1. [`source`]: where objects come from (a folder; later the Kubernetes API). Everything after it
+//! 1. [`source`]: where objects come from (a folder, or the Kubernetes API). Everything after it
 //!    is the same for both: apply, delete, reset.
 //! 2. [`convert`] and [`annotations`]: untyped, hostile objects become typed, bounded values. What is
 //!    wrong is reported ([`problem`]) and costs that one value.

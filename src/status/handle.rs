@@ -85,7 +85,7 @@ pub struct LaneHandle {
 #[derive(Clone, Debug)]
 pub struct Handle {
     info: Arc<NodeInfo>,
-    lanes: Arc<[LaneHandle]>,
+    lanes: Arc<ArcSwap<Vec<LaneHandle>>>,
     snapshot: Arc<ArcSwap<Snapshot>>,
     live: Arc<ArcSwap<Live>>,
     rotations: Option<mpsc::Sender<RotateOrder>>,
@@ -97,7 +97,7 @@ impl Handle {
         let live = Live { not_ready: Some("starting".to_owned()), ..Live::default() };
         Handle {
             info: Arc::new(info),
-            lanes: lanes.into(),
+            lanes: Arc::new(ArcSwap::from_pointee(lanes)),
             snapshot,
             live: Arc::new(ArcSwap::from_pointee(live)),
             rotations: None,
@@ -140,21 +140,27 @@ impl Handle {
         &self.info
     }
 
+    /// The lanes run now: before, there was nobody to ask.
+    pub fn start_lanes(&self, lanes: Vec<LaneHandle>) {
+        self.lanes.store(Arc::new(lanes));
+    }
+
     /// The lanes, lane 0 first.
-    pub fn lanes(&self) -> &[LaneHandle] {
-        &self.lanes
+    pub fn lanes(&self) -> Arc<Vec<LaneHandle>> {
+        self.lanes.load_full()
     }
 
     /// Asks every lane and puts the view together. Blocks for at most [`REPORT_DEADLINE`]: async callers
     /// use [`Self::collect_async`].
     pub fn collect(&self) -> pb::NodeView {
-        let reports = self.ask_lanes();
+        let lanes = self.lanes();
+        let reports = ask_all(&lanes);
         // The clock is read after the answers, so that no age comes out negative.
         view::build(&view::Parts {
             info: &self.info,
             live: &self.live.load(),
             snapshot: &self.snapshot.load(),
-            lanes: &self.lanes,
+            lanes: &lanes,
             reports: &reports,
             now: clock::now(),
             wall: clock::wall(),
@@ -166,20 +172,20 @@ impl Handle {
         let handle = self.clone();
         tokio::task::spawn_blocking(move || handle.collect()).await
     }
+}
 
-    /// All lanes are asked before the first answer is waited for: the deadline is for all of them together.
-    fn ask_lanes(&self) -> Vec<Option<LaneReport>> {
-        let asked: Vec<Option<Receiver<LaneReport>>> = self.lanes.iter().map(ask).collect();
-        let deadline = clock::now() + REPORT_DEADLINE;
-        asked
-            .into_iter()
-            .map(|answer| {
-                let left = deadline.saturating_duration_since(clock::now());
-                // Too late, or the lane has ended: no answer either way.
-                answer?.recv_timeout(left).ok()
-            })
-            .collect()
-    }
+/// All lanes are asked before the first answer is waited for: the deadline is for all of them together.
+fn ask_all(lanes: &[LaneHandle]) -> Vec<Option<LaneReport>> {
+    let asked: Vec<Option<Receiver<LaneReport>>> = lanes.iter().map(ask).collect();
+    let deadline = clock::now() + REPORT_DEADLINE;
+    asked
+        .into_iter()
+        .map(|answer| {
+            let left = deadline.saturating_duration_since(clock::now());
+            // Too late, or the lane has ended: no answer either way.
+            answer?.recv_timeout(left).ok()
+        })
+        .collect()
 }
 
 fn ask(lane: &LaneHandle) -> Option<Receiver<LaneReport>> {
@@ -239,5 +245,8 @@ mod tests {
         let (handle, _receivers) = fake::handle();
         let fresh = Handle::new(handle.info().clone(), Arc::clone(&handle.snapshot), Vec::new());
         assert_eq!(fresh.collect().not_ready_reason, "starting");
+        assert!(fresh.collect().lanes.is_empty());
+        fresh.start_lanes(handle.lanes().to_vec());
+        assert_eq!(fresh.collect().lanes.len(), handle.lanes().len());
     }
 }

@@ -33,6 +33,8 @@ use crate::state::source::kube::client::reason;
 const TELLERS: usize = 3;
 /// How often it is looked what there is to tell.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// What is over sooner is not told: an agent that starts finds its old keys announced.
+const SETTLED: Duration = Duration::from_secs(3);
 /// Most Events at a time, and how soon there is room for another one.
 const BURST: u32 = 10;
 const ROOM_EVERY: Duration = Duration::from_secs(10);
@@ -65,6 +67,7 @@ impl Teller {
         let api: Api<Event> = Api::namespaced(self.cluster.client(), "default");
         let mut told = Told { room: BURST, ..Told::default() };
         let mut keys = Keys::default();
+        let mut since: HashMap<u64, Instant> = HashMap::new();
         loop {
             let report = Arc::clone(&self.report.borrow_and_update());
             let snapshot = self.snapshot.load_full();
@@ -72,6 +75,7 @@ impl Teller {
             let news = keys.look(&snapshot);
             // Only what this start has seen: the saved state's problems are those of then.
             let problems = report.problems.iter().filter(|_| report.listed).filter_map(News::of);
+            let (mut again, mut current) = (AGAIN / 6, HashMap::new());
             for news in news.into_iter().chain(problems) {
                 let hash = news.hash();
                 if told.is_recent(hash, now) {
@@ -81,7 +85,14 @@ impl Teller {
                     told.note(hash, now);
                     continue;
                 }
+                let first = since.get(&hash).copied().unwrap_or(now);
+                if news.warning && now.saturating_duration_since(first) < SETTLED {
+                    current.insert(hash, first);
+                    again = LOOK_EVERY;
+                    continue;
+                }
                 if !told.takes_room(now) {
+                    again = again.min(ROOM_EVERY);
                     break;
                 }
                 told.note(hash, now);
@@ -95,12 +106,11 @@ impl Teller {
                     }
                 }
             }
+            since = current;
             sleep(LOOK_EVERY).await;
-            // What there was no room for, and what is to be told again.
-            let later = sleep(if told.room == 0 { ROOM_EVERY } else { AGAIN / 6 });
             tokio::select! {
                 changed = self.report.changed() => if changed.is_err() { return },
-                () = later => {}
+                () = sleep(again) => {}
             }
         }
     }
@@ -356,5 +366,36 @@ mod tests {
         let news = keys.look(&snapshot(vec![peer("a", 2)]));
         assert_eq!(news.iter().map(|news| news.reason).collect::<Vec<_>>(), ["KeysChanged"]);
         assert!(keys.look(&snapshot(vec![peer("a", 2)])).is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_is_told_once_by_an_event() {
+        use crate::state::source::kube::tests::fake::{Fake, Manners, until};
+        let fake = Fake::start(&["kubernetes.default.svc"], Manners::default()).await;
+        #[expect(clippy::disallowed_methods, reason = "the agent would pass io::clock")]
+        let clock = Clock { now: Instant::now, wall: SystemTime::now };
+        let problem = |field: &str| Problem::node(ProblemKind::Annotation, "node-a", field, "not a key");
+        let report = |problems| Arc::new(StateReport { listed: true, problems, ..StateReport::default() });
+        let (reports, reader) = watch::channel(report(vec![problem("x")]));
+        let teller = |node: &str| Teller {
+            cluster: Cluster::new(fake.access(), clock.wall),
+            node: node.to_owned(),
+            report: reader.clone(),
+            snapshot: Arc::new(ArcSwap::from_pointee(snapshot(Vec::new()))),
+            clock,
+        };
+        let tasks = ["node-a", "node-b"].map(|node| tokio::spawn(teller(node).run()));
+        until("the Event", || fake.posted().len() == 1).await;
+        until("both tried", || fake.requests().len() == 2).await;
+        reports.send_replace(report(vec![problem("x"), problem("y")]));
+        until("the next one", || fake.posted().len() == 2).await;
+        let event = &fake.posted()[0];
+        assert_eq!(
+            (&event["regarding"]["kind"], &event["regarding"]["name"]),
+            (&"Node".into(), &"node-a".into())
+        );
+        assert_eq!((&event["note"], &event["reason"]), (&"x: not a key".into(), &"BadAnnotation".into()));
+        assert!(fake.requests()[0].contains("/apis/events.k8s.io/v1/namespaces/default/events"));
+        tasks.iter().for_each(tokio::task::JoinHandle::abort);
     }
 }

@@ -293,6 +293,8 @@ fn network_is_there(node: &Node, wall: std::time::SystemTime) -> Option<Change> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::source::kube::tests::fake::{Fake, Manners, until};
+    use crate::state::source::kube::{KubeSource, tests};
 
     fn node(annotations: Value, conditions: Value) -> Node {
         serde_json::from_value(json!({
@@ -353,5 +355,125 @@ mod tests {
                 assert!(condition["lastTransitionTime"].as_str().unwrap().starts_with("1970-01-01T00:00:01"));
             }
         }
+    }
+
+    /// The keeper of Node `a` against a server.
+    struct Scene {
+        wanted: watch::Sender<Option<Announcement>>,
+        ready: watch::Sender<bool>,
+        events: mpsc::Receiver<SourceEvent>,
+        tasks: tokio::task::JoinSet<()>,
+    }
+
+    fn scene(fake: &Fake) -> Scene {
+        #[expect(clippy::disallowed_methods, reason = "the agent would pass io::clock")]
+        let clock = Clock { now: Instant::now, wall: std::time::SystemTime::now };
+        let cluster = Cluster::with(fake.access(), clock.wall, tests::quick());
+        let (source, own) = KubeSource::new(cluster.clone(), "a", true);
+        let (sender, mut objects) = mpsc::channel(64);
+        let (telling, events) = mpsc::channel(64);
+        let (wanted, wants) = watch::channel(None);
+        let (ready, is_ready) = watch::channel(false);
+        let keeper = NodeKeeper {
+            cluster,
+            node: "a".to_owned(),
+            own,
+            wanted: wants,
+            ready: is_ready,
+            events: telling.downgrade(),
+            clock,
+        };
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(source.run(sender));
+        tasks.spawn(keeper.run());
+        tasks.spawn(async move { while objects.recv().await.is_some() {} });
+        tasks.spawn(async move {
+            let _keeps_it_open = telling;
+            std::future::pending::<()>().await;
+        });
+        Scene { wanted, ready, events, tasks }
+    }
+
+    #[tokio::test]
+    async fn the_node_says_what_we_announce_and_is_healed() {
+        let fake = Fake::start(&["kubernetes.default.svc"], Manners::default()).await;
+        let mut scene = scene(&fake);
+        scene.wanted.send_replace(Some(announcement(25)));
+        // No Node: none is made.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(fake.patches().len(), 0);
+        fake.put("nodes", tests::node("a", "10.1.0.0/24"));
+        let says = |name: &str| fake.get("nodes", "a")["metadata"]["annotations"][name].clone();
+        until("the annotations", || says("warren.dev/keepalive") == "25").await;
+        let (path, patch) = fake.patches()[0].clone();
+        assert_eq!((path.as_str(), &patch["metadata"]["uid"]), ("nodes/a", &json!("uid-a")));
+        let names: Vec<String> =
+            patch["metadata"]["annotations"].as_object().unwrap().keys().cloned().collect();
+        assert!(names.iter().all(|name| name.starts_with("warren.dev/")), "{names:?}");
+        assert!(fake.requests().iter().any(|line| {
+            line.starts_with("PATCH") && line.contains("fieldManager=warren") && line.contains("force=true")
+        }));
+
+        // Somebody removes one; another annotation is theirs.
+        let mut object = fake.get("nodes", "a");
+        object["metadata"]["annotations"] = json!({"example.com/x": "y", "warren.dev/location": "away"});
+        fake.put("nodes", object);
+        until("the repair", || says("warren.dev/keepalive") == "25" && says("warren.dev/location") == "home")
+            .await;
+        assert_eq!(says("example.com/x"), "y");
+        let before = fake.patches().len();
+        fake.put("nodes", fake.get("nodes", "a"));
+        // Nothing is to be said until packets flow, and nothing twice.
+        assert_eq!(fake.get("nodes", "a")["status"]["conditions"][0]["type"], "Ready");
+        scene.ready.send_replace(true);
+        let condition = || fake.get("nodes", "a")["status"]["conditions"][0].clone();
+        until("the condition", || condition()["type"] == "NetworkUnavailable").await;
+        assert_eq!(
+            (condition()["status"].clone(), condition()["reason"].clone()),
+            (json!("False"), json!("WarrenIsUp"))
+        );
+        let patches = fake.patches();
+        assert_eq!((patches.len(), patches[before].0.as_str()), (before + 1, "nodes/a/status"));
+
+        // Somebody insists: the pauses grow, and it is said.
+        for _ in 0..40 {
+            let mut object = fake.get("nodes", "a");
+            object["metadata"]["annotations"]["warren.dev/location"] = json!("away");
+            fake.put("nodes", object);
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+        assert!(fake.patches().len() < before + 6, "{}", fake.patches().len());
+        let said = scene.events.recv().await.unwrap();
+        let SourceEvent::Problems { problems, .. } = said else { panic!("{said:?}") };
+        assert!(problems[0].reason.contains("somebody keeps changing it"), "{problems:?}");
+        scene.tasks.abort_all();
+    }
+
+    #[tokio::test]
+    async fn what_is_not_allowed_is_said_and_a_replaced_node_is_followed() {
+        let fake = Fake::start(&["kubernetes.default.svc"], Manners::default()).await;
+        let mut scene = scene(&fake);
+        fake.put("nodes", tests::node("a", "10.1.0.0/24"));
+        until("the Node is watched", || fake.requests().iter().any(|line| line.contains("/nodes"))).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        fake.manners(|manners| {
+            manners.forbidden.insert("nodes".to_owned());
+        });
+        scene.wanted.send_replace(Some(announcement(25)));
+        let said = scene.events.recv().await.unwrap();
+        let SourceEvent::Problems { problems, .. } = said else { panic!("{said:?}") };
+        assert!(problems[0].reason.contains("its role must allow to patch nodes"), "{problems:?}");
+        fake.manners(|manners| manners.forbidden.clear());
+        let says = |name: &str| fake.get("nodes", "a")["metadata"]["annotations"][name].clone();
+        until("the annotations", || says("warren.dev/keepalive") == "25").await;
+        let said = scene.events.recv().await.unwrap();
+        assert!(matches!(said, SourceEvent::Problems { problems, .. } if problems.is_empty()));
+
+        fake.remove("nodes", "a");
+        let mut other = tests::node("a", "10.2.0.0/24");
+        other["metadata"]["uid"] = json!("uid-other");
+        fake.put("nodes", other);
+        until("the other Node's annotations", || says("warren.dev/keepalive") == "25").await;
+        scene.tasks.abort_all();
     }
 }

@@ -1,12 +1,13 @@
 //! The Kubernetes API as a source: Nodes, Services, EndpointSlices and ServiceCIDRs, listed and then watched.
 //!
-//! - [`access`]: which API servers there are to ask, and as whom; [`connect`]: the first that answers
+//! - [`access`]: which API servers there are to ask, and as whom (`files`); `connect`: the first that answers
 //! - [`client`]: requests, and since when nobody answers
-//! - [`watch`]: one kind, for ever
+//! - `watch`: one kind, for ever
 //!
 //! While nobody answers nothing is removed: what was last said stays in force. What is needed of RBAC: `list` and
 //! `watch` of `nodes`, `services`, `endpointslices.discovery.k8s.io` and `servicecidrs.networking.k8s.io`.
 
+use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use crate::state::problem::{Problem, ProblemKind};
 pub mod access;
 pub mod client;
 mod connect;
+mod files;
 mod watch;
 
 pub use access::{AccessSettings, ServerUrl};
@@ -48,6 +50,7 @@ pub struct KubeSource {
     cluster: Cluster,
     node: String,
     services: bool,
+    stream_silence: Duration,
     own: channel::Sender<Option<Arc<Node>>>,
 }
 
@@ -60,12 +63,16 @@ impl KubeSource {
         services: bool,
     ) -> (KubeSource, channel::Receiver<Option<Arc<Node>>>) {
         let (own, reader) = channel::channel(None);
-        (KubeSource { cluster, node: node.into(), services, own }, reader)
+        (
+            KubeSource { cluster, node: node.into(), services, stream_silence: watch::STREAM_SILENCE, own },
+            reader,
+        )
     }
 
     /// Follows the cluster until nobody listens any more.
     pub async fn run(self, events: mpsc::Sender<SourceEvent>) {
         let client = || self.cluster.client();
+        let stream_silence = self.stream_silence;
         let mut tasks = JoinSet::new();
 
         let (node, own) = (self.node, self.own);
@@ -75,7 +82,8 @@ impl KubeSource {
             resource: "nodes",
             labels: None,
             optional: false,
-            object: own_node_fields,
+            stream_silence,
+            object: node_fields,
         };
         tasks.spawn(nodes.run(events.clone(), async move |event: &SourceEvent| notice(&own, &node, event)));
 
@@ -85,6 +93,7 @@ impl KubeSource {
             resource: "servicecidrs.networking.k8s.io",
             labels: None,
             optional: true, // Kubernetes 1.33
+            stream_silence,
             object: |mut cidr| {
                 trim(&mut cidr.metadata);
                 Object::ServiceCidr(Arc::new(cidr))
@@ -101,6 +110,7 @@ impl KubeSource {
             resource: "endpointslices.discovery.k8s.io",
             labels: Some(if self.services { OURS } else { API_SERVER }),
             optional: false,
+            stream_silence,
             object: |mut slice| {
                 trim(&mut slice.metadata);
                 Object::EndpointSlice(Arc::new(slice))
@@ -116,6 +126,7 @@ impl KubeSource {
                 resource: "services",
                 labels: Some(OURS),
                 optional: false,
+                stream_silence,
                 object: |mut service| {
                     trim(&mut service.metadata);
                     Object::Service(Arc::new(service))
@@ -160,25 +171,27 @@ fn notice(own: &channel::Sender<Option<Arc<Node>>>, name: &str, event: &SourceEv
 
 /// Remembers where the API servers are, for a start without Services.
 async fn learn(access: &access::Access, event: &SourceEvent) {
-    let outcome = match event {
-        SourceEvent::Apply(Object::EndpointSlice(slice)) if access::is_api_server(slice) => {
-            access.learn(slice.metadata.name.as_deref().unwrap_or_default(), Some(slice)).await
+    let found = |object: &Object| match object {
+        Object::EndpointSlice(slice) if access::is_api_server(slice) => {
+            Some((object.key().name, access::endpoints(slice)))
         }
-        SourceEvent::Delete(key) if key.namespace == "default" => access.learn(&key.name, None).await,
-        SourceEvent::Reset { objects, .. } => {
-            let mut outcome = Ok(());
-            for object in objects {
-                if let Object::EndpointSlice(slice) = object
-                    && access::is_api_server(slice)
-                {
-                    outcome = access.learn(&object.key().name, Some(slice)).await;
-                }
-            }
-            outcome
-        }
-        SourceEvent::Apply(_) | SourceEvent::Delete(_) | SourceEvent::Problems { .. } => Ok(()),
+        Object::EndpointSlice(_)
+        | Object::Node(_)
+        | Object::Service(_)
+        | Object::Pod(_)
+        | Object::ServiceCidr(_) => None,
     };
-    if let Err(error) = outcome {
+    let (news, all) = match event {
+        SourceEvent::Apply(object) => (found(object).into_iter().collect(), false),
+        SourceEvent::Delete(key) if key.namespace == "default" => {
+            (vec![(key.name.clone(), BTreeSet::new())], false)
+        }
+        SourceEvent::Reset { objects, complete, .. } => {
+            (objects.iter().filter_map(found).collect(), *complete)
+        }
+        SourceEvent::Delete(_) | SourceEvent::Problems { .. } => (Vec::new(), false),
+    };
+    if let Err(error) = access.learn(news, all).await {
         tracing::warn!("where the API servers are cannot be saved: {error}");
     }
 }
@@ -211,7 +224,7 @@ async fn say_whether_it_answers(mut contact: channel::Receiver<Contact>, events:
 }
 
 /// A Node without what is large and not read: images, volumes, other programs' annotations.
-fn own_node_fields(mut node: Node) -> Object {
+fn node_fields(mut node: Node) -> Object {
     trim(&mut node.metadata);
     if let Some(status) = node.status.take() {
         let mut conditions = status.conditions;
@@ -238,14 +251,14 @@ fn setting(subject: &str, reason: String) -> Problem {
     Problem { kind: ProblemKind::Setting, subject: subject.to_owned(), field: String::new(), reason }
 }
 
-/// Pauses between attempts that grow, up to half a minute, each partly by chance: when an API server comes back,
+/// Pauses between attempts that grow, up to a quarter of a minute, each partly by chance: when an API server comes back,
 /// a thousand agents come back with it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(in crate::state) struct Pauses(u32);
 
 impl Pauses {
     const FIRST: Duration = Duration::from_millis(500);
-    const LONGEST: Duration = Duration::from_secs(30);
+    const LONGEST: Duration = Duration::from_secs(15);
 
     pub(in crate::state) fn next(&mut self) -> Duration {
         let full = (Self::FIRST * 2_u32.saturating_pow(self.0.min(16))).min(Self::LONGEST);
@@ -265,4 +278,4 @@ fn random(below: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(in crate::state) mod tests;

@@ -14,28 +14,27 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs;
-use std::io::{self, Read as _};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use hyper::http::{HeaderValue, Uri};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::config::{AuthInfo, Cluster as ClusterEntry, Kubeconfig};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use kube::config::Cluster as ClusterEntry;
+use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
 use secrecy::ExposeSecret as _;
 use tokio::time::Instant;
 
+use super::files::{
+    MAX_FILE, add_roots, authority_pem, has_authority, identity, read_file, read_kubeconfig, read_token, tls,
+};
 use crate::state::blocking::blocking;
 use crate::state::durable;
-use crate::state::problem::{one_line, quote};
+use crate::state::problem::quote;
 
 /// The name that every API server's certificate has.
 pub(super) const IN_CLUSTER_NAME: &str = "kubernetes.default.svc";
@@ -53,8 +52,6 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const MAX_SAVED: usize = 7;
 /// How long a token is used before its file is read again: the kubelet replaces it long before it expires.
 const TOKEN_LIFE: Duration = Duration::from_secs(20);
-/// Largest file of credentials.
-const MAX_FILE: u64 = 1 << 20;
 const SAVED_VERSION: u32 = 1;
 
 /// An API server's address: `https://HOST:PORT`.
@@ -201,18 +198,24 @@ impl Access {
         *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Learns from a slice of `default/kubernetes` (`None`: it is gone), and saves what changed.
-    pub(super) async fn learn(&self, name: &str, slice: Option<&EndpointSlice>) -> io::Result<()> {
-        let addresses = {
+    /// Learns the endpoints in slices of `default/kubernetes` (none: the slice is gone), and saves what changed.
+    pub(super) async fn learn(&self, news: Vec<(String, BTreeSet<SocketAddr>)>, all: bool) -> io::Result<()> {
+        let addresses: BTreeSet<SocketAddr> = {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = slice.map(endpoints).unwrap_or_default();
-            match found.is_empty() {
-                true => known.remove(name).is_some(),
-                false => {
-                    known.len() < MAX_SAVED && known.insert(name.to_owned(), found.clone()) != Some(found)
+            let before = known.clone();
+            if all {
+                known.clear();
+            }
+            for (name, found) in news {
+                known.remove(&name);
+                if !found.is_empty() && known.len() < MAX_SAVED {
+                    known.insert(name, found);
                 }
-            };
-            known.values().flatten().copied().take(MAX_SAVED).collect::<BTreeSet<_>>()
+            }
+            match *known == before {
+                true => return Ok(()),
+                false => known.values().flatten().copied().take(MAX_SAVED).collect(),
+            }
         };
         // A control plane that has no endpoint at the moment will have one of these again.
         if addresses.is_empty() {
@@ -234,7 +237,8 @@ pub(super) fn is_api_server(slice: &EndpointSlice) -> bool {
         && labels.and_then(|labels| labels.get(SERVICE_NAME)).is_some_and(|name| name == "kubernetes")
 }
 
-fn endpoints(slice: &EndpointSlice) -> BTreeSet<SocketAddr> {
+/// Where such a slice says that they are.
+pub(super) fn endpoints(slice: &EndpointSlice) -> BTreeSet<SocketAddr> {
     let ports = slice.ports.iter().flatten();
     let port =
         ports.filter(|port| port.name.as_deref().is_none_or(|name| name == "https" || name.is_empty()));
@@ -405,130 +409,4 @@ fn turned(mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
         addresses.rotate_left(first);
     }
     addresses
-}
-
-// --- files ---------------------------------------------------------------------------------------
-
-/// Symbolic links are followed: Kubernetes swaps a whole volume by one.
-fn read_file(path: &Path) -> Result<Vec<u8>, String> {
-    let open = || {
-        let file = fs::File::open(path)?;
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-        Ok::<_, io::Error>(bytes)
-    };
-    match open() {
-        Ok(bytes) if bytes.len() as u64 > MAX_FILE => Err(format!("more than {MAX_FILE} bytes")),
-        Ok(bytes) => Ok(bytes),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
-fn read_token(path: &Path) -> Result<String, String> {
-    let text = read_file(path).and_then(|bytes| String::from_utf8(bytes).map_err(|_| "no text".to_owned()));
-    match text {
-        Ok(text) if text.trim().is_empty() => Err(format!("{} is empty", path.display())),
-        Ok(text) => Ok(text),
-        Err(reason) => Err(format!("{}: {reason}", path.display())),
-    }
-}
-
-/// What the current context of a kubeconfig names: its cluster and its user.
-fn read_kubeconfig(path: &Path) -> Result<(ClusterEntry, AuthInfo), String> {
-    read_file(path)?; // kube's own reader has no bound
-    let config = Kubeconfig::read_from(path).map_err(|error| one_line(&error.to_string()))?;
-    let current = config.current_context.as_deref().unwrap_or_default();
-    let context = config.contexts.iter().find(|context| context.name == current);
-    let context = context.and_then(|context| context.context.as_ref());
-    // A kubelet's often has one cluster and nothing else worth naming.
-    let cluster = match context {
-        Some(context) => config.clusters.iter().find(|cluster| cluster.name == context.cluster),
-        None if config.clusters.len() == 1 => config.clusters.first(),
-        None => return Err(format!("its current-context {} is not in it", quote(current))),
-    };
-    let cluster =
-        cluster.and_then(|cluster| cluster.cluster.clone()).ok_or("the context's cluster is not in it")?;
-    let user = context.and_then(|context| context.user.as_deref());
-    let user = config.auth_infos.iter().find(|entry| Some(entry.name.as_str()) == user);
-    Ok((cluster, user.and_then(|entry| entry.auth_info.clone()).unwrap_or_default()))
-}
-
-fn has_authority(cluster: &ClusterEntry) -> bool {
-    cluster.certificate_authority.is_some() || cluster.certificate_authority_data.is_some()
-}
-
-fn authority_pem(cluster: &ClusterEntry) -> Result<Vec<u8>, String> {
-    if cluster.insecure_skip_tls_verify == Some(true) {
-        return Err(
-            "insecure-skip-tls-verify: Warren always verifies; name the certificate-authority".to_owned()
-        );
-    }
-    if cluster.proxy_url.is_some() {
-        return Err("proxy-url is not supported".to_owned());
-    }
-    let data = cluster.certificate_authority_data.as_deref();
-    data_or_file("certificate-authority", data, cluster.certificate_authority.as_deref())?
-        .ok_or_else(|| "it names no certificate-authority".to_owned())
-}
-
-type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
-
-fn identity(user: &AuthInfo) -> Result<Option<Identity>, String> {
-    if user.exec.is_some() || user.auth_provider.is_some() {
-        return Err(
-            "its user needs another program (exec, auth-provider); give one with a token or a client \
-                    certificate"
-                .to_owned(),
-        );
-    }
-    let data = user.client_certificate_data.as_deref();
-    let certificate = data_or_file("client-certificate", data, user.client_certificate.as_deref())?;
-    let data = user.client_key_data.as_ref().map(|data| data.expose_secret());
-    let key = data_or_file("client-key", data, user.client_key.as_deref())?;
-    let (Some(certificate), Some(key)) = (certificate, key) else { return Ok(None) };
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&certificate).collect();
-    let chain = chain.map_err(|error| format!("client-certificate: {error}"))?;
-    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| format!("client-key: {error}"))?;
-    Ok(Some((chain, key)))
-}
-
-fn data_or_file(what: &str, data: Option<&str>, file: Option<&str>) -> Result<Option<Vec<u8>>, String> {
-    match (data, file) {
-        (Some(data), _) => {
-            STANDARD.decode(data.trim()).map(Some).map_err(|_| format!("{what}-data is not base64"))
-        }
-        (None, Some(file)) => {
-            read_file(Path::new(file)).map(Some).map_err(|reason| format!("{file}: {reason}"))
-        }
-        (None, None) => Ok(None),
-    }
-}
-
-fn add_roots(roots: &mut RootCertStore, pem: &[u8]) -> Result<(), String> {
-    let before = roots.len();
-    for certificate in CertificateDer::pem_slice_iter(pem) {
-        let certificate = certificate.map_err(|error| format!("not PEM: {error}"))?;
-        // One of several that rustls cannot use does not spoil the others.
-        let _ = roots.add(certificate);
-    }
-    match roots.len() > before {
-        true => Ok(()),
-        false => Err("no usable certificate of an authority is in it".to_owned()),
-    }
-}
-
-fn tls(roots: RootCertStore, identity: Option<Identity>) -> Result<Arc<ClientConfig>, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_root_certificates(roots);
-    let mut config = match identity {
-        None => builder.with_no_client_auth(),
-        Some((chain, key)) => builder
-            .with_client_auth_cert(chain, key)
-            .map_err(|error| format!("client-certificate: {error}"))?,
-    };
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
 }

@@ -19,12 +19,27 @@ use super::access::{Access, AccessSettings};
 use super::connect::{Connector, Unreachable};
 use crate::state::problem::one_line;
 
-/// How long an answer may take to begin; a watch's begins at once.
-const ANSWER: Duration = Duration::from_secs(40);
-/// When a connection says nothing for so long, it is asked whether it lives, and how long it may take to say so.
-/// The requests of a server that is stopped, or behind a cable that was pulled, end after both.
-const PING_AFTER: Duration = Duration::from_secs(15);
-const PING_ANSWER: Duration = Duration::from_secs(10);
+/// How long things may take.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::state) struct Timing {
+    /// Until an answer begins, which a watch's does at once; finding the server included.
+    pub(in crate::state) answer: Duration,
+    /// A connection that says nothing for so long is asked whether it lives, and has so long to say so. The requests
+    /// of a server that is stopped, or behind a cable that was pulled, end after both.
+    pub(in crate::state) ping_after: Duration,
+    /// See [`Self::ping_after`].
+    pub(in crate::state) ping_answer: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Timing {
+        Timing {
+            answer: Duration::from_secs(40),
+            ping_after: Duration::from_secs(15),
+            ping_answer: Duration::from_secs(10),
+        }
+    }
+}
 
 /// Whether the API server answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,17 +74,25 @@ impl fmt::Debug for Cluster {
 impl Cluster {
     /// The cluster whose API server these settings find; connects when it is first asked something.
     pub fn new(settings: AccessSettings, wall: fn() -> SystemTime) -> Cluster {
+        Cluster::with(settings, wall, Timing::default())
+    }
+
+    pub(in crate::state) fn with(
+        settings: AccessSettings,
+        wall: fn() -> SystemTime,
+        timing: Timing,
+    ) -> Cluster {
         let access = Arc::new(Access::new(settings));
         let (sender, contact) = watch::channel(Contact::Unknown);
         let http = legacy::Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
-            .http2_keep_alive_interval(PING_AFTER)
-            .http2_keep_alive_timeout(PING_ANSWER)
+            .http2_keep_alive_interval(timing.ping_after)
+            .http2_keep_alive_timeout(timing.ping_answer)
             .http2_keep_alive_while_idle(true)
             .build::<_, Body>(Connector::new(Arc::clone(&access)));
-        let caller = Caller { http, access: Arc::clone(&access), contact: sender, wall };
+        let caller = Caller { http, access: Arc::clone(&access), contact: sender, wall, timing };
         let caller = Arc::new(caller);
         let service = tower::service_fn(move |request| {
             let caller = Arc::clone(&caller);
@@ -98,6 +121,7 @@ struct Caller {
     access: Arc<Access>,
     contact: watch::Sender<Contact>,
     wall: fn() -> SystemTime,
+    timing: Timing,
 }
 
 impl Caller {
@@ -136,9 +160,11 @@ impl Caller {
         if let Some(header) = self.access.authorization().await.map_err(CallError)? {
             request.headers_mut().insert(AUTHORIZATION, header);
         }
-        let answer = timeout(ANSWER, self.http.request(request)).await;
-        let answer = answer
-            .map_err(|_| CallError(format!("the API server did not answer within {} s", ANSWER.as_secs())))?;
+        let patience = self.timing.answer;
+        let answer = timeout(patience, self.http.request(request)).await;
+        let answer = answer.map_err(|_| {
+            CallError(format!("the API server did not answer within {} s", patience.as_secs()))
+        })?;
         answer.map_err(CallError::new)
     }
 }
@@ -178,6 +204,6 @@ pub(in crate::state) fn reason(error: &kube::Error) -> String {
 pub(in crate::state) fn is_silence(error: &kube::Error) -> bool {
     match error {
         kube::Error::Service(_) | kube::Error::HyperError(_) | kube::Error::ReadEvents(_) => true,
-        kube::Error::Api(_) | _ => false,
+        _ => false,
     }
 }

@@ -22,11 +22,13 @@ use crate::state::source::{Kind, Object, SourceEvent};
 
 /// How long the objects of a streaming list may pause: a server that does not know such lists would let us wait for
 /// the end for ever.
-const STREAM_SILENCE: Duration = Duration::from_secs(20);
+pub(super) const STREAM_SILENCE: Duration = Duration::from_secs(20);
 /// How long anything else may take until it is all there: to find the server, and one page.
 const PAGE_SILENCE: Duration = Duration::from_secs(90);
 /// The server ends a watch after so long (plus a part of it by chance), which spreads agents over servers.
 const WATCH_SECONDS: u32 = 240;
+/// A watch that was refused, was begun again and has not failed for so long, goes on.
+const RESUMED: Duration = Duration::from_secs(3);
 /// How soon a kind that the server does not have is looked for again.
 const ABSENT: Duration = Duration::from_secs(600);
 
@@ -39,6 +41,8 @@ pub(super) struct Watch<K> {
     pub(super) labels: Option<&'static str>,
     /// Whether a server that does not have it is only older.
     pub(super) optional: bool,
+    /// [`STREAM_SILENCE`].
+    pub(super) stream_silence: Duration,
     /// Leaves out what nobody reads.
     pub(super) object: fn(K) -> Object,
 }
@@ -61,7 +65,8 @@ where
 {
     /// Follows until nobody listens. `tap` sees every event first.
     pub(super) async fn run(self, events: mpsc::Sender<SourceEvent>, mut tap: impl AsyncFnMut(&SourceEvent)) {
-        let mut teller = Teller { origin: format!("watch of {}", self.resource), told: false, events };
+        let mut teller =
+            Teller { origin: format!("watch of {}", self.resource), told: false, unreadable: false, events };
         let mut streaming = true;
         let mut pauses = Pauses::default();
         let mut absent = false;
@@ -117,9 +122,9 @@ where
         let mut stream = pin!(watcher(self.api.clone(), config));
         // What was listed so far; `None` once all was.
         let mut listing = Some(Vec::new());
-        let (mut complete, mut begun) = (true, false);
+        let (mut complete, mut begun, mut failed) = (true, false, false);
         loop {
-            let patience = if streaming && begun { STREAM_SILENCE } else { PAGE_SILENCE };
+            let patience = if streaming && begun { self.stream_silence } else { PAGE_SILENCE };
             let next = match &listing {
                 Some(_) => match timeout(patience, stream.next()).await {
                     Ok(next) => next,
@@ -128,6 +133,15 @@ where
                 None => tokio::select! {
                     next = stream.next() => next,
                     () = teller.events.closed() => return Restart::Closed,
+                    // It goes on where it was, and nothing has happened since.
+                    () = sleep(RESUMED), if failed => {
+                        pauses.reset();
+                        failed = false;
+                        match teller.well().await {
+                            true => continue,
+                            false => return Restart::Closed,
+                        }
+                    }
                 },
             };
             let Some(next) = next else { return Restart::Stalled };
@@ -144,7 +158,7 @@ where
                     let objects = listing.take().unwrap_or_default();
                     pauses.reset();
                     let all = SourceEvent::Reset { kind: self.kind, objects, complete };
-                    teller.tell(all, tap).await && teller.well().await
+                    teller.tell(all, tap).await && teller.well().await && teller.readable(complete).await
                 }
                 Ok(Event::Apply(object)) => {
                     teller.tell(SourceEvent::Apply((self.object)(object)), tap).await && teller.well().await
@@ -157,16 +171,19 @@ where
                     if let Some(restart) = self.gives_up(&error, streaming && listing.is_some()) {
                         return restart;
                     }
-                    let told = match self.problem(&error) {
-                        Some(problem) => teller.wrong(problem).await,
-                        None => true,
-                    };
-                    match is_unreadable(&error) {
+                    if is_unreadable(&error) {
                         // The next one may be well; what cannot be read is not gone.
-                        true => complete = false,
-                        false => sleep(pauses.next()).await,
+                        complete = false;
+                        teller.unreadable(self.resource).await
+                    } else {
+                        let told = match self.problem(&error) {
+                            Some(problem) => teller.wrong(problem).await,
+                            None => true,
+                        };
+                        failed = true;
+                        sleep(pauses.next()).await;
+                        told
                     }
-                    told
                 }
             };
             if !told {
@@ -208,7 +225,6 @@ where
                 kube::Error::Api(status) if status.code == 403 => {
                     format!("{}; its role must allow to list and watch {resource}", reason(error))
                 }
-                kube::Error::SerdeError(_) => format!("an object cannot be read: {}", reason(error)),
                 error => reason(error),
             },
         };
@@ -216,8 +232,19 @@ where
     }
 }
 
+/// kube takes a line of a watch that is no event for a Status, of which it needs nothing to be there.
 fn is_unreadable(error: &watcher::Error) -> bool {
-    matches!(error, watcher::Error::WatchFailed(kube::Error::SerdeError(_)))
+    match error {
+        watcher::Error::WatchFailed(kube::Error::SerdeError(_)) => true,
+        watcher::Error::WatchFailed(kube::Error::Api(status)) => {
+            status.code == 0 && status.message.is_empty()
+        }
+        watcher::Error::InitialListFailed(_)
+        | watcher::Error::WatchStartFailed(_)
+        | watcher::Error::WatchError(_)
+        | watcher::Error::WatchFailed(_)
+        | watcher::Error::NoResourceVersion => false,
+    }
 }
 
 /// From 0 to 1.
@@ -230,6 +257,8 @@ struct Teller {
     origin: String,
     /// Whether something wrong was said.
     told: bool,
+    /// Whether an object could not be read since the last complete list.
+    unreadable: bool,
     events: mpsc::Sender<SourceEvent>,
 }
 
@@ -242,17 +271,30 @@ impl Teller {
 
     async fn wrong(&mut self, problem: Problem) -> bool {
         self.told = true;
-        self.problems(vec![problem]).await
+        self.problems(&self.origin, vec![problem]).await
     }
 
     async fn well(&mut self) -> bool {
         match std::mem::take(&mut self.told) {
-            true => self.problems(Vec::new()).await,
+            true => self.problems(&self.origin, Vec::new()).await,
             false => true,
         }
     }
 
-    async fn problems(&self, problems: Vec<Problem>) -> bool {
-        self.events.send(SourceEvent::Problems { origin: self.origin.clone(), problems }).await.is_ok()
+    async fn unreadable(&mut self, resource: &str) -> bool {
+        self.unreadable = true;
+        let reason = format!("one of the {resource} cannot be read: what it was before stays in force");
+        self.problems(&format!("{}, objects", self.origin), vec![setting("API server", reason)]).await
+    }
+
+    async fn readable(&mut self, complete: bool) -> bool {
+        match complete && std::mem::take(&mut self.unreadable) {
+            true => self.problems(&format!("{}, objects", self.origin), Vec::new()).await,
+            false => true,
+        }
+    }
+
+    async fn problems(&self, origin: &str, problems: Vec<Problem>) -> bool {
+        self.events.send(SourceEvent::Problems { origin: origin.to_owned(), problems }).await.is_ok()
     }
 }
