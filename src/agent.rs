@@ -114,17 +114,21 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         false => None,
     };
     let saved = host_state(config);
-    let mut removed = runtime.block_on(async {
+    let (mut removed, lists) = runtime.block_on(async {
         presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
-        // First, so that no pod is added meanwhile.
-        let mut removed = cni::cleanup(config)?;
+        // First, so that no pod is added meanwhile. What cannot be done there keeps nothing in the kernel.
+        let (mut removed, lists) = cni::cleanup(config);
         removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
-        Ok::<_, AgentError>(removed)
+        Ok::<_, AgentError>((removed, lists))
     })?;
     for file in ["ready", "flows", "affinity"] {
         if fs::remove_file(config.run_dir.join(file)).is_ok() {
             removed.push(format!("file {}", config.run_dir.join(file).display()));
         }
+    }
+    if let Err(error) = lists {
+        removed.iter().for_each(|what| info!("removed {what}"));
+        return Err(error);
     }
     Ok(removed)
 }
@@ -406,7 +410,9 @@ impl Running {
         self.fleet.ring();
         if next.pod_mtu != self.plan.pod_mtu {
             info!(from = self.plan.pod_mtu, to = next.pod_mtu, "the MTU for new pods has changed");
-            self.ready.write(&self.config.node, next.pod_mtu)?;
+            if self.probe.borrow().not_ready.is_none() {
+                self.ready.write(&self.config.node, next.pod_mtu)?;
+            }
         }
         self.handle.update(|live| {
             live.pod_mtu = next.pod_mtu;

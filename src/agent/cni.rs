@@ -96,29 +96,36 @@ impl Cni {
     }
 }
 
-/// Takes lists of ours away and ourselves out of those of others; says what.
-pub(super) fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
+/// Takes lists of ours away and ourselves out of those of others; says what, and what could not be done.
+pub(super) fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), AgentError>) {
     let record = config.state_dir.join(RECORD);
     let mut folders = recorded(&record);
     folders.extend(config.cni.conf_dir.clone());
     let mut removed = Vec::new();
-    let mut done = || -> io::Result<()> {
-        for folder in &folders {
-            for file in read_folder(folder)? {
+    let mut done = Ok(());
+    for folder in &folders {
+        let mut take = || -> io::Result<()> {
+            // What cannot be read was not written by us.
+            for file in read_folder(folder)?.into_iter().flatten() {
                 removed.extend(take_out(folder, &file)?);
             }
-        }
-        match fs::remove_file(&record) {
+            Ok(())
+        };
+        done = done.and(take());
+    }
+    // The folders are known for as long as there is something left in them.
+    if done.is_ok() {
+        done = match fs::remove_file(&record) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             Ok(()) | Err(_) => Ok(()),
-        }
-    };
-    done().map_err(|source| AgentError::Io { what: "cannot clean up the CNI configuration", source })?;
+        };
+    }
     let word = data_path::path(&config.run_dir);
     if fs::remove_file(&word).is_ok() {
         removed.push(format!("file {}", word.display()));
     }
-    Ok(removed)
+    let what = "cannot clean up the CNI configuration";
+    (removed, done.map_err(|source| AgentError::Io { what, source }))
 }
 
 /// Says every few seconds that packets flow.
@@ -204,7 +211,7 @@ impl Keeper {
         let files = blocking(move || {
             fs::create_dir_all(&folder)?;
             remember(&record, &folder)?;
-            read_folder(&folder)
+            read_folder(&folder)?.into_iter().collect::<io::Result<Vec<_>>>()
         });
         let files = files.await.map_err(|e| format!("{}: {e}", self.folder.display()))?;
         let verdict = conflist::judge(&files, &self.config.conf_name, &pods.ranges);
@@ -374,8 +381,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
     spawn_blocking(work).await.unwrap_or_else(|panic| Err(io::Error::other(panic)))
 }
 
-/// The files that a runtime would look at, sorted by name as it does. One that cannot be read counts as empty.
-fn read_folder(folder: &Path) -> io::Result<Vec<ConfFile>> {
+/// The files that a runtime would look at, sorted by name as it does. One that cannot be read from here may be another
+/// pod network's, and is an error.
+fn read_folder(folder: &Path) -> io::Result<Vec<io::Result<ConfFile>>> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -392,11 +400,16 @@ fn read_folder(folder: &Path) -> io::Result<Vec<ConfFile>> {
     }
     names.sort();
     let read = |name: String| {
-        let path = fs::canonicalize(folder.join(&name)).ok()?;
-        let bytes = durable::read(&path, MOST_BYTES).ok().flatten()?;
-        Some(ConfFile { name, text: String::from_utf8(bytes).unwrap_or_default() })
+        let bytes = fs::canonicalize(folder.join(&name)).and_then(|path| durable::read(&path, MOST_BYTES));
+        match bytes {
+            Ok(Some(bytes)) => Ok(ConfFile { name, text: String::from_utf8(bytes).unwrap_or_default() }),
+            Ok(None) => Err(io::Error::other(format!("{name} went away while the folder was read"))),
+            Err(error) => Err(io::Error::other(format!(
+                "{name} cannot be read from here ({error}), so nobody can tell whether it is another pod network's"
+            ))),
+        }
     };
-    Ok(names.into_iter().filter_map(read).collect())
+    Ok(names.into_iter().map(read).collect())
 }
 
 /// Takes us out of one file; says what was done.

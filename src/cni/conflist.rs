@@ -138,6 +138,8 @@ pub fn judge(files: &[ConfFile], own_name: &str, ranges: &[IpNet]) -> Verdict {
         }
         Some(_) | None => {}
     }
+    // Whether the runtime would take another file than one that fits.
+    let mut preceded = false;
     for file in files.iter().filter(|file| file.name != own_name) {
         match List::parse(file).map_or(Opinion::Unreadable, |list| list.judge(file, ranges)) {
             Opinion::Unreadable if file.name.as_str() < own_name => {
@@ -146,7 +148,8 @@ pub fn judge(files: &[ConfFile], own_name: &str, ranges: &[IpNet]) -> Verdict {
                     file.name
                 ));
             }
-            Opinion::Unreadable | Opinion::NoNetwork => {}
+            Opinion::NoNetwork => {}
+            Opinion::Unreadable => preceded = true,
             Opinion::NotThisNodes if file.name.as_str() < own_name => {
                 return Verdict::Refuse(format!(
                     "{} comes before {own_name} and gives pods addresses that are not in this node's pod range: \
@@ -154,8 +157,16 @@ pub fn judge(files: &[ConfFile], own_name: &str, ranges: &[IpNet]) -> Verdict {
                     file.name
                 ));
             }
-            Opinion::NotThisNodes => {}
+            Opinion::NotThisNodes => preceded = true,
+            Opinion::Fits if preceded => {}
             Opinion::Fits if file.name.ends_with(".conflist") => return Verdict::Chain(file.clone()),
+            Opinion::Fits if file.name.as_str() < own_name => {
+                return Verdict::Refuse(format!(
+                    "{} comes before {own_name} and is no list that could take another plugin: rename it so that it \
+                     comes after, or make it a .conflist",
+                    file.name
+                ));
+            }
             Opinion::Fits => return Verdict::Wrap(file.clone()),
             Opinion::Refused(why) => return Verdict::Refuse(format!("{} {why}", file.name)),
         }

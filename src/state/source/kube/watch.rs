@@ -204,6 +204,8 @@ where
         };
         match status.code {
             404 if self.optional => Some(Restart::Absent),
+            // As an event it makes kube list anew; as the answer to a request it would be asked the same for ever.
+            410 if matches!(error, watcher::Error::WatchStartFailed(_)) => Some(Restart::Stalled),
             // Before 1.34 the feature may be off, and the server says that the parameter is forbidden.
             400 | 422 if streaming => Some(Restart::NoStreaming),
             _ => None,
