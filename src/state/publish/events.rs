@@ -23,7 +23,7 @@ use siphasher::sip::SipHasher24;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::snapshot::{Peer, Snapshot};
+use crate::snapshot::{Peer, PublicKey, Snapshot};
 use crate::state::problem::{Problem, ProblemKind};
 use crate::state::run::{Clock, StateReport};
 use crate::state::source::kube::Cluster;
@@ -253,8 +253,12 @@ impl Keys {
             if before.is_some_and(|before| Arc::ptr_eq(before, peer)) {
                 continue;
             }
+            // Keys that are changed in order are announced beforehand.
             let is_new = before.is_some_and(|before| {
-                !peer.lanes.iter().any(|lane| before.lanes.iter().any(|old| old.key == lane.key))
+                let known = |key: &PublicKey| {
+                    before.lanes.iter().any(|old| old.key == *key) || before.also.contains(key)
+                };
+                !peer.lanes.iter().any(|lane| known(&lane.key))
             });
             if is_new {
                 let keys: Vec<String> =
@@ -366,6 +370,9 @@ mod tests {
         let news = keys.look(&snapshot(vec![peer("a", 2)]));
         assert_eq!(news.iter().map(|news| news.reason).collect::<Vec<_>>(), ["KeysChanged"]);
         assert!(keys.look(&snapshot(vec![peer("a", 2)])).is_empty());
+        let announced = Peer { also: vec![[3; 32]], ..peer("a", 2) };
+        assert!(keys.look(&snapshot(vec![announced])).is_empty());
+        assert!(keys.look(&snapshot(vec![peer("a", 3)])).is_empty(), "in order");
     }
 
     #[tokio::test]
