@@ -39,6 +39,7 @@ use tracing::{debug, error, info, warn};
 pub use error::AgentError;
 
 use crate::config::{AgentConfig, Masquerade, ServicesArg, UnderlayMtu};
+use crate::datapath::conntrack::FlowTable;
 use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
@@ -144,6 +145,7 @@ struct Running {
     answers: watch::Sender<Answers>,
     /// What is answered for probes.
     probe: watch::Sender<Answers>,
+    flows: Arc<FlowTable>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
@@ -220,6 +222,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         what: "cannot open the flow table in the run directory",
         source,
     })?;
+    let table = Arc::new(table);
     let affinity = flows::open_affinity(&config.run_dir.join("affinity"), seed).map_err(|source| {
         AgentError::Io { what: "cannot open the table of session affinity in the run directory", source }
     })?;
@@ -231,7 +234,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
             vxlan_port: config.encap.encaps().vxlan.then_some(config.vxlan_port),
             keys: keys.iter().map(|key| key.secret().to_bytes()).collect(),
             offloads: lane_offloads(&config),
-            flows: Arc::new(table),
+            flows: Arc::clone(&table),
             affinity: Arc::new(affinity),
             snapshot: Arc::clone(&outputs.snapshot),
         },
@@ -247,6 +250,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
+    // Only now has the kernel what was set there, and the sysctls of what was loaded for it.
+    table.set_timeouts(&flows::timeouts());
     let mut host_state = host_network.state();
     let kube_proxy = host_state.borrow_and_update().kube_proxy.clone();
     if let Some(place) = &kube_proxy {
@@ -293,6 +298,7 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
         host_state,
         answers,
         probe,
+        flows: table,
         settings_sender,
         handle,
         files,
@@ -331,6 +337,7 @@ impl Running {
                 Some(news) = self.host_news.recv() => self.host_says(news),
                 Ok(()) = self.host_state.changed() => self.kube_proxy_comes_or_goes(),
                 _ = look.tick() => {
+                    self.flows.set_timeouts(&flows::timeouts());
                     self.is_the_device_back()?;
                     self.look().await;
                     self.is_it_ready()?;
