@@ -23,6 +23,7 @@ mod recent;
 mod serve;
 mod services;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -40,11 +41,12 @@ use tracing::{debug, error, info, warn};
 pub use error::AgentError;
 
 use crate::config::{AgentConfig, Masquerade, ServicesArg, UnderlayMtu};
+use crate::datapath::conntrack::FlowTable;
 use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
-use crate::snapshot::service::{LOOP_V4, LOOP_V6};
+use crate::snapshot::service::{LOOP_V4, LOOP_V6, Protocol};
 use crate::snapshot::{Encap, LaneId, PeerId};
 use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
@@ -156,6 +158,7 @@ struct Running {
     rotations: mpsc::Receiver<RotateOrder>,
     /// What is answered for probes.
     probe: watch::Sender<Answers>,
+    flows: Arc<FlowTable>,
     settings_sender: watch::Sender<Settings>,
     handle: Handle,
     files: CheckpointFiles,
@@ -259,6 +262,7 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         what: "cannot open the flow table in the run directory",
         source,
     })?;
+    let table = Arc::new(table);
     let affinity = flows::open_affinity(&config.run_dir.join("affinity"), seed).map_err(|source| {
         AgentError::Io { what: "cannot open the table of session affinity in the run directory", source }
     })?;
@@ -270,7 +274,7 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
             vxlan_port: config.encap.encaps().vxlan.then_some(config.vxlan_port),
             keys: keys.lane_keys(),
             offloads: lane_offloads(&config),
-            flows: Arc::new(table),
+            flows: Arc::clone(&table),
             affinity: Arc::new(affinity),
             snapshot: Arc::clone(&outputs.snapshot),
         },
@@ -281,11 +285,14 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     presence::only_we_have(&ends.netlink, &config.tun_name, fleet.lanes.len()).await?;
 
     // 4 the host
-    let mut host_network = HostNetwork::open(Some(host_state(&config)))?;
+    let mut host_network =
+        HostNetwork::open(Some(host_state(&config)))?.with_services(Arc::clone(&outputs.snapshot));
     let wanted = host_config(&config, &plan);
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));
     report.warnings.iter().for_each(|warning| warn!("{warning}"));
+    // Only now has the kernel what was set there, and the sysctls of what was loaded for it.
+    table.set_timeouts(&flows::timeouts());
     let mut host_state = host_network.state();
     let kube_proxy = host_state.borrow_and_update().kube_proxy.clone();
     if let Some(place) = &kube_proxy {
@@ -333,6 +340,7 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         keys,
         rotations,
         probe,
+        flows: table,
         settings_sender,
         handle,
         files,
@@ -385,6 +393,7 @@ impl Running {
                     self.announce_keys(news);
                 }
                 _ = look.tick() => {
+                    self.flows.set_timeouts(&flows::timeouts());
                     self.is_the_device_back()?;
                     self.look().await;
                     self.is_it_ready()?;
@@ -612,10 +621,17 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         node_ports: Arc::clone(&plan.services.node_ports),
         externals: Arc::clone(&plan.services.externals),
         nodeport_ranges: config.nodeport_ranges.clone(),
-        protected_ports: config.protected_ports(),
+        protected_ports: protected_ports(config, plan),
         host_addresses: plan.host_addresses.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }
+}
+
+/// What the settings say, and the kubelet's port where the Node says it.
+fn protected_ports(config: &AgentConfig, plan: &HostPlan) -> BTreeSet<(Protocol, u16)> {
+    let mut ports = config.protected_ports();
+    ports.extend(plan.kubelet_port.map(|port| (Protocol::Tcp, port)));
+    ports
 }
 
 // --- small things --------------------------------------------------------------------------------

@@ -35,13 +35,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 pub use flow::{FlowCounters, FlowRecord, FlowRef, Rewrite, Sighting, Tracked, Translation, Untracked};
 pub use key::{FlowKey, Seed};
 pub use memory::{AttachError, BYTES_PER_FLOW, FlowMemory, MAX_CAPACITY};
-pub use state::{Direction, FlowState, Timeouts};
+pub use state::{Direction, FlowState, Stage, Timeouts};
 
 use entry::{FLAG_FROM_PEER, FLAG_TRANSLATED, Hit, StateWord, count, exchange, matching, unpack_peer, write};
 use key::PackedKey;
 use memory::{Entry, Layout, Slab, head, shard};
 use room::slot_index;
-use state::Step;
+use state::{LiveTimeouts, Step};
 
 /// Silence (ms) after which a full table may give up an established flow: as long as kube-proxy lets a
 /// half-closed connection be silent (its --conntrack-tcp-timeout-close-wait, one hour).
@@ -61,7 +61,7 @@ const PAGE: u32 = 65_536;
 pub struct FlowTable {
     slab: Slab,
     seed: Seed,
-    timeouts: Timeouts,
+    timeouts: LiveTimeouts,
     /// How many entries each owner has.
     owned: Box<[AtomicU32]>,
     quota: u32,
@@ -112,7 +112,12 @@ impl FlowTable {
     fn over(slab: Slab, seed: Seed, timeouts: Timeouts) -> FlowTable {
         let quota = (slab.layout().capacity() / QUOTA_SHARE).max(1);
         let owned = std::iter::repeat_with(AtomicU32::default).take(1 << 16).collect();
-        FlowTable { slab, seed, timeouts, owned, quota }
+        FlowTable { slab, seed, timeouts: LiveTimeouts::new(timeouts), owned, quota }
+    }
+
+    /// From now on flows live so long.
+    pub fn set_timeouts(&self, timeouts: &Timeouts) {
+        self.timeouts.set(timeouts);
     }
 
     /// Finds or makes the flow of a burst and brings it up to date.

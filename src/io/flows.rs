@@ -13,11 +13,11 @@ use tracing::{debug, info, warn};
 
 use super::clock;
 use crate::datapath::affinity::Affinity;
-use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Timeouts};
+use crate::datapath::conntrack::{AttachError, FlowMemory, FlowTable, Seed, Stage, Timeouts};
 
-/// The kernel's, with what kube-proxy and we set there ourselves: a half-closed connection may be silent for
-/// an hour (nf_conntrack_tcp_timeout_close_wait).
-const TIMEOUTS: Timeouts = Timeouts { close_wait: 3_600, ..Timeouts::KERNEL };
+/// The kernel's defaults, with what kube-proxy and we set there ourselves: a half-closed connection may be
+/// silent for an hour (nf_conntrack_tcp_timeout_close_wait).
+const TIMEOUTS: Timeouts = Timeouts::KERNEL.with(Stage::CloseWait, 3_600);
 /// Clients whose endpoints are remembered: 4 MiB.
 const AFFINITY_CLIENTS: usize = 1 << 16;
 
@@ -37,6 +37,38 @@ pub fn open_affinity(path: &Path, seed: (u64, u64)) -> io::Result<Affinity> {
     Ok(Affinity::open(memory, epoch, seed))
 }
 
+/// How long flows live here: no longer than in this network namespace's kernel, as it is set now.
+pub fn timeouts() -> Timeouts {
+    TIMEOUTS.at_most(|stage| {
+        let seconds = |name: &&str| {
+            let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+            std::fs::read_to_string(path).ok()?.trim().parse().ok()
+        };
+        sysctls(stage).iter().filter_map(seconds).min()
+    })
+}
+
+/// What the kernel calls it; the sysctl is there when the module is.
+fn sysctls(stage: Stage) -> &'static [&'static str] {
+    match stage {
+        Stage::SynSent => &["tcp_timeout_syn_sent"],
+        Stage::SynRecv => &["tcp_timeout_syn_recv"],
+        Stage::Established => &["tcp_timeout_established"],
+        Stage::Unacknowledged => &["tcp_timeout_unacknowledged"],
+        Stage::FinWait => &["tcp_timeout_fin_wait"],
+        Stage::CloseWait => &["tcp_timeout_close_wait"],
+        Stage::LastAck => &["tcp_timeout_last_ack"],
+        Stage::TimeWait => &["tcp_timeout_time_wait"],
+        Stage::Close => &["tcp_timeout_close"],
+        Stage::Udp => &["udp_timeout"],
+        Stage::UdpStream => &["udp_timeout_stream"],
+        Stage::Icmp => &["icmp_timeout", "icmpv6_timeout"],
+        Stage::SctpOpening => &["sctp_timeout_cookie_wait"],
+        Stage::Sctp => &["sctp_timeout_established"],
+        Stage::Generic => &["generic_timeout"],
+    }
+}
+
 fn open_with(
     path: &Path,
     seed: (u64, u64),
@@ -45,13 +77,13 @@ fn open_with(
     let seed = Seed(seed.0, seed.1);
     let capacity = FlowTable::default_capacity(physical_memory());
     let words = FlowTable::words_for(capacity);
-    let epoch = boot_id()?;
-    let new = |memory| FlowTable::create(memory, capacity, epoch, seed, TIMEOUTS).map_err(io::Error::other);
+    let (epoch, timeouts) = (boot_id()?, timeouts());
+    let new = |memory| FlowTable::create(memory, capacity, epoch, seed, timeouts).map_err(io::Error::other);
     let (first, known) = memory(path, words, "the flow table", &reserve)?;
     if !known {
         return new(first);
     }
-    match FlowTable::attach(first, clock::since_boot_ms(), epoch, seed, TIMEOUTS) {
+    match FlowTable::attach(first, clock::since_boot_ms(), epoch, seed, timeouts) {
         Ok(table) => {
             info!(flows = table.counters().entries, "took over the flow table");
             return Ok(table);
@@ -157,6 +189,20 @@ mod tests {
         file.set_len(bytes).expect("a hole");
         drop(open(&path, (1, 2)).expect("a table"));
         solid("sparse before");
+    }
+
+    #[test]
+    fn what_this_kernel_says_is_known_by_its_name() {
+        // Where there is one of them, the module is there, and then so are those of TCP, UDP and ICMP.
+        let root = Path::new("/proc/sys/net/netfilter");
+        if !root.join("nf_conntrack_generic_timeout").exists() {
+            return;
+        }
+        for stage in Stage::ALL {
+            for name in sysctls(stage).iter().filter(|name| !name.starts_with("sctp")) {
+                assert!(root.join(format!("nf_conntrack_{name}")).exists(), "{stage:?}: {name}");
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! The TCP machine accepts what Linux's does (net/netfilter/nf_conntrack_proto_tcp.c), so that a flow which
 //! the kernel tracks too is in the same state in both places. It does not follow sequence numbers.
 
-/// The stage of a flow's life.
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Where a flow stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum FlowState {
@@ -106,90 +108,159 @@ pub(super) const UDP: u8 = 17;
 pub(super) const ICMP_V6: u8 = 58;
 pub(super) const SCTP: u8 = 132;
 
-/// Seconds of silence after which a flow is forgotten. [`Timeouts::KERNEL`] are Linux's defaults; where the
-/// kernel tracks the same connection, ours must not be longer, or we would speak of flows that it has forgotten.
-/// (For TCP data that stays unacknowledged the kernel falls to five minutes; we do not follow sequence numbers,
-/// so there alone ours is longer.)
+/// How long a flow lives in silence depends on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timeouts {
-    /// SYN sent.
-    pub syn_sent: u32,
-    /// SYN answered.
-    pub syn_recv: u32,
-    /// Open.
-    pub established: u32,
-    /// Looks open, but picked up in mid-stream and not answered yet.
-    pub unacknowledged: u32,
-    /// One side finished.
-    pub fin_wait: u32,
-    /// One side finished, acknowledged. kube-proxy raises it to an hour, for half-closed connections.
-    pub close_wait: u32,
-    /// Both finished.
-    pub last_ack: u32,
-    /// Over.
-    pub time_wait: u32,
-    /// Reset.
-    pub close: u32,
+#[repr(usize)]
+pub enum Stage {
+    /// TCP: SYN sent.
+    SynSent,
+    /// TCP: SYN answered.
+    SynRecv,
+    /// TCP: open.
+    Established,
+    /// TCP: looks open, but picked up in mid-stream and not answered yet.
+    Unacknowledged,
+    /// TCP: one side finished.
+    FinWait,
+    /// TCP: one side finished, acknowledged. kube-proxy raises it to an hour, for half-closed connections.
+    CloseWait,
+    /// TCP: both finished.
+    LastAck,
+    /// TCP: over.
+    TimeWait,
+    /// TCP: reset.
+    Close,
     /// UDP.
-    pub udp: u32,
+    Udp,
     /// UDP that goes on being answered.
-    pub udp_stream: u32,
+    UdpStream,
     /// ICMP echo.
-    pub icmp: u32,
+    Icmp,
     /// SCTP that is not answered.
-    pub sctp_opening: u32,
+    SctpOpening,
     /// SCTP.
-    pub sctp: u32,
+    Sctp,
     /// Every other protocol.
-    pub generic: u32,
+    Generic,
 }
+
+impl Stage {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Stage; 15] = [
+        Stage::SynSent,
+        Stage::SynRecv,
+        Stage::Established,
+        Stage::Unacknowledged,
+        Stage::FinWait,
+        Stage::CloseWait,
+        Stage::LastAck,
+        Stage::TimeWait,
+        Stage::Close,
+        Stage::Udp,
+        Stage::UdpStream,
+        Stage::Icmp,
+        Stage::SctpOpening,
+        Stage::Sctp,
+        Stage::Generic,
+    ];
+
+    /// The stage of a flow in this state.
+    pub(super) fn of(state: FlowState, protocol: u8, replied: bool) -> Stage {
+        match state {
+            FlowState::Unreplied | FlowState::Replied => match protocol {
+                UDP => Stage::Udp,
+                ICMP | ICMP_V6 => Stage::Icmp,
+                SCTP if replied => Stage::Sctp,
+                SCTP => Stage::SctpOpening,
+                _ => Stage::Generic,
+            },
+            FlowState::Stream => Stage::UdpStream,
+            FlowState::SynSent => Stage::SynSent,
+            FlowState::SynRecv => Stage::SynRecv,
+            FlowState::Established if replied => Stage::Established,
+            FlowState::Established => Stage::Unacknowledged,
+            FlowState::FinWait => Stage::FinWait,
+            FlowState::CloseWait => Stage::CloseWait,
+            FlowState::LastAck => Stage::LastAck,
+            FlowState::TimeWait => Stage::TimeWait,
+            FlowState::Close => Stage::Close,
+        }
+    }
+}
+
+/// Seconds of silence after which a flow is forgotten, by its [`Stage`]. Where the kernel tracks the same
+/// connection, ours must not be longer, or we would speak of flows that it has forgotten: so the agent takes
+/// the smaller of ours and the kernel's ([`Timeouts::at_most`]), and looks again while it runs.
+///
+/// The loop follows neither sequence numbers nor SCTP's chunks, so in two cases the kernel forgets a flow in
+/// what is to it an earlier stage. TCP data that nobody acknowledges for five minutes
+/// (nf_conntrack_tcp_timeout_{unacknowledged,max_retrans}): whoever sends it again gets a new entry of the
+/// kernel's with the same translation, as every rule that makes one looks at the packet alone. SCTP that is
+/// still being opened or closed (3 s in the kernel, here as if it were open): it is for the client to repeat
+/// INIT, COOKIE ECHO and SHUTDOWN, and that makes the kernel's entry anew likewise.
+///
+/// A reset ends an open connection as soon as in the kernel, though nobody here has looked at its sequence
+/// number. Strangers' resets seldom come this far: what enters at a node port or an external address, the
+/// kernel has checked, and translates nothing that is out of its window; pods and peers cannot send with
+/// others' addresses; and whoever goes on within the ten seconds shows that the connection is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts([u32; Stage::ALL.len()]);
 
 impl Timeouts {
     /// Linux's defaults: net.netfilter.nf_conntrack_tcp_timeout_*, _udp_timeout*, _icmp(v6)_timeout,
     /// _sctp_timeout_{cookie_wait,established}, _generic_timeout
     /// (Documentation/networking/nf_conntrack-sysctl.rst).
-    pub const KERNEL: Timeouts = Timeouts {
-        syn_sent: 120,
-        syn_recv: 60,
-        established: 5 * 24 * 3600,
-        unacknowledged: 300,
-        fin_wait: 120,
-        close_wait: 60,
-        last_ack: 30,
-        time_wait: 120,
-        close: 10,
-        udp: 30,
-        udp_stream: 120,
-        icmp: 30,
-        sctp_opening: 3,
-        sctp: 210,
-        generic: 600,
-    };
+    pub const KERNEL: Timeouts =
+        Timeouts([120, 60, 5 * 24 * 3600, 300, 120, 60, 30, 120, 10, 30, 120, 30, 3, 210, 600]);
+
+    /// The same with another one for that stage.
+    pub const fn with(mut self, stage: Stage, seconds: u32) -> Timeouts {
+        self.0[stage as usize] = seconds;
+        self
+    }
+
+    /// The same, but none longer than the kernel's, where it says one. None is shorter than a second.
+    pub fn at_most(mut self, kernel: impl Fn(Stage) -> Option<u32>) -> Timeouts {
+        for stage in Stage::ALL {
+            let ours = &mut self.0[stage as usize];
+            *ours = kernel(stage).map_or(*ours, |kernel| kernel.min(*ours)).max(1);
+        }
+        // What is only half open does not outlive what is open.
+        let open = self.0[Stage::Established as usize];
+        let half_open = &mut self.0[Stage::Unacknowledged as usize];
+        *half_open = open.min(*half_open);
+        self
+    }
+
+    /// The seconds of a stage.
+    pub const fn seconds(&self, stage: Stage) -> u32 {
+        self.0[stage as usize]
+    }
+
+    /// How long a flow in this state may be silent, in milliseconds.
+    #[cfg(test)]
+    pub(super) fn of(&self, state: FlowState, protocol: u8, replied: bool) -> u64 {
+        u64::from(self.seconds(Stage::of(state, protocol, replied))) * 1000
+    }
+}
+
+/// Timeouts that may change while lanes read them.
+pub(super) struct LiveTimeouts([AtomicU32; Stage::ALL.len()]);
+
+impl LiveTimeouts {
+    pub(super) fn new(timeouts: Timeouts) -> LiveTimeouts {
+        LiveTimeouts(timeouts.0.map(AtomicU32::new))
+    }
+
+    pub(super) fn set(&self, timeouts: &Timeouts) {
+        for (live, seconds) in self.0.iter().zip(timeouts.0) {
+            live.store(seconds, Ordering::Relaxed);
+        }
+    }
 
     /// How long a flow in this state may be silent, in milliseconds.
     pub(super) fn of(&self, state: FlowState, protocol: u8, replied: bool) -> u64 {
-        let seconds = match state {
-            FlowState::Unreplied | FlowState::Replied => match protocol {
-                UDP => self.udp,
-                ICMP | ICMP_V6 => self.icmp,
-                SCTP if replied => self.sctp,
-                SCTP => self.sctp_opening,
-                _ => self.generic,
-            },
-            FlowState::Stream => self.udp_stream,
-            FlowState::SynSent => self.syn_sent,
-            FlowState::SynRecv => self.syn_recv,
-            FlowState::Established if replied => self.established,
-            FlowState::Established => self.unacknowledged.min(self.established),
-            FlowState::FinWait => self.fin_wait,
-            FlowState::CloseWait => self.close_wait,
-            FlowState::LastAck => self.last_ack,
-            FlowState::TimeWait => self.time_wait,
-            // Sequence numbers are not followed, so a reset may be a stranger's: a connection that was open has
-            // the time of one that nobody acknowledges to show that it still is.
-            FlowState::Close if replied => self.close.max(self.unacknowledged),
-            FlowState::Close => self.close,
-        };
+        let seconds = self.0[Stage::of(state, protocol, replied) as usize].load(Ordering::Relaxed);
         u64::from(seconds) * 1000
     }
 }
@@ -381,6 +452,42 @@ mod tests {
         }
         assert_eq!(FlowState::from_u8(0), None);
         assert_eq!(FlowState::from_u8(12), None);
+    }
+
+    #[test]
+    fn no_flow_outlives_the_kernels() {
+        let ours = Timeouts::KERNEL.with(Stage::CloseWait, 3_600);
+        // Each longer, each shorter, and some of both; and a kernel that says nothing.
+        let longer = |stage: Stage| Some(ours.seconds(stage) * 2);
+        let shorter = |stage: Stage| Some((ours.seconds(stage) / 2).max(1));
+        let mixed =
+            |stage: Stage| if (stage as usize).is_multiple_of(2) { longer(stage) } else { shorter(stage) };
+        let tiny = |stage: Stage| Some(1 + stage as u32);
+        let kernels: [&dyn Fn(Stage) -> Option<u32>; 5] = [&longer, &shorter, &mixed, &tiny, &|_| None];
+        for (n, kernel) in kernels.into_iter().enumerate() {
+            let least = ours.at_most(kernel);
+            let live = LiveTimeouts::new(Timeouts::KERNEL);
+            live.set(&least);
+            for state in FlowState::ALL {
+                for protocol in [ICMP, TCP, UDP, ICMP_V6, SCTP, 47] {
+                    for replied in [false, true] {
+                        let stage = Stage::of(state, protocol, replied);
+                        let life = live.of(state, protocol, replied);
+                        let most = kernel(stage).unwrap_or(u32::MAX).min(ours.seconds(stage));
+                        let case = format!("{n}: {state:?}, protocol {protocol}, replied {replied}");
+                        assert!(life <= u64::from(most) * 1000, "{case}: {life} ms, kernel {most} s");
+                        assert_eq!(least.of(state, protocol, replied), life, "{case}");
+                        if stage != Stage::Unacknowledged {
+                            assert_eq!(life, u64::from(most) * 1000, "{case}: shorter than need be");
+                        }
+                    }
+                }
+            }
+        }
+        assert_eq!(ours.at_most(|_| Some(0)), Timeouts([1; Stage::ALL.len()]));
+        for (number, stage) in Stage::ALL.into_iter().enumerate() {
+            assert_eq!(stage as usize, number);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use rtnetlink::packet_core::DefaultNla;
 use rtnetlink::packet_route::link::{AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
-use tracing::debug;
+use tracing::info;
 
 use super::links::{Interfaces, Link, PodBridge};
 use super::nla::attribute;
@@ -151,19 +151,21 @@ fn is_pressed(before: bool, count: u64, max: u64) -> bool {
 }
 
 /// What kube-proxy sees to elsewhere, with its defaults (`--conntrack-max-per-core`, `--conntrack-min`,
-/// `--conntrack-tcp-timeout-close-wait`). Never lowered. Outside the first network namespace the table's
-/// size cannot be written (net/netfilter/nf_conntrack_standalone.c): no harm, the first one's is larger.
+/// `--conntrack-tcp-timeout-close-wait`). Outside the first network namespace the table's size cannot be
+/// written (net/netfilter/nf_conntrack_standalone.c): no harm, the first one's is larger.
 fn apply_conntrack(saved: &mut Saved, report: &mut Report) {
-    const PER_CORE: u32 = 32_768;
-    const AT_LEAST: u32 = 131_072;
     const CLOSE_WAIT: &str = "net/netfilter/nf_conntrack_tcp_timeout_close_wait";
     const CLOSE_WAIT_SECONDS: &str = "3600";
-    let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
-    let wanted = PER_CORE.saturating_mul(cores).max(AT_LEAST);
-    if read(CONNTRACK_MAX).and_then(|max| max.parse::<u32>().ok()).is_some_and(|max| max < wanted)
+    let cores =
+        std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
+    let max = read(CONNTRACK_MAX).and_then(|max| max.parse().ok());
+    if let Some(wanted) = max.and_then(|max| larger_conntrack(max, cores))
         && let Err(error) = set_and_save(CONNTRACK_MAX, &wanted.to_string(), saved, report)
     {
-        once(&format!("sysctl {} stays as it is: {error}", dotted(CONNTRACK_MAX)));
+        once(&format!(
+            "sysctl {} stays as it is, less than the {wanted} that Services want here: {error}",
+            dotted(CONNTRACK_MAX)
+        ));
     }
     if path(CLOSE_WAIT).exists()
         && let Err(error) = set_and_save(CLOSE_WAIT, CLOSE_WAIT_SECONDS, saved, report)
@@ -172,13 +174,23 @@ fn apply_conntrack(saved: &mut Saved, report: &mut Report) {
     }
 }
 
+/// The size that the kernel's connection table should have instead of `max`: it is never made smaller.
+/// kube-proxy takes no limit (0 here) for no limit too.
+fn larger_conntrack(max: u64, cores: u32) -> Option<u32> {
+    const PER_CORE: u32 = 32_768;
+    const AT_LEAST: u32 = 131_072;
+    // The kernel keeps it in a signed number.
+    let wanted = PER_CORE.saturating_mul(cores).clamp(AT_LEAST, i32::MAX.cast_unsigned());
+    (max != 0 && max < u64::from(wanted)).then_some(wanted)
+}
+
 /// Said once per process: the next look comes in a second.
 fn once(text: &str) {
     use std::sync::Mutex;
     static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !said.iter().any(|before| before == text) {
-        debug!("{text}");
+        info!("{text}");
         said.push(text.to_owned());
     }
 }
@@ -424,6 +436,25 @@ fn refused(key: &str, value: &str, source: io::Error) -> HostError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_connection_table_is_made_larger_but_never_smaller() {
+        for (max, cores, expected) in [
+            (65_536, 1, Some(131_072)),
+            (131_071, 4, Some(131_072)),
+            (131_072, 4, None),
+            (131_072, 5, Some(163_840)),
+            (262_144, 8, None),
+            (262_143, 8, Some(262_144)),
+            (1_000_000, 2, None),
+            // No limit is no small one; nor does anything overflow.
+            (0, 8, None),
+            (1 << 40, u32::MAX, None),
+            (65_536, u32::MAX, Some(i32::MAX as u32)),
+        ] {
+            assert_eq!(larger_conntrack(max, cores), expected, "{max}, {cores} cores");
+        }
+    }
 
     #[test]
     fn pressure_begins_high_and_ends_low() {
