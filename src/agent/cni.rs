@@ -195,9 +195,8 @@ impl Keeper {
                 Ok(None) => {}
                 Err(problem) => self.say(format!("no pod network for this node's runtime yet: {problem}")),
             }
-            match timeout(LOOK_EVERY, pods.changed()).await {
-                Ok(Err(_)) => return,
-                Ok(Ok(())) | Err(_) => {}
+            if let Ok(Err(_)) = timeout(LOOK_EVERY, pods.changed()).await {
+                return;
             }
         }
     }

@@ -65,7 +65,7 @@ pub(super) async fn turn(config: &AgentConfig, ask: bool) -> Result<OwnedSocket,
             info!("another agent is running; standing by until it ends");
         }
         // Again, because one that is just starting does not listen yet.
-        if ask && waited % ASK_EVERY == 0 {
+        if ask && waited.is_multiple_of(ASK_EVERY) {
             fs::write(&successor, "").map_err(|source| AgentError::Io {
                 what: "cannot write the file `successor` in the run directory",
                 source,

@@ -270,13 +270,13 @@ impl AccessSettings {
     fn candidates(&self) -> Candidates {
         let mut found = Candidates::default();
         match &self.kubeconfig {
-            Some(path) => self.from_kubeconfig(path, &mut found),
-            None => self.from_pod(&mut found),
+            Some(path) => self.those_of_kubeconfig(path, &mut found),
+            None => self.those_of_pod(&mut found),
         }
         found
     }
 
-    fn from_kubeconfig(&self, path: &Path, found: &mut Candidates) {
+    fn those_of_kubeconfig(&self, path: &Path, found: &mut Candidates) {
         let from = path.display().to_string();
         let read = || {
             let (cluster, user) = read_kubeconfig(path)?;
@@ -297,7 +297,7 @@ impl AccessSettings {
         }
     }
 
-    fn from_pod(&self, found: &mut Candidates) {
+    fn those_of_pod(&self, found: &mut Candidates) {
         let authority = self.account.join("ca.crt");
         let roots = read_file(&authority).and_then(|pem| {
             let mut roots = RootCertStore::empty();
@@ -313,7 +313,7 @@ impl AccessSettings {
         if !self.servers.is_empty() {
             return;
         }
-        self.from_kubelet(found, &roots);
+        self.those_of_kubelet(found, &roots);
         match read_saved(&self.saved) {
             Ok(saved) => {
                 for address in turned(saved.into_iter().collect()) {
@@ -329,7 +329,7 @@ impl AccessSettings {
         }
     }
 
-    fn from_kubelet(&self, found: &mut Candidates, roots: &RootCertStore) {
+    fn those_of_kubelet(&self, found: &mut Candidates, roots: &RootCertStore) {
         for path in &self.kubelet {
             let from = path.display().to_string();
             match path.try_exists() {

@@ -202,8 +202,5 @@ pub(in crate::state) fn reason(error: &kube::Error) -> String {
 
 /// Whether there was no answer at all: [`Contact`] tells that, once for everybody.
 pub(in crate::state) fn is_silence(error: &kube::Error) -> bool {
-    match error {
-        kube::Error::Service(_) | kube::Error::HyperError(_) | kube::Error::ReadEvents(_) => true,
-        _ => false,
-    }
+    matches!(error, kube::Error::Service(_) | kube::Error::HyperError(_) | kube::Error::ReadEvents(_))
 }

@@ -250,8 +250,7 @@ async fn pump(
 ) {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let mut buffer = vec![0; 16 << 10];
-    loop {
-        let Ok(count @ 1..) = from.read(&mut buffer).await else { break };
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
         if frozen.load(Ordering::SeqCst) {
             // Neither read nor closed from now on.
             std::future::pending::<()>().await;
