@@ -121,7 +121,7 @@ pub(super) async fn first_plan(
             _ = waits.tick() => {
                 let waiting = waiting_for(config, outputs);
                 still = if waiting == said { still + 1 } else { 0 };
-                if still % STILL == 0 {
+                if still.is_multiple_of(STILL) {
                     info!("{waiting}");
                 }
                 said = waiting;

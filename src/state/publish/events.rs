@@ -132,6 +132,8 @@ impl News {
             ProblemKind::Annotation => "BadAnnotation",
             ProblemKind::Value => "BadValue",
             ProblemKind::Conflict => "Conflict",
+            // That there is no such Node is nothing to be told on it.
+            ProblemKind::Setting if problem.field.is_empty() => return None,
             ProblemKind::Setting => "Mismatch",
             ProblemKind::File | ProblemKind::Object => return None,
         };
@@ -300,6 +302,8 @@ mod tests {
             assert_eq!(a.type_.as_deref(), Some("Warning"));
         }
         assert_ne!(news("x").hash(), news("y").hash());
+        let missing = Problem::node(ProblemKind::Setting, "node-b", "", "no such Node: is --node right?");
+        assert_eq!(News::of(&missing), None);
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl NodeKeeper {
         match answer {
             Ok(written) => {
                 if change.heals {
-                    tracing::info!("{} had been changed: it is right again", keeping.what);
+                    tracing::info!("somebody had changed {}: mended", keeping.what);
                     keeping.repairs.done(now);
                 }
                 keeping.failed = None;

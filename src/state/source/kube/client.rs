@@ -185,7 +185,12 @@ impl CallError {
             }
             match inner.source() {
                 Some(source) => inner = source,
-                None => return CallError(one_line(&inner.to_string())),
+                None => {
+                    return CallError(format!(
+                        "the connection to it broke: {}",
+                        one_line(&inner.to_string())
+                    ));
+                }
             }
         }
     }
