@@ -394,9 +394,13 @@ fn service_address() -> Option<ServerUrl> {
     let host = std::env::var("KUBERNETES_SERVICE_HOST").ok()?;
     let port =
         std::env::var("KUBERNETES_SERVICE_PORT_HTTPS").or_else(|_| std::env::var("KUBERNETES_SERVICE_PORT"));
-    let address: IpAddr = host.parse().ok()?;
+    // An address, unless somebody has put a name there.
+    let host = match host.parse::<IpAddr>() {
+        Ok(address) => address.to_string(),
+        Err(_) => Some(host.to_lowercase()).filter(|name| is_dns_name(name))?,
+    };
     let port = port.ok().and_then(|port| port.parse().ok()).filter(|port| *port > 0).unwrap_or(443);
-    Some(ServerUrl { host: address.to_string(), port })
+    Some(ServerUrl { host, port })
 }
 
 fn given_name(name: String) -> Result<String, ConfigError> {
