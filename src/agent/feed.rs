@@ -89,7 +89,7 @@ pub(super) async fn first_plan(
 ) -> Result<Arc<HostPlan>, AgentError> {
     let mut waits = interval(FIRST_LIST);
     waits.tick().await;
-    let (mut said, mut still) = (String::new(), 0);
+    let (mut said, mut still) = (String::new(), 0_u32);
     loop {
         let current = outputs.plan.borrow_and_update().clone();
         if let Some(plan) = current.filter(|plan| !plan.pod_ranges.is_empty()) {
