@@ -215,7 +215,9 @@ fn twenty_pods_at_once_cost_little() {
     let children = times.lines().nth(1).expect("a line for the children");
     let each = children.split_whitespace().map(seconds).sum::<f64>() / PODS as f64;
     eprintln!("{:.1} ms of processor time each, {PODS} at once", each * 1000.0);
-    assert!(each < 0.010, "{each} s of processor time each: {times}");
+    // A build for debugging, ten times as large, takes twice as long to start as a shipped one takes in all.
+    let bound = if std::env::var_os("WARREN").is_none() && cfg!(debug_assertions) { 0.020 } else { 0.010 };
+    assert!(each < bound, "{each} s of processor time each: {times}");
 }
 
 /// A list of somebody else with `warren-cni` at its end.
