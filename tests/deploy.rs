@@ -153,7 +153,7 @@ fn no_container_has_more_privilege_than_it_needs() {
         context(&pod["initContainers"][0]),
         json!({
             "runAsUser": 0, "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
-            "capabilities": { "drop": ["ALL"] },
+            "capabilities": { "add": ["DAC_OVERRIDE"], "drop": ["ALL"] },
         })
     );
     // Who writes there decides what the kubelet runs as root.
