@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Kind, Object, fields};
+use super::{Kind, Object, fields, located};
 use crate::state::problem::{Problem, ProblemKind, nearest, one_line, quote};
 
 /// Largest file that is read.
@@ -19,6 +19,8 @@ pub const MAX_DOCUMENTS: usize = 20_000;
 pub const MAX_OBJECTS: usize = 100_000;
 /// Most unknown fields of one file that are named.
 const MAX_UNKNOWN: usize = 100;
+/// Most wrong values of one file whose line is looked for.
+const MAX_LOCATED: usize = 100;
 /// Deepest nesting; Kubernetes objects need about 12.
 const MAX_DEPTH: usize = 64;
 
@@ -97,7 +99,10 @@ fn parse_yaml(text: &str, manifest: &mut Manifest) {
         manifest.documents += 1;
         match yaml::<Value>(piece) {
             Ok(Value::Null) => manifest.documents -= 1, // only comments
-            Ok(value) => manifest.take(value, line, Some(piece)),
+            Ok(value) => {
+                let piece = Some(piece).filter(|_| manifest.problems.len() < MAX_LOCATED);
+                manifest.take(value, line, piece);
+            }
             Err(error) => {
                 let (at, reason) = describe(&error, line);
                 manifest.report(manifest.documents, at, Flaw::Syntax, reason);
@@ -159,7 +164,7 @@ fn documents(text: &str) -> impl Iterator<Item = (u64, &str)> {
     })
 }
 
-fn yaml<T: DeserializeOwned>(piece: &str) -> Result<T, serde_saphyr::Error> {
+pub(super) fn yaml<T: DeserializeOwned>(piece: &str) -> Result<T, serde_saphyr::Error> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_depth: MAX_DEPTH,
@@ -336,13 +341,12 @@ fn is_begun(value: &Value) -> bool {
 }
 
 fn into<T: DeserializeOwned>(value: Value, piece: Option<&str>) -> Result<Arc<T>, Wrong> {
-    serde_json::from_value::<T>(value).map(Arc::new).map_err(|error| {
-        // serde_json no longer knows lines; reading the text again, typed, finds the line.
-        let line = piece.and_then(|piece| match yaml::<T>(piece) {
-            Ok(_) => None,
-            Err(error) => Some(error.location()?.line().saturating_sub(1)),
-        });
-        let reason = one_line(&error.to_string());
+    // Asked again only where something is wrong.
+    T::deserialize(&value).map(Arc::new).map_err(|error| {
+        let error = error.to_string();
+        let line =
+            piece.and_then(|piece| located::line(piece, &located::blame::<T>(value, &error, piece.len())));
+        let reason = one_line(&error);
         let hint = if reason.contains("expected a string") || reason.contains("expected string") {
             " (put it in quotes)"
         } else {

@@ -13,6 +13,7 @@ pub mod dir;
 mod fields;
 pub mod folder;
 pub mod kube;
+mod located;
 pub mod manifest;
 
 /// The kinds of object that Warren reads.
