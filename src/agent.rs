@@ -22,6 +22,7 @@ mod recent;
 mod serve;
 mod services;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -44,7 +45,7 @@ use crate::io::fleet::{Fleet, FleetConfig};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
-use crate::snapshot::service::{LOOP_V4, LOOP_V6};
+use crate::snapshot::service::{LOOP_V4, LOOP_V6, Protocol};
 use crate::snapshot::{Encap, LaneId, PeerId};
 use crate::state::checkpoint::CheckpointFiles;
 use crate::state::compile::{HostPlan, Settings};
@@ -546,10 +547,17 @@ fn host_config(config: &AgentConfig, plan: &HostPlan) -> HostConfig {
         node_ports: Arc::clone(&plan.services.node_ports),
         externals: Arc::clone(&plan.services.externals),
         nodeport_ranges: config.nodeport_ranges.clone(),
-        protected_ports: config.protected_ports(),
+        protected_ports: protected_ports(config, plan),
         host_addresses: plan.host_addresses.clone(),
         nodeport_localhost: config.nodeport_localhost,
     }
+}
+
+/// What the settings say, and the kubelet's port where the Node says it.
+fn protected_ports(config: &AgentConfig, plan: &HostPlan) -> BTreeSet<(Protocol, u16)> {
+    let mut ports = config.protected_ports();
+    ports.extend(plan.kubelet_port.map(|port| (Protocol::Tcp, port)));
+    ports
 }
 
 // --- small things --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ use super::problem::{Problem, ProblemKind};
 use super::services::compile::{Listed, ServiceCompiler};
 use super::services::{ServicePlan, ServiceSettings, Surroundings};
 use super::source::Kind;
+use crate::snapshot::service::{Listen, Protocol};
 use crate::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, Snapshot};
 
 mod local;
@@ -123,6 +124,8 @@ pub struct HostPlan {
     pub pod_mtu: u16,
     /// Whether cluster traffic may only leave this node encapsulated (any policy but plain VXLAN).
     pub encrypted: bool,
+    /// Where its kubelet listens, if its Node says so.
+    pub kubelet_port: Option<u16>,
     /// Whether the node is about to go, by its Node.
     pub leaving: bool,
     /// What Services need.
@@ -228,6 +231,8 @@ impl Compiler {
         let last = self.last.as_ref().filter(|last| !last.plan.pod_ranges.is_empty());
         let held = last.filter(|_| local.grant.ranges.is_empty());
         local.check(desired, held.is_some(), &mut problems);
+        let kubelets = nodes.iter().zip(&ownership.grants).flat_map(|(node, grant)| kubelets(node, grant));
+        let kubelets = kubelets.collect();
         if let Some(last) = held {
             return (Compiled { problems, held: true, ..last.clone() }, None);
         }
@@ -255,7 +260,7 @@ impl Compiler {
         self.guard(&mesh);
         let services = self.last.as_ref().map(|last| Arc::clone(&last.plan.services)).unwrap_or_default();
         let plan = local.plan(&mesh, cluster, services, &self.guarded, settings);
-        let around = local.surroundings(&mesh, &plan, settings);
+        let around = local.surroundings(&mesh, &plan, kubelets, settings);
         (self.finish_mesh(same, mesh, plan, local.node(settings), problems), Some(around))
     }
 
@@ -430,6 +435,14 @@ impl Compiler {
 }
 
 /// The shorter of two intervals, of which 0 is none.
+/// Where a node's kubelet listens, by its Node.
+fn kubelets<'a>(node: &NodeInfo, grant: &'a Grant) -> impl Iterator<Item = Listen> + use<'a> {
+    let port = node.kubelet_port;
+    let at =
+        move |address: &IpAddr| port.map(|port| Listen { address: *address, protocol: Protocol::Tcp, port });
+    grant.addresses.iter().filter_map(at)
+}
+
 fn shortest(theirs: u16, ours: u16) -> u16 {
     [theirs, ours].into_iter().filter(|seconds| *seconds > 0).min().unwrap_or(0)
 }

@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{Node, NodeAddress, NodeSpec, NodeStatus, Taint};
+use k8s_openapi::api::core::v1::{
+    DaemonEndpoint, Node, NodeAddress, NodeDaemonEndpoints, NodeSpec, NodeStatus, Taint,
+};
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
@@ -45,6 +47,8 @@ pub struct NodeInfo {
     pub addresses: Vec<IpAddr>,
     /// Its zone, by its label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// Where its kubelet listens: `status.daemonEndpoints.kubeletEndpoint.Port`.
+    pub kubelet_port: Option<u16>,
     /// Whether it is about to go: it is being deleted, or the cluster autoscaler has chosen it.
     pub leaving: bool,
     /// What it announces.
@@ -72,6 +76,9 @@ impl NodeInfo {
             }),
             status: Some(NodeStatus {
                 addresses: Some(self.addresses.iter().map(address).collect()),
+                daemon_endpoints: self.kubelet_port.map(|port| NodeDaemonEndpoints {
+                    kubelet_endpoint: Some(DaemonEndpoint { port: port.into() }),
+                }),
                 ..NodeStatus::default()
             }),
         }
@@ -98,6 +105,7 @@ pub fn node(object: &Node) -> (NodeInfo, Vec<Problem>) {
         pod_ranges: Vec::new(),
         addresses: Vec::new(),
         zone: None,
+        kubelet_port: None,
         leaving: metadata.deletion_timestamp.is_some() || is_chosen(object),
         announcement: Announcement::default(),
     };
@@ -135,6 +143,16 @@ pub fn node(object: &Node) -> (NodeInfo, Vec<Problem>) {
                 }
             }
         }
+    }
+    let daemons = object.status.as_ref().and_then(|status| status.daemon_endpoints.as_ref());
+    let kubelet = daemons.and_then(|daemons| daemons.kubelet_endpoint.as_ref()).map(|kubelet| kubelet.port);
+    match kubelet.map(u16::try_from) {
+        None | Some(Ok(0)) => {}
+        Some(Ok(port)) => info.kubelet_port = Some(port),
+        Some(Err(_)) => problems.push(value(
+            "status.daemonEndpoints.kubeletEndpoint.Port",
+            format!("{} is no port", kubelet.unwrap_or_default()),
+        )),
     }
     match metadata.labels.as_ref().and_then(|labels| labels.get(ZONE)) {
         Some(zone) if is_label_value(zone) => info.zone = Some(zone.clone()),
@@ -231,9 +249,11 @@ mod tests {
               "spec":{"podCIDR":"10.244.1.0/24","podCIDRs":["10.244.1.0/24","fd00:1::/64"]},
               "status":{"addresses":[{"type":"ExternalIP","address":"203.0.113.1"},
                 {"type":"InternalIP","address":"10.0.0.1"},{"type":"Hostname","address":"a"},
-                {"type":"InternalIP","address":"fd00::1"}]}}"#,
+                {"type":"InternalIP","address":"fd00::1"}],
+                "daemonEndpoints":{"kubeletEndpoint":{"Port":10350}}}}"#,
         );
         assert_eq!(problems, []);
+        assert_eq!(info.kubelet_port, Some(10_350));
         assert_eq!(info.pod_ranges, ["10.244.1.0/24", "fd00:1::/64"].map(|r| r.parse().unwrap()));
         assert_eq!(
             info.addresses,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::{EncapPolicy, HostPlan, MIN_MTU_V4, MIN_MTU_V6, PeerRange, Settings};
+use crate::snapshot::service::{Listen, Protocol};
 use crate::snapshot::{Encap, LocalNode, Mesh, Owner, Peer, PeerVxlan};
 use crate::state::convert::NodeInfo;
 use crate::state::desired::Desired;
@@ -177,13 +178,20 @@ impl<'a> Local<'a> {
             service_ranges: IpNet::aggregate(&cluster.services),
             pod_mtu: self.pod_mtu(settings),
             encrypted: settings.encap != EncapPolicy::Vxlan,
+            kubelet_port: self.info.and_then(|info| info.kubelet_port),
             leaving: self.info.is_some_and(|info| info.leaving),
             services,
         }
     }
 
     /// What Services are judged by.
-    pub(super) fn surroundings(&self, mesh: &Mesh, plan: &HostPlan, settings: &Settings) -> Surroundings {
+    pub(super) fn surroundings(
+        &self,
+        mesh: &Mesh,
+        plan: &HostPlan,
+        kubelets: Vec<Listen>,
+        settings: &Settings,
+    ) -> Surroundings {
         let of_peer = |peer: &Arc<Peer>| -> Vec<IpAddr> {
             let endpoints = peer.endpoints.iter().map(SocketAddr::ip);
             peer.addresses.iter().copied().chain(endpoints).collect()
@@ -194,17 +202,23 @@ impl<'a> Local<'a> {
         nodes.extend(settings.announcement.endpoints.iter().map(SocketAddr::ip));
         nodes.sort();
         nodes.dedup();
-        let mut tunnels: Vec<(IpAddr, u16)> = mesh.peers.iter().flatten().flat_map(tunnels).collect();
-        tunnels.sort_unstable();
-        tunnels.dedup();
+        let tunnels = mesh.peers.iter().flatten().flat_map(tunnels);
+        let udp = |(address, port)| Listen { address, protocol: Protocol::Udp, port };
+        let mut listeners: Vec<Listen> = tunnels.map(udp).chain(kubelets).collect();
+        listeners.sort_unstable();
+        listeners.dedup();
+        let mut services = settings.services.clone();
+        // On its own addresses a node has it whether or not anybody knows of them.
+        services.protected_ports.extend(plan.kubelet_port.map(|port| (Protocol::Tcp, port)));
         Surroundings {
             node: settings.node.clone(),
             zone: self.info.and_then(|info| info.zone.clone()),
             pods: RangeSet::new(&plan.cluster_ranges),
             services: RangeSet::new(&plan.service_ranges),
             nodes,
-            tunnels,
-            settings: settings.services.clone(),
+            listeners,
+            api_servers: Vec::new(),
+            settings: services,
         }
     }
 

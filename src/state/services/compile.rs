@@ -14,7 +14,7 @@ use super::judge::judge;
 use super::loops::LoopPorts;
 use super::plan::{MAX_HEALTH_CHECKS, MAX_OUTSIDE, ServicePlan};
 use super::service::{Problems, ServiceInfo};
-use super::slice::SliceEndpoint;
+use super::slice::{SliceEndpoint, SliceInfo};
 use super::store::ServiceStore;
 use crate::snapshot::service::{Listen, ServiceTable};
 use crate::state::problem::{Problem, ProblemKind};
@@ -40,6 +40,11 @@ pub enum Listed {
     /// All there is.
     All,
 }
+
+/// The Service whose endpoints are the API servers.
+const KUBERNETES: &str = "default/kubernetes";
+/// Most API servers, times ports, that are protected from Services.
+const MAX_API_SERVERS: usize = 256;
 
 /// Compiles, and remembers what it compiled. It follows one store.
 #[derive(Debug, Default)]
@@ -109,10 +114,15 @@ impl ServiceCompiler {
         };
         self.revision = store.revision();
         let mut reports = Vec::new();
+        let around =
+            around.map(|around| Surroundings { api_servers: self.around.api_servers.clone(), ..around });
         if let Some(around) = around.filter(|around| *around != self.around) {
             reports = self.move_to(around, store, &mut dirty);
         }
         if self.around.settings.enabled {
+            if dirty.contains(KUBERNETES) {
+                self.heed_api_servers(store, &mut dirty);
+            }
             self.settle(store, &mut dirty);
             // What was refused for lack of room gets what others have given up, the oldest first.
             if !dirty.is_empty() {
@@ -172,18 +182,47 @@ impl ServiceCompiler {
             self.ranges_changed = true;
             return Vec::new();
         }
+        let at_node = |around: &Surroundings, at: &Listen| around.is_node(at.address);
+        let moved = |at: &&Listen| at_node(&before, at) != at_node(around, at);
+        let api_servers: Vec<Listen> = around.api_servers.iter().filter(moved).copied().collect();
         let judged = |address: &IpAddr| {
             before.pods.holds(*address) != around.pods.holds(*address)
                 || before.is_node(*address) != around.is_node(*address)
-                || before.tunnels_at(*address) != around.tunnels_at(*address)
+                || before.listeners_at(*address) != around.listeners_at(*address)
         };
         for info in self.entries.values().filter_map(|entry| entry.info.as_ref()) {
             let addresses = info.cluster_ips.iter().chain(&info.external_ips).chain(&info.load_balancers);
-            if addresses.into_iter().any(judged) {
+            // A node that comes with an API server's address takes its port from node ports.
+            if addresses.into_iter().any(judged) || wants_one_of(info, &api_servers) {
                 dirty.insert(Arc::clone(&info.name));
             }
         }
         Vec::new()
+    }
+
+    /// The API servers may have moved: marks the Services that ask for what is theirs, or was.
+    fn heed_api_servers(&mut self, store: &ServiceStore, dirty: &mut Dirty) {
+        let listens = |slice: &Arc<SliceInfo>| {
+            let slice = Arc::clone(slice);
+            (0..slice.endpoints.len() * slice.ports.len()).map(move |n| {
+                let port = &slice.ports[n % slice.ports.len()];
+                let address = slice.endpoints[n / slice.ports.len()].address;
+                Listen { address, protocol: port.protocol, port: port.port }
+            })
+        };
+        let mut next: Vec<Listen> =
+            store.slices(KUBERNETES).flat_map(listens).take(MAX_API_SERVERS).collect();
+        next.sort_unstable();
+        next.dedup();
+        if next == self.around.api_servers {
+            return;
+        }
+        let before = std::mem::replace(&mut self.around.api_servers, next);
+        let differs = |at: &Listen| before.contains(at) != self.around.api_servers.contains(at);
+        let moved: Vec<Listen> =
+            before.iter().chain(&self.around.api_servers).filter(|at| differs(at)).copied().collect();
+        let infos = self.entries.values().filter_map(|entry| entry.info.as_ref());
+        dirty.extend(infos.filter(|info| wants_one_of(info, &moved)).map(|info| Arc::clone(&info.name)));
     }
 
     /// Services are not ours to serve any more.
@@ -530,4 +569,14 @@ const OUTSIDE: &str = "ClusterIPs outside";
 /// Under which name problems of the compiled Service are kept: its object's own are under another.
 fn origin(service: &str) -> String {
     format!("Service/{service} compiled")
+}
+
+/// Whether a Service asks for the place of one of these, or for its port on every node.
+fn wants_one_of(info: &ServiceInfo, places: &[Listen]) -> bool {
+    places.iter().any(|at| {
+        info.external_ips.contains(&at.address)
+            || info.load_balancers.contains(&at.address)
+            || info.health_check == at.port
+            || info.ports.iter().any(|port| port.node_port == at.port)
+    })
 }

@@ -49,7 +49,7 @@ pub(super) fn judge(info: &ServiceInfo, around: &Surroundings, problems: &mut Pr
     }
     for port in info.ports.iter().filter(|port| port.node_port != 0) {
         let claim = (port.protocol, port.node_port);
-        let reason = if around.settings.protected_ports.contains(&claim) {
+        let reason = if around.is_protected_port(port.protocol, port.node_port) {
             "is one that nodes need for themselves"
         } else if wanted.node_ports.contains(&claim) {
             "is used twice"
@@ -63,10 +63,8 @@ pub(super) fn judge(info: &ServiceInfo, around: &Surroundings, problems: &mut Pr
     let health = Some(info.health_check).filter(|port| *port != 0);
     wanted.health_check = health.filter(|port| {
         let ways = &wanted.node_ports;
-        let (twice, protected) = (
-            ways.contains(&(Protocol::Tcp, *port)),
-            around.settings.protected_ports.contains(&(Protocol::Tcp, *port)),
-        );
+        let (twice, protected) =
+            (ways.contains(&(Protocol::Tcp, *port)), around.is_protected_port(Protocol::Tcp, *port));
         if twice || protected {
             let reason = format!("{port} is taken already");
             problems.add(ProblemKind::Conflict, "spec.healthCheckNodePort", reason);
@@ -91,15 +89,10 @@ fn externals(
         }
         for port in &info.ports {
             let listen = Listen { address: *address, protocol: port.protocol, port: port.port };
-            if around.is_protected(&listen) {
+            if let Some(why) = around.taken(&listen) {
                 let (protocol, port) = (port.protocol.name(), port.port);
-                problems.add(
-                    ProblemKind::Conflict,
-                    field,
-                    format_args!(
-                        "{address} is a node's address, and nodes need {protocol} {port} for themselves"
-                    ),
-                );
+                let reason = format_args!("{address} {why} {protocol} {port}");
+                problems.add(ProblemKind::Conflict, field, reason);
             } else if wanted.len() >= MAX_EXTERNALS {
                 problems.value(field, format!("more than {MAX_EXTERNALS} addresses times ports"));
                 return;

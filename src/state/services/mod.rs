@@ -60,8 +60,11 @@ pub struct Surroundings {
     pub services: RangeSet,
     /// The addresses of nodes outside of the mesh, sorted.
     pub nodes: Vec<IpAddr>,
-    /// UDP ports of theirs that tunnels end at, sorted: no two nodes need have the same.
-    pub tunnels: Vec<(IpAddr, u16)>,
+    /// What of theirs no Service may capture and no setting of ours names, sorted: where tunnels end, and
+    /// kubelets of other ports.
+    pub listeners: Vec<Listen>,
+    /// Where the API servers are, sorted: the endpoints of Service default/kubernetes. The compiler fills it.
+    pub api_servers: Vec<Listen>,
     /// The settings.
     pub settings: ServiceSettings,
 }
@@ -72,19 +75,29 @@ impl Surroundings {
         self.nodes.binary_search(&address).is_ok()
     }
 
-    /// Whether nodes need the port of that address for themselves.
-    fn is_protected(&self, listen: &Listen) -> bool {
+    /// Why no Service may listen there, although the address may be a Service's.
+    fn taken(&self, listen: &Listen) -> Option<&'static str> {
         let ours = self.settings.protected_ports.contains(&(listen.protocol, listen.port));
-        let tunnel = (listen.address, listen.port);
-        ours && self.is_node(listen.address)
-            || listen.protocol == Protocol::Udp && self.tunnels.binary_search(&tunnel).is_ok()
+        if ours && self.is_node(listen.address) || self.listeners.binary_search(listen).is_ok() {
+            Some("is a node's address, and nodes need")
+        } else if self.api_servers.binary_search(listen).is_ok() {
+            Some("is an API server's address, and it needs")
+        } else {
+            None
+        }
     }
 
-    /// The ports of the address that tunnels end at.
-    fn tunnels_at(&self, address: IpAddr) -> &[(IpAddr, u16)] {
-        let from = self.tunnels.partition_point(|(other, _)| *other < address);
-        let rest = self.tunnels.get(from..).unwrap_or_default();
-        &rest[..rest.partition_point(|(other, _)| *other == address)]
+    /// Whether nodes need that port, so that it can be no node port.
+    fn is_protected_port(&self, protocol: Protocol, port: u16) -> bool {
+        let api = |at: &Listen| (at.protocol, at.port) == (protocol, port) && self.is_node(at.address);
+        self.settings.protected_ports.contains(&(protocol, port)) || self.api_servers.iter().any(api)
+    }
+
+    /// The ports of the address that somebody else listens on.
+    fn listeners_at(&self, address: IpAddr) -> &[Listen] {
+        let from = self.listeners.partition_point(|other| other.address < address);
+        let rest = self.listeners.get(from..).unwrap_or_default();
+        &rest[..rest.partition_point(|other| other.address == address)]
     }
 }
 

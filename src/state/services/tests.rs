@@ -21,6 +21,10 @@ struct World {
     last: Option<CompiledServices>,
 }
 
+fn at(address: &str, protocol: Protocol, port: u16) -> Listen {
+    Listen { address: address.parse().expect("address"), protocol, port }
+}
+
 impl World {
     fn new() -> World {
         let ranges = |texts: &[&str]| {
@@ -34,7 +38,8 @@ impl World {
             pods: ranges(&["10.244.0.0/16", "fd00:244::/48"]),
             services: ranges(&["10.96.0.0/16", "fd00:96::/112"]),
             nodes: vec!["192.0.2.1".parse().expect("address"), "192.0.2.2".parse().expect("address")],
-            tunnels: vec![("192.0.2.2".parse().expect("address"), 51_999)],
+            listeners: vec![at("192.0.2.2", Protocol::Udp, 51_999)],
+            api_servers: Vec::new(),
             settings: ServiceSettings {
                 enabled: true,
                 protected_ports: protected.into(),
@@ -347,10 +352,10 @@ fn no_service_takes_a_port_that_a_tunnel_ends_at() {
     let text = |port| format!(", externalIPs: [192.0.2.2], ports: [{{port: {port}, protocol: UDP}}]");
     let mut world = World::with(&[&service("web", "10.96.0.5", &text(51_999))]);
     assert!(world.external("192.0.2.2:51999/UDP").is_none() && world.said().contains("nodes need UDP 51999"));
-    world.around.tunnels.clear();
+    world.around.listeners.clear();
     assert_eq!(world.compile(), 1);
     assert!(world.external("192.0.2.2:51999/UDP").is_some());
-    world.around.tunnels = vec![("192.0.2.2".parse().expect("address"), 51_999)];
+    world.around.listeners = vec![at("192.0.2.2", Protocol::Udp, 51_999)];
     assert_eq!(world.compile(), 1);
     assert!(world.external("192.0.2.2:51999/UDP").is_none());
 }
@@ -474,6 +479,51 @@ fn a_nodes_address_may_be_external_but_not_with_the_nodes_own_ports() {
     world.apply(&service("web", "10.96.0.5", ", ports: [{port: 80, nodePort: 10250}]"));
     world.compile();
     assert!(world.plan().node_ports.is_empty() && world.frontend("169.254.87.87:10250").is_none());
+}
+
+#[test]
+fn nobody_takes_the_api_servers_or_a_kubelets_place() {
+    let ports = "ports: [{name: a, port: 443}, {name: b, port: 6444}, {name: c, port: 10350}]";
+    let more = format!(", externalIPs: [192.0.2.2, 203.0.113.9], {ports}");
+    let mut world = World::with(&[
+        &service("web", "10.96.0.5", &more),
+        &service("port", "10.96.0.6", ", ports: [{port: 80, nodePort: 6445}]"),
+        &service("other", "10.96.0.7", ", externalIPs: [203.0.113.10]"),
+    ]);
+    let all = ["192.0.2.2:443", "192.0.2.2:6444", "192.0.2.2:10350", "203.0.113.9:443", "203.0.113.9:6444"];
+    assert!(all.iter().all(|at| world.external(at).is_some()) && !world.plan().node_ports.is_empty());
+    // One of a node, and one elsewhere; and a kubelet that is not where kubelets are.
+    world.apply(&service("kubernetes", "10.96.0.1", ", ports: [{port: 443}]"));
+    let slice = |endpoints: &str| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kubernetes, namespace: default, \
+             labels: {{kubernetes.io/service-name: kubernetes}}}}\naddressType: IPv4\n\
+             ports: [{{name: \"\", port: 6444}}, {{name: more, port: 6445}}]\nendpoints: [{endpoints}]"
+        )
+    };
+    world.apply(&slice("{addresses: [203.0.113.9]}"));
+    world.around.listeners.push(at("192.0.2.2", Protocol::Tcp, 10_350));
+    world.around.listeners.sort();
+    assert_eq!(world.compile(), 3, "default/kubernetes, and who wants its endpoint or its port");
+    let free = |world: &World| all.map(|at| world.external(at).is_some());
+    assert_eq!(free(&world), [true, true, false, true, false], "{}", world.said());
+    assert!(world.said().contains("203.0.113.9 is an API server's address, and it needs TCP 6444"));
+    assert!(!world.plan().node_ports.is_empty(), "no node needs 6445");
+    world.apply(&slice("{addresses: [192.0.2.2]}"));
+    assert_eq!(world.compile(), 3, "default/kubernetes, and who wants its endpoint or its node's port");
+    assert_eq!(free(&world), [true, false, false, true, true], "{}", world.said());
+    assert!(world.plan().node_ports.is_empty(), "a node port would take it away");
+    // It is no node's any more, and then again.
+    let nodes = std::mem::replace(&mut world.around.nodes, vec![at("192.0.2.1", Protocol::Tcp, 0).address]);
+    world.compile();
+    assert!(!world.plan().node_ports.is_empty() && world.external("192.0.2.2:6444").is_none());
+    world.around.nodes = nodes;
+    world.compile();
+    assert!(world.plan().node_ports.is_empty());
+    world.apply(&slice("{addresses: [203.0.113.77]}"));
+    world.compile();
+    assert_eq!(free(&world), [true, true, false, true, true], "{}", world.said());
+    assert!(!world.plan().node_ports.is_empty());
 }
 
 #[test]

@@ -218,6 +218,7 @@ fn own_node_fields(mut node: Node) -> Object {
         conditions.iter_mut().for_each(|list| list.retain(|one| one.type_ == NETWORK_UNAVAILABLE));
         node.status = Some(k8s_openapi::api::core::v1::NodeStatus {
             addresses: status.addresses,
+            daemon_endpoints: status.daemon_endpoints,
             conditions,
             ..Default::default()
         });
