@@ -246,7 +246,8 @@ async fn start(config: AgentConfig) -> Result<Running, AgentError> {
     presence::only_we_have(&ends.netlink, &config.tun_name, fleet.lanes.len()).await?;
 
     // 4 the host
-    let mut host_network = HostNetwork::open(Some(host_state(&config)))?;
+    let mut host_network =
+        HostNetwork::open(Some(host_state(&config)))?.with_services(Arc::clone(&outputs.snapshot));
     let wanted = host_config(&config, &plan);
     let report = host_network.apply(&wanted).await?;
     report.changes.iter().for_each(|change| debug!("{change}"));

@@ -15,6 +15,7 @@
 mod elements;
 mod error;
 mod foreign;
+mod inherited;
 mod legacy;
 mod links;
 mod nft;
@@ -34,6 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use nlink::netlink::{Connection, Nftables};
 use rtnetlink::packet_route::link::InfoKind;
@@ -44,6 +46,7 @@ pub use error::HostError;
 pub use watch::HostEvent;
 
 use crate::io::clock;
+use crate::snapshot::Snapshot;
 use crate::snapshot::service::{Listen, Protocol};
 use elements::Elements;
 use links::{Interfaces, PodBridge};
@@ -239,6 +242,9 @@ pub struct HostNetwork {
     routes: usize,
     proxy: proxy::Look,
     forgetter: stale::Forgetter,
+    /// The Services, to know what becomes of kube-proxy's flows; and those, while there may be any.
+    services: Option<Arc<ArcSwap<Snapshot>>>,
+    inherited: Option<inherited::Inherited>,
     news: latest::Sender<HostState>,
 }
 
@@ -271,8 +277,15 @@ impl HostNetwork {
             routes: 0,
             proxy: proxy::Look::default(),
             forgetter: stale::Forgetter::start(),
+            services: None,
+            inherited: Some(inherited::Inherited::default()),
             news: latest::channel(HostState::default()).0,
         })
+    }
+
+    /// Lets UDP flows that kube-proxy has translated go when their endpoints do.
+    pub fn with_services(self, services: Arc<ArcSwap<Snapshot>>) -> Self {
+        Self { services: Some(services), ..self }
     }
 
     /// When all was last right, and whether kube-proxy is here; only news of the latter wake the reader.
@@ -311,6 +324,7 @@ impl HostNetwork {
         let bridges = interfaces.pod_bridges(&config.tun, &config.pod_ranges);
         sysctl::apply_bridges(&self.route, &interfaces, &bridges, &mut self.saved, &mut report).await?;
         self.reconcile_nft(generation, config, bridges, &mut report).await?;
+        self.see_to_the_inherited(config);
         report.warnings.extend(foreign::legacy_warning(config));
         report.warnings.extend(self.proxy.warning());
         report.warnings.retain(|warning| self.warned.insert(warning.clone()));
@@ -397,6 +411,29 @@ impl HostNetwork {
         // our own commits cost one more look that finds nothing.
         self.generation = Some(generation);
         Ok(())
+    }
+
+    /// Flows of kube-proxy's may be there since Services are ours: since it went, or since an agent began that
+    /// has not seen it.
+    fn see_to_the_inherited(&mut self, config: &HostConfig) {
+        let Some(services) = &self.services else { return };
+        if !config.services {
+            self.inherited = Some(inherited::Inherited::default());
+            return;
+        }
+        let Some(inherited) = &mut self.inherited else { return };
+        let table = Arc::clone(&services.load().services);
+        if let Some(search) = inherited.next(clock::now(), inherited::Heirs::new(table, config)) {
+            self.forgetter.search(search);
+        } else if inherited.is_over() {
+            self.inherited = None;
+        }
+    }
+
+    /// Whether what `table inet warren-services` does under pressure is to begin or to end.
+    fn pressure_changes(&self) -> bool {
+        let services = self.applied.as_ref().is_some_and(|applied| applied.services);
+        services && sysctl::conntrack_pressed(self.pressed) != self.pressed
     }
 
     async fn reconcile_services(

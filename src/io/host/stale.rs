@@ -3,7 +3,7 @@
 //! Translation is decided by a flow's first packet. A client that has sent to a node port before the
 //! Service was there, or still sends after it is gone, would be led the old way for as long as it does not
 //! pause. So the entries of a changed UDP port or address are forgotten: the next packet begins anew. TCP
-//! begins anew by itself.
+//! begins anew by itself. And those that kube-proxy has left (`inherited`) are forgotten with their endpoints.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -13,6 +13,7 @@ use nlink::netlink::{Connection, Netfilter};
 use tokio::sync::mpsc;
 use tracing::debug;
 
+use super::inherited::Search;
 use super::{HostConfig, MARK};
 
 /// What has changed.
@@ -45,7 +46,15 @@ impl Changed {
 
 /// Hands what has changed to a task that sees to it: listing the connection table may take a while.
 #[derive(Debug)]
-pub(super) struct Forgetter(mpsc::UnboundedSender<(Changed, [IpAddr; 2])>);
+pub(super) struct Forgetter(mpsc::UnboundedSender<Task>);
+
+#[derive(Debug)]
+enum Task {
+    /// Forget what these concern; the loop's own addresses.
+    Forget(Changed, [IpAddr; 2]),
+    /// Forget what kube-proxy has left and nobody will answer.
+    Search(Search),
+}
 
 impl Forgetter {
     /// Starts the task; it ends with this. Without conntrack in the kernel nothing is translated either.
@@ -59,20 +68,30 @@ impl Forgetter {
 
     pub(super) fn forget(&self, changed: Changed, config: &HostConfig) {
         if !changed.is_empty() {
-            let _ = self.0.send((changed, [config.loop_v4.into(), config.loop_v6.into()]));
+            let _ = self.0.send(Task::Forget(changed, [config.loop_v4.into(), config.loop_v6.into()]));
         }
+    }
+
+    pub(super) fn search(&self, search: Search) {
+        let _ = self.0.send(Task::Search(search));
     }
 }
 
-async fn forget(
-    connection: Connection<Netfilter>,
-    mut changes: mpsc::UnboundedReceiver<(Changed, [IpAddr; 2])>,
-) {
-    while let Some((mut changed, loops)) = changes.recv().await {
+async fn forget(connection: Connection<Netfilter>, mut tasks: mpsc::UnboundedReceiver<Task>) {
+    while let Some(first) = tasks.recv().await {
+        let (mut changed, mut own, mut search) = (Changed::default(), None, None);
+        let mut task = Some(first);
         // One listing serves all that has come meanwhile.
-        while let Ok((more, _)) = changes.try_recv() {
-            changed.ports.extend(more.ports);
-            changed.externals.extend(more.externals);
+        while let Some(next) = task {
+            match next {
+                Task::Forget(more, loops) => {
+                    changed.ports.extend(more.ports);
+                    changed.externals.extend(more.externals);
+                    own = Some(loops);
+                }
+                Task::Search(next) => search = Some(next),
+            }
+            task = tasks.try_recv().ok();
         }
         let udp = ConntrackFilter::new().proto(IpProtocol::Udp);
         let entries = match connection.get_conntrack_matching(&udp).await {
@@ -82,11 +101,20 @@ async fn forget(
                 continue;
             }
         };
-        for entry in entries.iter().filter(|entry| changed.concerns(entry, loops)) {
+        let mut left = 0;
+        for entry in &entries {
+            let kept = search.as_ref().and_then(|search| search.heirs.keep(entry));
+            left += usize::from(kept == Some(true));
+            if kept != Some(false) && !own.is_some_and(|loops| changed.concerns(entry, loops)) {
+                continue;
+            }
             // Gone meanwhile, or replaced by one that is right.
             if let Err(error) = connection.del_conntrack_entry(entry).await {
                 debug!("an entry of the connection table stays: {error}");
             }
+        }
+        if let Some(search) = search {
+            search.found(left);
         }
     }
 }
