@@ -18,6 +18,9 @@ use super::{HostConfig, HostError, HostNetwork, Report};
 const SETTLE: Duration = Duration::from_millis(100);
 /// The look that needs no notification: a repair must never take longer than two seconds.
 const POLL: Duration = Duration::from_secs(1);
+/// How often it is looked whether the kernel's connection table fills up: one pod's flood must not fill the last
+/// quarter of the smallest between two looks, and no loop takes 300,000 flows a second.
+const PRESSURE: Duration = Duration::from_millis(100);
 /// Above this many routes (a node that speaks BGP) listing them all costs too much for every look;
 /// then a notification about a route of ours, or every tenth look, decides.
 const MANY_ROUTES: usize = 5_000;
@@ -53,6 +56,8 @@ impl HostNetwork {
         let mut notifications = Notifications::open().await?;
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pressure = tokio::time::interval(PRESSURE);
+        pressure.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
         let mut burst = None;
@@ -85,6 +90,11 @@ impl HostNetwork {
                         self.generation = None;
                     }
                     routes |= self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
+                }
+                _ = pressure.tick() => {
+                    if !self.pressure_changes() {
+                        continue;
+                    }
                 }
                 () = events.closed() => return Ok(()),
             }
