@@ -35,7 +35,7 @@ pub(super) struct Passage {
 }
 
 /// How many source ports are tried for a flow whose own is taken.
-const PORT_TRIES: u16 = 32;
+const PORT_TRIES: u16 = 128;
 /// The ports to choose from (RFC 6056 section 3.2: all but the well-known ones).
 const FIRST_PORT: u16 = 1024;
 /// How often an entry is tried for that another lane holds at the moment.

@@ -4,7 +4,7 @@
 mod model;
 mod services;
 
-use super::conntrack::{FlowState, Seed};
+use super::conntrack::{FlowState, Seed, Sighting};
 use super::*;
 use crate::packet::parse;
 use crate::packet::vnet::VNET_HDR_LEN;
@@ -89,7 +89,7 @@ impl World {
 
     /// This comes from a peer.
     fn take_datagram(&mut self, peer: u8, packet: &[u8]) -> Left {
-        let mut receive = [&vxlan::header(1, OUR_MAC, mac(peer), false)[..], packet].concat();
+        let mut receive = [&vxlan::header(1, OUR_MAC, mac(peer), packet[0] >> 4 == 6)[..], packet].concat();
         let from = SocketAddr::new(outer(peer), 8472);
         let len = receive.len();
         let arrival = Arrival { encap: Encap::Vxlan, from, offset: 0, len, stride: len };
@@ -157,6 +157,64 @@ fn without_translation_most_ways_are_closed() {
         let mut world = world();
         assert_eq!(world.take_datagram(0, &udp(PEERS[0], to, 64)), (vec![], vec![]), "from a peer to {to:?}");
         assert_eq!(world.drops(), [DropReason::NotOurs]);
+    }
+}
+
+/// An echo request from our pod to that of peer 0, or its answer.
+fn echo(v6: bool, id: u16, answer: bool) -> Vec<u8> {
+    use etherparse::PacketBuilder;
+    let mut packet = Vec::new();
+    let (ours, theirs): ([u8; 4], [u8; 4]) = (OURS, PEERS[0]);
+    let v4 = |from, to| PacketBuilder::ipv4(from, to, 64);
+    let six = |host: u16| std::net::Ipv6Addr::new(0xfd00, 0, 0, host, 0, 0, 0, 5).octets();
+    let written = match (v6, answer) {
+        (false, false) => v4(ours, theirs).icmpv4_echo_request(id, 1).write(&mut packet, b"ping"),
+        (false, true) => v4(theirs, ours).icmpv4_echo_reply(id, 1).write(&mut packet, b"ping"),
+        (true, false) => {
+            PacketBuilder::ipv6(six(9), six(0), 64).icmpv6_echo_request(id, 1).write(&mut packet, b"ping")
+        }
+        (true, true) => {
+            PacketBuilder::ipv6(six(0), six(9), 64).icmpv6_echo_reply(id, 1).write(&mut packet, b"ping")
+        }
+    };
+    written.expect("a packet");
+    packet
+}
+
+#[test]
+fn pings_are_flows_too() {
+    for v6 in [false, true] {
+        let mut world = world();
+        let mesh = Arc::get_mut(&mut world.snapshot.mesh).expect("nobody has it yet");
+        mesh.routes.insert("fd00:0:0:9::/64".parse().expect("range"), Owner::LocalPod);
+        mesh.routes.insert("fd00::/64".parse().expect("range"), Owner::PeerPod(PeerId(0)));
+        let sender: IpAddr = if v6 { "fd00:0:0:9::5".parse().expect("address") } else { OURS.into() };
+        let owner = Sighting::owner_of(sender);
+        let record = |world: &World| {
+            let mut records = Vec::new();
+            assert_eq!(world.lane.flows.page(0, 0, 2, &mut records), None);
+            assert_eq!(records.len(), 1);
+            records.remove(0)
+        };
+        assert_eq!(world.take_frame(&echo(v6, 7, false)).1.len(), 1, "IPv6: {v6}");
+        let first = record(&world);
+        assert_eq!((first.state, first.original.source), (FlowState::Unreplied, sender));
+        assert_eq!((first.owner, world.lane.flows.owned_by(owner)), (owner, 1));
+        assert_eq!(first.expires - first.seen, 30_000, "nf_conntrack_icmp_timeout, _icmpv6_timeout");
+        assert_eq!(world.take_datagram(0, &echo(v6, 7, true)).0.len(), 1);
+        assert_eq!((record(&world).state, record(&world).packets), (FlowState::Replied, [1, 1]));
+        // Each ping program is one flow, and a pod has no more of them than its quarter of the table.
+        for id in 8..400 {
+            assert_eq!(world.take_frame(&echo(v6, id, false)).1.len(), 1, "carried, tracked or not");
+        }
+        assert_eq!(world.lane.flows.owned_by(owner), 256);
+        // And they are over as soon as the kernel's.
+        world.now += std::time::Duration::from_secs(31);
+        assert_eq!(world.take_frame(&echo(v6, 7, false)).1.len(), 1);
+        let key = first.original;
+        let again = world.lane.flows.peek(31_000, &key).expect("tracked anew");
+        assert_eq!(again.state, FlowState::Unreplied);
+        assert_eq!(world.drops(), []);
     }
 }
 

@@ -363,6 +363,60 @@ fn flows_that_would_be_taken_for_each_other_get_other_ports() {
 }
 
 #[test]
+fn one_client_can_use_up_all_ports_to_one_endpoint() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    world.lane.flows = Arc::new(FlowTable::in_memory(1 << 18, Seed(1, 2)).expect("a table"));
+    let through_the_port = |port| udp_between((OUTSIDE, port), (LOOP, 30080), b"x");
+    let to_the_balancer = |port| udp_between((OUTSIDE, port), (LOOP, 1234), b"x");
+    // Every second one, and then those between them: no flow needs another port than its client's own.
+    for port in (1024..=u16::MAX).step_by(2) {
+        assert_eq!(world.take_frame(&through_the_port(port)).1.len(), 1, "{port}");
+    }
+    for port in (1024..1224).step_by(2) {
+        let packet = one(world.take_frame(&to_the_balancer(port)).1).1;
+        assert_ne!(ends(&packet).0.1, port, "half of all ports are free");
+    }
+    assert_eq!((world.drops(), world.total(Total::SourcePortsChanged)), (vec![], 100));
+    for port in (1025..=u16::MAX).step_by(2) {
+        world.take_frame(&through_the_port(port));
+    }
+    // Those that were given others' ports have found others again; somewhere it ended.
+    let before = world.lane.counters.dropped(DropReason::NoSourcePort);
+    for port in (2024..2124).step_by(2) {
+        assert_eq!(world.take_frame(&to_the_balancer(port)), (vec![], vec![]), "{port}");
+    }
+    assert_eq!(world.lane.counters.dropped(DropReason::NoSourcePort), before + 50);
+    assert_eq!(world.drops(), [DropReason::NoSourcePort]);
+    // The next client has all of them, and the first one towards another endpoint.
+    let other = udp_between(([203, 0, 113, 2], 2024), (LOOP, 1234), b"x");
+    assert_eq!(world.take_frame(&other).1.len(), 1);
+    world.serve(&service(&[PEERS[1]]));
+    assert_eq!(world.take_frame(&to_the_balancer(2024)).1.len(), 1);
+}
+
+#[test]
+fn tcp_that_fits_no_state_is_not_translated() {
+    let mut world = serving(&service(&[PEERS[0]]));
+    let client = |flags| tcp_between((OURS, 4000), (VIP, 80), flags);
+    let server = |flags| tcp_between((PEERS[0], 8080), (OURS, 4000), flags);
+    let count = |world: &World| world.lane.counters.dropped(DropReason::InvalidTcp);
+    assert_eq!(world.take_frame(&client(SYN)).1.len(), 1);
+    // The end, before anybody has answered.
+    assert_eq!(world.take_frame(&client("FA")), (vec![], vec![]));
+    assert_eq!(count(&world), 1);
+    assert_eq!(world.take_datagram(0, &server("SA")).0.len(), 1);
+    assert_eq!(world.take_frame(&client("A")).1.len(), 1);
+    // A server does not begin, and nobody begins and ends at once.
+    for packet in [server(SYN), server("SF")] {
+        assert_eq!(world.take_datagram(0, &packet), (vec![], vec![]));
+    }
+    assert_eq!(world.take_frame(&client("SFA")), (vec![], vec![]));
+    assert_eq!((count(&world), world.drops()), (4, vec![DropReason::InvalidTcp]));
+    // It hurt nobody.
+    assert_eq!(ends(&one(world.take_frame(&client("A")).1).1), ((OURS, 4000), (PEERS[0], 8080)));
+}
+
+#[test]
 fn every_endpoint_gets_its_share() {
     let addresses: Vec<[u8; 4]> = (1..=10).map(|n| [10, 244, n % 2, 10 + n]).collect();
     let mut world = serving(&service(&addresses));
