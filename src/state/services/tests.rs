@@ -487,7 +487,7 @@ fn nobody_takes_the_api_servers_or_a_kubelets_place() {
     let more = format!(", externalIPs: [192.0.2.2, 203.0.113.9], {ports}");
     let mut world = World::with(&[
         &service("web", "10.96.0.5", &more),
-        &service("port", "10.96.0.6", ", ports: [{port: 80, nodePort: 6444}]"),
+        &service("port", "10.96.0.6", ", ports: [{port: 80, nodePort: 6445}]"),
         &service("other", "10.96.0.7", ", externalIPs: [203.0.113.10]"),
     ]);
     let all = ["192.0.2.2:443", "192.0.2.2:6444", "192.0.2.2:10350", "203.0.113.9:443", "203.0.113.9:6444"];
@@ -498,20 +498,20 @@ fn nobody_takes_the_api_servers_or_a_kubelets_place() {
         format!(
             "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: kubernetes, namespace: default, \
              labels: {{kubernetes.io/service-name: kubernetes}}}}\naddressType: IPv4\n\
-             ports: [{{name: \"\", port: 6444}}, {{name: more, port: 443}}]\nendpoints: [{endpoints}]"
+             ports: [{{name: \"\", port: 6444}}, {{name: more, port: 6445}}]\nendpoints: [{endpoints}]"
         )
     };
     world.apply(&slice("{addresses: [203.0.113.9]}"));
     world.around.listeners.push(at("192.0.2.2", Protocol::Tcp, 10_350));
     world.around.listeners.sort();
-    assert_eq!(world.compile(), 2, "default/kubernetes, and who wants its endpoint");
+    assert_eq!(world.compile(), 3, "default/kubernetes, and who wants its endpoint or its port");
     let free = |world: &World| all.map(|at| world.external(at).is_some());
-    assert_eq!(free(&world), [true, true, false, false, false], "{}", world.said());
+    assert_eq!(free(&world), [true, true, false, true, false], "{}", world.said());
     assert!(world.said().contains("203.0.113.9 is an API server's address, and it needs TCP 6444"));
-    assert!(!world.plan().node_ports.is_empty(), "no node needs 6444");
+    assert!(!world.plan().node_ports.is_empty(), "no node needs 6445");
     world.apply(&slice("{addresses: [192.0.2.2]}"));
     assert_eq!(world.compile(), 3, "default/kubernetes, and who wants its endpoint or its node's port");
-    assert_eq!(free(&world), [false, false, false, true, true], "{}", world.said());
+    assert_eq!(free(&world), [true, false, false, true, true], "{}", world.said());
     assert!(world.plan().node_ports.is_empty(), "a node port would take it away");
     // It is no node's any more, and then again.
     let nodes = std::mem::replace(&mut world.around.nodes, vec![at("192.0.2.1", Protocol::Tcp, 0).address]);

@@ -15,17 +15,22 @@ use crate::lab::{Node, Underlay, wait_for};
 
 #[test]
 fn cluster_ips_with_wireguard() {
-    cluster_ips("wireguard");
+    cluster_ips("wireguard", Underlay::V4);
 }
 
 #[test]
 fn cluster_ips_with_vxlan() {
-    cluster_ips("vxlan");
+    cluster_ips("vxlan", Underlay::V4);
+}
+
+#[test]
+fn cluster_ips_with_vxlan_over_ipv6() {
+    cluster_ips("vxlan", Underlay::V6);
 }
 
 /// From pods and from the host, to an endpoint elsewhere, on the same node, and to itself.
-fn cluster_ips(encap: &str) {
-    let mesh = services(2, encap, Underlay::V4);
+fn cluster_ips(encap: &str, underlay: Underlay) {
+    let mesh = services(2, encap, underlay);
     let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
     let _servers = [
         Who::start("near", &node1.pods[1], &node1.inner(11)),
@@ -93,7 +98,9 @@ fn node_ports_over_ipv4() {
 
 #[test]
 fn node_ports_over_ipv6() {
-    node_ports("wireguard", Underlay::V6);
+    for encap in ["wireguard", "vxlan"] {
+        node_ports(encap, Underlay::V6);
+    }
 }
 
 /// From outside, from another node, from the node itself and from pods; the client's own address arrives
@@ -212,33 +219,41 @@ fn without_endpoints_everybody_hears_it_at_once() {
 
 #[test]
 fn endpoints_that_are_nodes_and_endpoints_outside() {
-    for encap in ["wireguard", "vxlan"] {
-        let mesh = services(2, encap, Underlay::V4);
+    for (encap, underlay) in [
+        ("wireguard", Underlay::V4),
+        ("vxlan", Underlay::V4),
+        ("wireguard", Underlay::V6),
+        ("vxlan", Underlay::V6),
+    ] {
+        let mesh = services(2, encap, underlay);
+        let family = usize::from(underlay == Underlay::V6);
         let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
         let (this, other) = (mesh.lab.outer(node1), mesh.lab.outer(node2));
-        let world: IpAddr = "10.99.0.254".parse().expect("an address");
+        let world = mesh.lab.outside();
         let _servers = [
             Who::start("this node", &node1.ns, &[this]),
             Who::start("other node", &node2.ns, &[other]),
             Who::start("world", &mesh.lab.switch, &[world]),
         ];
         for (name, number, address) in [("this", 1, this), ("other", 2, other), ("world", 3, world)] {
-            let one = Service { cluster_ips: vec![vips(number)[0]], ..service(name, number, Vec::new()) };
+            let one =
+                Service { cluster_ips: vec![vips(number)[family]], ..service(name, number, Vec::new()) };
             Service { endpoints: vec![(address, String::new(), true)], ..one }.write(&mesh.lab);
         }
         for over in BOTH {
             for (client, number, server, saw) in [
-                (&node1.pods[0], 1, "this node", Some(node1.inner(10)[0])),
-                (&node1.pods[0], 2, "other node", Some(node1.inner(10)[0])),
+                (&node1.pods[0], 1, "this node", Some(node1.inner(10)[family])),
+                (&node1.pods[0], 2, "other node", Some(node1.inner(10)[family])),
                 // The kernel masquerades it.
                 (&node1.pods[0], 3, "world", Some(this)),
                 (&node1.ns, 1, "this node", Some(loop_address(this))),
-                (&node1.ns, 2, "other node", Some(node1.inner(0)[0])),
+                (&node1.ns, 2, "other node", Some(node1.inner(0)[family])),
                 (&node1.ns, 3, "world", Some(this)),
             ] {
-                let answer = asked(client, None, SocketAddr::new(vips(number)[0], PORT), over);
+                let answer = asked(client, None, SocketAddr::new(vips(number)[family], PORT), over);
                 assert_eq!(answer.server, server);
-                assert_eq!(Some(answer.client.ip()), saw, "{} to {server}, {over:?}", client.name());
+                let what = format!("{} to {server}, {over:?}, {encap}, {underlay:?}", client.name());
+                assert_eq!(Some(answer.client.ip()), saw, "{what}");
             }
         }
     }

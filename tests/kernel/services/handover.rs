@@ -30,7 +30,8 @@ fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
             );
             let _ = writeln!(
                 own,
-                "fib daddr type local tcp dport {node_port} mark set mark or 0x4000 dnat to {to}"
+                "fib daddr type local meta l4proto {{ tcp, udp }} th dport {node_port} mark set mark or 0x4000 \
+                 dnat to {to}"
             );
         }
         let _ = write!(
@@ -161,5 +162,80 @@ fn kube_proxy_hands_over() {
         for (what, talk) in &mut talks {
             talk.say(what, "and back");
         }
+    }
+}
+
+#[test]
+fn datagrams_that_kube_proxy_led_move_on_when_their_endpoint_goes() {
+    let mut lab = Lab::new(2, Underlay::V4, 1500);
+    for node in &mut lab.nodes {
+        node.add_pod(1500);
+        node.add_pod(1500);
+    }
+    kube_proxies(&lab);
+    let mesh = Mesh::start(lab, &["--services", "auto", "--service-cidr", SERVICES]);
+    let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
+    let _servers = [
+        Who::start("near", &node1.pods[1], &node1.inner(11)),
+        Who::start("far", &node2.pods[0], &node2.inner(10)),
+        Who::start("heir", &node2.pods[1], &node2.inner(11)),
+    ];
+    let write = |name: &'static str, number: u8, which: (u8, u8)| {
+        let node_port = NODE_PORT + u16::from(number);
+        Service { node_port, ..service(name, number, pods(&mesh, &[which])) }.write(&mesh.lab);
+    };
+    // kube-proxy has not heard yet that `near` has gone elsewhere.
+    write("near", 1, (2, 11));
+    write("far", 2, (2, 10));
+    service("new", 3, pods(&mesh, &[(2, 10)])).write(&mesh.lab);
+    let at = |number: u8, family: usize| SocketAddr::new(vips(number)[family], PORT);
+    let here = |number| SocketAddr::new(mesh.lab.outer(node1), NODE_PORT + number);
+    let mut talks = Vec::new();
+    for (client, number, target) in [
+        (&node1.pods[0], 1, at(1, 0)),
+        (&node1.pods[0], 1, at(1, 1)),
+        (&mesh.lab.switch, 1, here(1)),
+        (&node1.pods[0], 2, at(2, 0)),
+        (&node1.pods[0], 2, at(2, 1)),
+        (&node1.ns, 2, at(2, 0)),
+        (&mesh.lab.switch, 2, here(2)),
+    ] {
+        asked(client, None, target, Over::Udp);
+        let socket = udp(client, None, target).expect("a socket");
+        socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+        let server = ["near", "far"][usize::from(number) - 1];
+        assert_eq!(ask_udp(&socket, 10).expect("an answer").server, server, "{target}");
+        talks.push((format!("{} to {target}", client.name()), number, socket));
+    }
+    for node in [node1, node2] {
+        node.ns.run_all("nft delete table ip kube-proxy\n nft delete table ip6 kube-proxy");
+    }
+    for family in [0, 1] {
+        wait_for("the loop has the Services", AT_ONCE, || {
+            ask(&node1.pods[0], None, at(3, family), Over::Tcp, 10).ok()
+        });
+    }
+    // None of them ever pauses for as long as the kernel would need to forget it.
+    let moved = |number: u8| {
+        for (what, _, socket) in talks.iter().filter(|(_, of, _)| *of == number) {
+            wait_for(&format!("{what} moves on"), SOON, || {
+                ask_udp(socket, 10).ok().filter(|answer| answer.server == "heir")
+            });
+        }
+    };
+    moved(1);
+    for (what, _, socket) in talks.iter().filter(|(_, of, _)| *of == 2) {
+        let answer = ask_udp(socket, 10).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(answer.server, "far", "{what}: its endpoint is still there");
+        assert_ne!(answer.client.ip(), mesh.lab.outside(), "{what}: the kernel goes on with it");
+    }
+    write("far", 2, (2, 11));
+    moved(2);
+    // And now they are the loop's: they move on with the next packet.
+    write("far", 2, (2, 10));
+    for (what, _, socket) in talks.iter().filter(|(_, of, _)| *of == 2) {
+        wait_for(&format!("{what} moves back"), SOON, || {
+            ask_udp(socket, 10).ok().filter(|answer| answer.server == "far")
+        });
     }
 }

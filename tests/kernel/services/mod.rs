@@ -1,7 +1,9 @@
 //! Services on real kernels: one row for everything that a Service can be.
 
+mod affinity;
 mod balancers;
 mod clients;
+mod external;
 mod flood;
 mod handover;
 mod hosts;
@@ -9,6 +11,7 @@ mod meetings;
 mod path;
 mod policies;
 mod sctp;
+mod trouble;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};

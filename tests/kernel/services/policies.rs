@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
+use super::external::silent;
 use super::{SOON, asked, refused, services, vips};
 use crate::lab::agent::Mesh;
 use crate::lab::netns::Netns;
-use crate::lab::service::{BOTH, Over, PORT, TARGET, Who, ask, ask_udp, udp};
+use crate::lab::service::{BOTH, Over, PORT, TARGET, Who, ask};
 use crate::lab::{Underlay, wait_for};
 
 /// Where else a server listens.
@@ -26,6 +25,8 @@ enum Client {
     Pod(usize),
     /// A node itself.
     Host(usize),
+    /// Somebody outside of the cluster, by that node's port.
+    Outside(usize),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +91,63 @@ const ROWS: &[Row] = &[
         spec: "  internalTrafficPolicy: Local\n",
         slices: &[(TARGET, &[("a1", LEAVING, ""), ("a2", READY, "")])],
         expected: &[(Client::Pod(1), By(&["a1"])), (Client::Pod(2), By(&["a2"]))],
+    },
+    Row {
+        what: "externalTrafficPolicy: Local",
+        labels: "",
+        spec: "  externalTrafficPolicy: Local\n",
+        slices: &[(TARGET, &[("a1", READY, ""), ("a2", READY, ""), ("b2", READY, "")])],
+        expected: &[
+            (Client::Outside(1), By(&["a1"])),
+            (Client::Outside(2), By(&["a2", "b2"])),
+            (Client::Outside(3), Silence),
+            // By its ClusterIP it is a Service like any other.
+            (Client::Pod(3), By(&["a1", "a2", "b2"])),
+        ],
+    },
+    Row {
+        what: "externalTrafficPolicy: Local, all of a node leaving",
+        labels: "",
+        spec: "  externalTrafficPolicy: Local\n",
+        slices: &[(TARGET, &[("a1", LEAVING, ""), ("a2", READY, ""), ("b2", LEAVING, ""), ("a3", LEFT, "")])],
+        expected: &[
+            (Client::Outside(1), By(&["a1"])),
+            (Client::Outside(2), By(&["a2"])),
+            (Client::Outside(3), Silence),
+        ],
+    },
+    Row {
+        what: "externalTrafficPolicy: Local, all leaving",
+        labels: "",
+        spec: "  externalTrafficPolicy: Local\n",
+        slices: &[(TARGET, &[("a1", LEAVING, ""), ("a2", LEFT, "")])],
+        expected: &[(Client::Outside(1), By(&["a1"])), (Client::Outside(2), Silence)],
+    },
+    Row {
+        what: "externalTrafficPolicy: Local, nobody anywhere",
+        labels: "",
+        spec: "  externalTrafficPolicy: Local\n",
+        slices: &[(TARGET, &[("a1", NOT_READY, ""), ("a2", LEFT, "")])],
+        expected: &[(Client::Outside(1), Refused), (Client::Outside(3), Refused)],
+    },
+    Row {
+        what: "externalTrafficPolicy: Cluster",
+        labels: "",
+        spec: "  externalTrafficPolicy: Cluster\n",
+        slices: &[(TARGET, &[("a1", LEAVING, ""), ("a2", READY, ""), ("b2", NOT_READY, "")])],
+        expected: &[(Client::Outside(1), By(&["a2"])), (Client::Outside(3), By(&["a2"]))],
+    },
+    Row {
+        what: "both policies: Local",
+        labels: "",
+        spec: "  externalTrafficPolicy: Local\n  internalTrafficPolicy: Local\n",
+        slices: &[(TARGET, &[("a1", READY, ""), ("a2", READY, "")])],
+        expected: &[
+            (Client::Outside(2), By(&["a2"])),
+            (Client::Outside(3), Silence),
+            (Client::Pod(1), By(&["a1"])),
+            (Client::Pod(3), Silence),
+        ],
     },
     Row {
         what: "hints for zones",
@@ -229,19 +287,31 @@ spec:
 ";
 
 impl Row {
+    /// Every row has a node port of its own.
+    fn node_port(&self, number: u8) -> u16 {
+        31_000 + u16::from(number)
+    }
+
+    /// Whether it is about clients from outside.
+    fn is_external(&self) -> bool {
+        self.expected.iter().any(|(client, _)| matches!(client, Client::Outside(_)))
+    }
+
     /// The objects; every row has ClusterIPs of its own.
     fn objects(&self, mesh: &Mesh, number: u8) -> String {
         let [v4, v6] = [0, 1].map(|family| vips(number)[family]);
         let mut text = format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: row{number}\n  namespace: default\n{}spec:\n  \
-             clusterIP: \"{v4}\"\n  clusterIPs:\n  - \"{v4}\"\n  - \"{v6}\"\n  ipFamilies:\n  - IPv4\n  - IPv6\n  \
+             type: NodePort\n  clusterIP: \"{v4}\"\n  clusterIPs:\n  - \"{v4}\"\n  - \"{v6}\"\n  ipFamilies:\n  - IPv4\n  - IPv6\n  \
              ports:\n",
             self.labels
         );
         for (name, protocol) in [("tcp", "TCP"), ("udp", "UDP")] {
             let _ = writeln!(
                 text,
-                "  - name: {name}\n    protocol: {protocol}\n    port: {PORT}\n    targetPort: {name}"
+                "  - name: {name}\n    protocol: {protocol}\n    port: {PORT}\n    targetPort: {name}\n    \
+                 nodePort: {}",
+                self.node_port(number)
             );
         }
         text.push_str(self.spec);
@@ -277,16 +347,25 @@ fn place(mesh: &Mesh, server: &str, family: usize) -> (IpAddr, String) {
 
 #[test]
 fn who_answers_with_wireguard() {
-    who_answers("wireguard");
+    who_answers("wireguard", Underlay::V4);
 }
 
 #[test]
 fn who_answers_with_vxlan() {
-    who_answers("vxlan");
+    who_answers("vxlan", Underlay::V4);
 }
 
-fn who_answers(encap: &str) {
-    let mesh = services(3, encap, Underlay::V4);
+#[test]
+fn who_answers_strangers_with_ipv6() {
+    for encap in ["wireguard", "vxlan"] {
+        who_answers(encap, Underlay::V6);
+    }
+}
+
+/// All rows; over IPv6 only those where the underlay's family makes a difference.
+fn who_answers(encap: &str, underlay: Underlay) {
+    let rows = || (1..).zip(ROWS).filter(|(_, row)| underlay == Underlay::V4 || row.is_external());
+    let mesh = services(3, encap, underlay);
     for (node, zone) in mesh.lab.nodes.iter().zip(["east", "east", "west"]) {
         let object = mesh.lab.node_object(node, &[]);
         let label = format!("metadata:\n  labels:\n    topology.kubernetes.io/zone: {zone}\n");
@@ -305,16 +384,25 @@ fn who_answers(encap: &str) {
         servers.push(Who::start_at(OTHER, other, ns, &node.inner(host)));
     }
     mesh.lab.write_object("left-alone.yaml", LEFT_ALONE);
-    for (number, row) in (1..).zip(ROWS) {
+    for (number, row) in rows() {
         mesh.lab.write_object(&format!("row{number}.yaml"), &row.objects(&mesh, number));
     }
-    for (number, row) in (1..).zip(ROWS) {
+    let outer = usize::from(underlay == Underlay::V6);
+    for (number, row) in rows() {
         for (client, outcome) in row.expected {
+            if let Client::Outside(node) = *client {
+                let target =
+                    SocketAddr::new(mesh.lab.outer(&mesh.lab.nodes[node - 1]), row.node_port(number));
+                let what = format!("{}: {client:?}, {underlay:?}, {encap}", row.what);
+                check(&what, &mesh.lab.switch, target, *outcome);
+                continue;
+            }
             let ns = match *client {
                 Client::Pod(node) => &mesh.lab.nodes[node - 1].pods[0],
                 Client::Host(node) => &mesh.lab.nodes[node - 1].ns,
+                Client::Outside(_) => continue,
             };
-            for family in [0, 1] {
+            for family in [0, 1].into_iter().filter(|family| underlay == Underlay::V4 || *family == outer) {
                 let what = format!("{}: {client:?}, family {family}, {encap}", row.what);
                 check(&what, ns, SocketAddr::new(vips(number)[family], PORT), *outcome);
             }
@@ -352,10 +440,9 @@ fn check(what: &str, ns: &Netns, target: SocketAddr, outcome: Outcome) {
             }
         }
         Silence => {
-            let socket = udp(ns, None, target).expect("a socket");
-            socket.set_read_timeout(Some(Duration::from_millis(500))).expect("a timeout");
-            let kind = ask_udp(&socket, 10).expect_err("nobody may answer").kind();
-            assert!(matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{what}: {kind:?}");
+            for over in BOTH {
+                wait_for(what, SOON, || silent(ns, target, over).then_some(()));
+            }
         }
         Nothing => {
             for over in BOTH {
