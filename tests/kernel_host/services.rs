@@ -114,13 +114,21 @@ fn node_ports_and_external_addresses_lead_into_the_loop() {
                 assert_eq!(answers, SocketAddr::new(ip(to), port), "{name}");
             }
         }
-        // Other ports, and what the loop itself has sent out, stay as they are.
+        // Other ports stay as they are.
         let server = stage.node.0.udp(family.node, NODE_PORT - 1);
         outside.send_to(b"other", (ip(family.node), NODE_PORT - 1)).unwrap();
         assert!(receive(&server).is_some());
-        let own = stage.node.0.udp(family.node_address, NODE_PORT);
-        stage.inject(SocketAddr::new(ip(family.client), 5000), own.local_addr().unwrap());
-        assert!(receive(&own).is_some(), "out of the tunnel nothing is translated");
+        // Out of the tunnel, only the node's address in the mesh has node ports: another node's pod calls them.
+        let peer = SocketAddr::new(ip(family.client), 5000);
+        stage.inject(peer, SocketAddr::new(ip(family.node_address), NODE_PORT));
+        let packet = stage.next_in_tunnel(SOON).expect("a peer's call of a node port is in the loop");
+        assert_eq!((packet.from, packet.to), (peer, SocketAddr::new(loop_of(v6), NODE_PORT)));
+        let own = stage.node.0.udp(family.node_address, NODE_PORT - 1);
+        stage.inject(peer, own.local_addr().unwrap());
+        assert!(receive(&own).is_some(), "another port of the address in the mesh");
+        let underlay = stage.node.0.udp(family.node, NODE_PORT);
+        stage.inject(peer, underlay.local_addr().unwrap());
+        assert!(receive(&underlay).is_some(), "what the loop has sent out came back into it");
     }
 }
 
