@@ -37,8 +37,8 @@ mod flags;
 
 pub use file::environment_warnings;
 pub use flags::{
-    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, FolderArg, Masquerade, ServicesArg, SourceSpec,
-    Switch, UnderlayMtu,
+    AgentArgs, BindArg, Cli, Command, EncapArg, EndpointArg, FolderArg, LanesArg, Masquerade, ServicesArg,
+    SourceSpec, Switch, UnderlayMtu,
 };
 
 use file::{merge, read_file};
@@ -253,6 +253,11 @@ impl AgentConfig {
             return Err(ConfigError::Value { setting: "source".to_owned(), reason });
         }
         let port = args.port.unwrap_or(annotations::DEFAULT_PORT);
+        let vxlan_port = args.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT);
+        let lanes = match args.lanes.unwrap_or(LanesArg::Auto) {
+            LanesArg::Fixed(lanes) => lanes,
+            LanesArg::Auto => lanes_for(processors()).min(free_ports(port, vxlan_port)),
+        };
         let on = |no: Option<bool>| !no.unwrap_or(false);
         let endpoint = |arg: EndpointArg| SocketAddr::new(arg.address, arg.port.unwrap_or(port));
         let state_dir = args.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
@@ -284,9 +289,9 @@ impl AgentConfig {
             location: args.location,
             encap: args.encap.unwrap_or(EncapArg::WireGuard).into(),
             port,
-            vxlan_port: args.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT),
+            vxlan_port,
             vni: args.vni.unwrap_or(1),
-            lanes: args.lanes.unwrap_or(1),
+            lanes,
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
             rotate_keys: args
@@ -401,6 +406,23 @@ fn service_address() -> Option<ServerUrl> {
     };
     let port = port.ok().and_then(|port| port.parse().ok()).filter(|port| *port > 0).unwrap_or(443);
     Some(ServerUrl { host, port })
+}
+
+/// How many lanes so many processors get: the other half is for the pods, and one lane does several Gbit/s.
+fn lanes_for(processors: usize) -> u16 {
+    const MOST: usize = 4;
+    (processors / 2).clamp(1, MOST) as u16
+}
+
+/// How many processors this process may use, by its affinity and its CPU quota.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// How many lanes have a port of their own from `port` on. What is too few for one is [`AgentConfig::check`]'s.
+fn free_ports(port: u16, vxlan: u16) -> u16 {
+    let end = if vxlan > port { vxlan } else { u16::MAX };
+    (end - port).max(1)
 }
 
 fn given_name(name: String) -> Result<String, ConfigError> {

@@ -141,10 +141,10 @@ pub struct AgentArgs {
     #[arg(long, env = "WARREN_VNI", value_parser = clap::value_parser!(u32).range(0..1 << 24),
           help_heading = "Tunnel")]
     pub vni: Option<u32>,
-    /// How many threads move packets, each with its own port and key [default: 1]
-    #[arg(long, value_name = "N", env = "WARREN_LANES",
-          value_parser = clap::value_parser!(u16).range(1..=MAX_LANES as i64), help_heading = "Tunnel")]
-    pub lanes: Option<u16>,
+    /// How many threads move packets, each with its own port and key: 1 to 64, or auto for half of the processors
+    /// that this process may use, 4 at most. Firewalls must let the port of each through [default: auto]
+    #[arg(long, value_name = "auto|N", env = "WARREN_LANES", help_heading = "Tunnel")]
+    pub lanes: Option<LanesArg>,
     /// Where other nodes reach this one, ADDRESS or ADDRESS:PORT [default: the Node's addresses]
     #[arg(
         long,
@@ -445,6 +445,27 @@ impl FromStr for UnderlayMtu {
         // RFC 791 3.1: every host takes 576; a smaller link is a typing mistake.
         let mtu = text.parse().ok().filter(|mtu| *mtu >= 576);
         mtu.map(UnderlayMtu::Fixed).ok_or_else(|| "neither auto nor a number from 576 to 65535".to_owned())
+    }
+}
+
+/// `--lanes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LanesArg {
+    /// By the processors that this process may use.
+    Auto,
+    /// As given.
+    Fixed(u16),
+}
+
+impl FromStr for LanesArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<LanesArg, String> {
+        if text == "auto" {
+            return Ok(LanesArg::Auto);
+        }
+        let lanes = text.parse().ok().filter(|lanes| (1..=MAX_LANES).contains(&usize::from(*lanes)));
+        lanes.map(LanesArg::Fixed).ok_or_else(|| format!("neither auto nor a number from 1 to {MAX_LANES}"))
     }
 }
 

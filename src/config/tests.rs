@@ -34,6 +34,26 @@ fn the_command_line_is_sound() {
 }
 
 #[test]
+fn lanes_follow_from_processors_unless_given() {
+    let lanes: Vec<u16> = [0, 1, 2, 3, 4, 6, 8, 64].map(lanes_for).into();
+    assert_eq!(lanes, [1, 1, 1, 1, 2, 3, 4, 4]);
+    assert_eq!(
+        [(51820, 8472), (8470, 8472), (65534, 8472), (65535, 8472)].map(|(a, b)| free_ports(a, b)),
+        [13715, 2, 1, 1]
+    );
+    let config = |lanes: &str| {
+        AgentConfig::resolve(agent(&["--source", "dir:/x", "--node", "a", "--lanes", lanes])).unwrap().lanes
+    };
+    assert_eq!((config("7"), config("auto")), (7, lanes_for(processors())));
+    for bad in ["0", "65", "-1", "many", ""] {
+        assert!(
+            bad.parse::<LanesArg>().unwrap_err().contains("neither auto nor a number from 1 to 64"),
+            "{bad}"
+        );
+    }
+}
+
+#[test]
 fn defaults() {
     let config = AgentConfig::resolve(agent(&["--source", "dir:/x", "--node", "a"])).unwrap();
     assert_eq!(config.source, Some(SourceSpec::Dir("/x".into())));
@@ -41,10 +61,8 @@ fn defaults() {
         (config.encap, config.port, config.vxlan_port, config.vni),
         (EncapPolicy::WireGuard, 51820, 8472, 1)
     );
-    assert_eq!(
-        (config.lanes, config.underlay_mtu, config.masquerade),
-        (1, UnderlayMtu::Auto, Masquerade::On)
-    );
+    assert_eq!((config.underlay_mtu, config.masquerade), (UnderlayMtu::Auto, Masquerade::On));
+    assert_eq!(config.lanes, lanes_for(processors()));
     assert_eq!(config.tun_name.as_str(), "warren0");
     let on = Offloads { tun_gso: true, udp_gso: true, udp_gro: true, coalescing: true, ack_coalescing: true };
     assert_eq!(config.offloads, on);

@@ -145,7 +145,7 @@ pub fn command(lab: &Lab, node: &Node, arguments: &[&str]) -> Command {
     let folder = folder(lab, node);
     fs::create_dir_all(&folder).expect("make the agent's folder");
     let mut command = node.ns.command(warren());
-    command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments);
+    command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments).env("WARREN_LANES", "1");
     command
 }
 
@@ -161,6 +161,8 @@ fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
         .args(ordinary(lab, node, folder))
         .args(arguments)
         .env("RUST_BACKTRACE", "1")
+        // Unless a test says otherwise, wherever it runs.
+        .env("WARREN_LANES", "1")
         // A log that is read by people and by tests needs no colours.
         .env("NO_COLOR", "1")
         .stdout(log.try_clone().expect("duplicate the log"))
