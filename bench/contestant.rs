@@ -1,13 +1,16 @@
 //! Who is measured, each with its own best settings.
 
+use std::fs::File;
 use std::net::IpAddr;
+use std::process::{Child, Command};
+use std::time::Duration;
 
 use clap::ValueEnum;
 
-use crate::lab::agent::Agent;
-use crate::lab::peer::{KernelVxlan, Neighbours, PORT, Program, WireGuard};
+use crate::lab::agent::{Agent, warren};
+use crate::lab::peer::{KernelVxlan, Neighbours, PORT, Program, WireGuard, binary};
 use crate::lab::traffic::reach_family;
-use crate::lab::{Lab, Node, Station};
+use crate::lab::{Lab, Node, Station, wait_for};
 
 /// A way to carry packets between two namespaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -16,6 +19,8 @@ pub enum Contestant {
     Bare,
     /// The kernel's VXLAN device.
     KernelVxlan,
+    /// Flannel's userspace back end.
+    FlannelUdp,
     /// The reference userspace WireGuard, in Go.
     WireguardGo,
     /// Mullvad's.
@@ -34,16 +39,20 @@ pub struct Running {
     // Programs go before the namespaces they run in.
     _agents: Vec<Agent>,
     _programs: Vec<WireGuard>,
+    _flannels: Vec<Flannel>,
     lab: Lab,
+    /// What carries the packets on each node, if it is a program.
+    pids: [Option<u32>; 2],
     /// The host part of the address that is used on both sides; `None` for the underlay's.
     host: Option<u8>,
 }
 
 impl Contestant {
     /// All, from the simplest to ours.
-    pub const ALL: [Contestant; 7] = [
+    pub const ALL: [Contestant; 8] = [
         Contestant::Bare,
         Contestant::KernelVxlan,
+        Contestant::FlannelUdp,
         Contestant::WireguardGo,
         Contestant::Gotatun,
         Contestant::Boringtun,
@@ -56,6 +65,7 @@ impl Contestant {
         match self {
             Contestant::Bare => "bare",
             Contestant::KernelVxlan => "kernel-vxlan",
+            Contestant::FlannelUdp => "flannel-udp",
             Contestant::WireguardGo => "wireguard-go",
             Contestant::Gotatun => "gotatun",
             Contestant::Boringtun => "boringtun",
@@ -64,20 +74,51 @@ impl Contestant {
         }
     }
 
+    /// The contestant of that name.
+    pub fn named(name: &str) -> Option<Contestant> {
+        Contestant::ALL.into_iter().find(|contestant| contestant.name() == name)
+    }
+
+    /// Whether it is ours.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Contestant::WarrenWireguard | Contestant::WarrenVxlan)
+    }
+
     /// What it runs with, for the report.
     pub fn settings(self) -> &'static str {
         match self {
-            Contestant::Bare => "veth, all offloads on",
-            Contestant::KernelVxlan => "vxlan device, static neighbours as Flannel writes them, MTU 1450",
+            Contestant::Bare => "the veth pair itself, all offloads on",
+            Contestant::KernelVxlan => {
+                "vxlan device, static neighbours as Flannel writes them, all offloads on, MTU 1450"
+            }
+            Contestant::FlannelUdp => {
+                "the back end `udp` of flanneld, given its two leases by bench/flannel_udp.go; it has no settings; MTU 1472"
+            }
             Contestant::WireguardGo => {
-                "TUN and UDP offloads on (its default), one goroutine set per processor, MTU 1420"
+                "TUN and UDP offloads on (its default), as many workers as processors (its default), log level error, MTU 1420"
             }
             Contestant::Gotatun => "default features (aws-lc-rs), log level error, MTU 1420",
             Contestant::Boringtun => {
-                "one thread per processor, connected sockets, multi-queue (defaults), MTU 1420"
+                "one thread for each processor, connected sockets, multi-queue (defaults), log level error, MTU 1420"
             }
             Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
                 "agent with all its routes, rules and nft tables in place; node address to node address"
+            }
+        }
+    }
+
+    /// The version that is measured.
+    pub fn version(self) -> String {
+        match self {
+            Contestant::Bare | Contestant::KernelVxlan => {
+                format!("Linux {}", first_line(Command::new("uname").arg("-r")))
+            }
+            Contestant::FlannelUdp => recorded("flannel-udp"),
+            Contestant::WireguardGo => recorded("wireguard-go"),
+            Contestant::Gotatun => recorded("gotatun"),
+            Contestant::Boringtun => recorded("boringtun-cli"),
+            Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
+                first_line(Command::new(warren()).arg("--version"))
             }
         }
     }
@@ -86,13 +127,14 @@ impl Contestant {
     pub fn set_up(self, mtu: u32, lanes: u8) -> Running {
         let lab = Lab::cable(mtu);
         let running = match self {
-            Contestant::Bare => Running { _agents: vec![], _programs: vec![], lab, host: None },
+            Contestant::Bare => Running::of(lab, None),
             Contestant::KernelVxlan => kernel_vxlan(lab),
+            Contestant::FlannelUdp => flannel(lab),
             Contestant::WireguardGo => wireguard(lab, Program::WireguardGo),
             Contestant::Gotatun => wireguard(lab, Program::Gotatun),
             Contestant::Boringtun => wireguard(lab, Program::Boringtun),
-            Contestant::WarrenWireguard => warren(lab, "wireguard", lanes),
-            Contestant::WarrenVxlan => warren(lab, "vxlan", lanes),
+            Contestant::WarrenWireguard => agents(lab, "wireguard", lanes),
+            Contestant::WarrenVxlan => agents(lab, "vxlan", lanes),
         };
         reach_family(running.station(0), running.station(1), 0);
         running
@@ -100,6 +142,16 @@ impl Contestant {
 }
 
 impl Running {
+    /// Nothing but the laboratory yet.
+    fn of(lab: Lab, host: Option<u8>) -> Running {
+        Running { _agents: vec![], _programs: vec![], _flannels: vec![], lab, pids: [None; 2], host }
+    }
+
+    /// The processes that carry the packets, of each node.
+    pub fn programs(&self) -> [Option<u32>; 2] {
+        self.pids
+    }
+
     /// One of the two ends.
     pub fn station(&self, index: usize) -> Station<'_> {
         let node = &self.lab.nodes[index];
@@ -126,7 +178,35 @@ fn kernel_vxlan(lab: Lab) -> Running {
         let mac = KernelVxlan::mac(other);
         device.connect(&lab, other, Neighbours::Static { mac: &mac });
     }
-    Running { _agents: vec![], _programs: vec![], lab, host: Some(10) }
+    Running::of(lab, Some(10))
+}
+
+/// One end of Flannel's userspace back end; dropping it kills it.
+#[derive(Debug)]
+struct Flannel(Child);
+
+impl Drop for Flannel {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn flannel(lab: Lab) -> Running {
+    let mut flannels = Vec::new();
+    for (node, other) in both_ways(&lab) {
+        let lease = |node: &Node| [format!("10.244.{}.0/24", node.number), lab.outer(node).to_string()];
+        let log = File::create(lab.path().join(format!("{}-flannel.log", node.name))).expect("make a log");
+        let mut command = node.ns.command(binary("flannel-udp"));
+        command.args(["eth0", "10.244.0.0/16"]).args(lease(node)).args(lease(other));
+        command.stdout(log.try_clone().expect("duplicate the log")).stderr(log);
+        flannels.push(Flannel(command.spawn().expect("start flannel-udp")));
+        wait_for("flannel-udp has made flannel0", Duration::from_secs(10), || {
+            node.ns.attempt("ip link show dev flannel0 up").status.success().then_some(())
+        });
+    }
+    let pids = [0, 1].map(|i: usize| Some(flannels[i].0.id()));
+    Running { _flannels: flannels, pids, ..Running::of(lab, Some(0)) }
 }
 
 fn wireguard(lab: Lab, program: Program) -> Running {
@@ -136,14 +216,31 @@ fn wireguard(lab: Lab, program: Program) -> Running {
         let key = &programs[usize::from(other.number) - 1].public_key;
         programs[usize::from(node.number) - 1].add_peer(node, other, key, Some((lab.outer(other), PORT)));
     }
-    Running { _agents: vec![], _programs: programs, lab, host: Some(10) }
+    let pids = [0, 1].map(|i: usize| Some(programs[i].pid()));
+    Running { _programs: programs, pids, ..Running::of(lab, Some(10)) }
 }
 
-fn warren(lab: Lab, encap: &str, lanes: u8) -> Running {
+fn agents(lab: Lab, encap: &str, lanes: u8) -> Running {
     lab.write_nodes();
     let arguments = ["--encap", encap, "--lanes", &lanes.to_string()];
     let mut agents: Vec<Agent> = lab.nodes.iter().map(|node| Agent::launch(&lab, node, &arguments)).collect();
     agents.iter_mut().for_each(Agent::wait_ready);
     // The node address, 10.244.N.0: as with the others, no bridge and no pod stands between.
-    Running { _agents: agents, _programs: vec![], lab, host: Some(0) }
+    let pids = [0, 1].map(|i: usize| Some(agents[i].pid()));
+    Running { _agents: agents, pids, ..Running::of(lab, Some(0)) }
+}
+
+/// The version that tests/peers.sh has built.
+fn recorded(program: &str) -> String {
+    let bin = binary(program);
+    let folder = bin.parent().and_then(std::path::Path::parent).expect("the peers' folder");
+    let text = std::fs::read_to_string(folder.join(format!("{program}.version"))).unwrap_or_default();
+    // Behind it may stand what else a new build depends on.
+    text.split_whitespace().next().unwrap_or("unknown").to_owned()
+}
+
+/// The first line that a program prints, if it is not empty.
+pub fn first_line(command: &mut Command) -> String {
+    let text = command.output().map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    text.lines().find(|line| !line.is_empty()).unwrap_or("unknown").to_owned()
 }

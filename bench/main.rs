@@ -1,15 +1,14 @@
-//! Side by side: Warren, other people's userspace WireGuard, and the kernel's VXLAN, on one machine.
-//!
-//! ```text
-//! bench/run                                  everything, 5 rounds of 5 s: about 50 minutes
-//! bench/run --rounds 1 --seconds 1           a quick look
-//! bench/run --only warren-wireguard,wireguard-go --tests tcp,ping-pong
-//! WARREN=path/to/warren bench/run            another build of Warren
-//! ```
+//! Side by side: Warren, other people's userspace tunnels, and the kernel's VXLAN, on one machine. What can be
+//! said on the command line is in `bench/run`.
 //!
 //! Two namespaces joined by one veth pair; both ends and both agents share the machine's processors. In every
 //! round each contestant is set up anew and measured once, so that what the machine does meanwhile hits all of
-//! them alike: ratios hold where absolute figures drift. Needs root, iperf3, sockperf and `tests/peers.sh`.
+//! them alike: ratios hold where absolute figures drift. Needs root, iperf3 and `tests/peers.sh`.
+//!
+//! 1. `contestant`: who, and how it is set up
+//! 2. `figure`, `measure`, `ping_pong`, `cpu`, `idle`: what is run, and what is read off
+//! 3. `results`: samples, medians, JSON
+//! 4. `report`, `plot`: tables and charts, from the JSON alone
 
 // The tests' laboratory, of which measurements need a part.
 #[allow(dead_code)]
@@ -17,22 +16,34 @@
 pub mod lab;
 
 pub mod contestant;
+pub mod cpu;
+pub mod figure;
+pub mod idle;
 pub mod measure;
+pub mod ping_pong;
+pub mod plot;
 pub mod report;
+pub mod results;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use serde_json::json;
 
 use contestant::Contestant;
-use measure::Figure;
-use report::{Results, Sample};
+use figure::Work;
+use results::{Results, Sample};
+
+/// Idle programs are looked at for so many times the seconds of a measurement, in the first so many rounds.
+const IDLE_TIMES: u32 = 6;
+const IDLE_ROUNDS: u32 = 3;
 
 /// What to measure, and how long.
 #[derive(Debug, Parser)]
 #[command(about = "Measures Warren beside other tunnels", long_about = None)]
 struct Arguments {
-    /// How often each contestant is measured; the table shows medians.
+    /// How often each contestant is measured; the tables show medians.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
     /// Seconds of each measurement, after one second that does not count.
@@ -41,18 +52,21 @@ struct Arguments {
     /// MTU of the cable.
     #[arg(long, default_value_t = 1500)]
     mtu: u32,
-    /// Lanes of Warren's agents; more than one is shown as a contestant of its own name.
+    /// Lanes of Warren's agents.
     #[arg(long, default_value_t = 1)]
     lanes: u8,
     /// Only these contestants.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Contestant>,
-    /// Only these figures.
+    /// Only these runs.
     #[arg(long, value_delimiter = ',')]
-    tests: Vec<Figure>,
+    tests: Vec<Work>,
     /// Where the results go: NAME.json and NAME.md.
     #[arg(long, default_value = "bench/results/latest")]
-    output: std::path::PathBuf,
+    output: PathBuf,
+    /// Measures nothing: makes tables, plots, bench/RESULTS.md and README's part from these results.
+    #[arg(long, value_name = "JSON")]
+    render: Option<PathBuf>,
     /// Given by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
@@ -60,29 +74,70 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let contestants = or_all(&arguments.only, &Contestant::ALL);
-    let figures = or_all(&arguments.tests, &Figure::ALL);
-    let mut results = Results::new(arguments.rounds, arguments.seconds, arguments.mtu, arguments.lanes);
-    for round in 1..=arguments.rounds {
-        for &contestant in &contestants {
-            let running = contestant.set_up(arguments.mtu, arguments.lanes);
-            for &figure in &figures {
-                let measured = figure.measure(&running, arguments.seconds);
-                let shown = measured.as_ref().map_or_else(String::clone, |v| format!("{v:.2}"));
-                eprintln!("round {round}: {}, {}: {shown}", contestant.name(), figure.name());
-                results.add(Sample { round, contestant, figure, value: measured });
-            }
-        }
-    }
-    match results.write(&arguments.output) {
-        Ok(table) => {
-            println!("{table}");
+    let done = match &arguments.render {
+        Some(json) => report::render(json)
+            .map(|files| files.iter().map(|file| format!("{}\n", file.display())).collect::<String>()),
+        None => report::write(&measure_all(&arguments), &arguments.output),
+    };
+    match done {
+        Ok(text) => {
+            println!("{text}");
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("cannot write the results to {}: {e}", arguments.output.display());
+            let file = arguments.render.as_ref().unwrap_or(&arguments.output);
+            eprintln!("{}: {e}", file.display());
             ExitCode::FAILURE
         }
+    }
+}
+
+fn measure_all(arguments: &Arguments) -> Results {
+    let contestants = or_all(&arguments.only, &Contestant::ALL);
+    let (idle, works): (Vec<Work>, Vec<Work>) =
+        or_all(&arguments.tests, &Work::ALL).into_iter().partition(|work| *work == Work::Idle);
+    let settings = json!({
+        "rounds": arguments.rounds, "seconds": arguments.seconds, "underlay_mtu": arguments.mtu,
+        "lanes": arguments.lanes,
+    });
+    let mut results = Results::new(settings, &contestants);
+    for round in 1..=arguments.rounds {
+        for &contestant in &contestants {
+            if !works.is_empty() {
+                let running = contestant.set_up(arguments.mtu, arguments.lanes);
+                for &work in &works {
+                    let measured = work.measure(&running, arguments.seconds);
+                    add(&mut results, round, contestant, work, measured);
+                }
+            }
+            if !idle.is_empty() && round <= IDLE_ROUNDS && idle::is_measured(contestant) {
+                let measured = idle::measure(contestant, arguments.seconds * IDLE_TIMES);
+                add(&mut results, round, contestant, Work::Idle, measured);
+            }
+        }
+    }
+    results
+}
+
+fn add(
+    results: &mut Results,
+    round: u32,
+    contestant: Contestant,
+    work: Work,
+    measured: Result<Vec<Option<f64>>, String>,
+) {
+    for (index, &figure) in work.figures().iter().enumerate() {
+        let value = match &measured {
+            Ok(values) => match values.get(index).copied().flatten() {
+                Some(value) => Ok(value),
+                // It has no such thing.
+                None => continue,
+            },
+            Err(error) => Err(error.clone()),
+        };
+        let shown = value.as_ref().map_or_else(String::clone, |value| figure.show(*value));
+        eprintln!("round {round}: {}, {}: {shown}", contestant.name(), figure.name());
+        results.add(Sample { round, contestant, figure, value });
     }
 }
 

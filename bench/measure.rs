@@ -1,70 +1,62 @@
-//! What is measured, with iperf3 and sockperf.
+//! The runs: iperf3, and request and answer.
 
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use clap::ValueEnum;
 use serde_json::Value;
 
 use crate::contestant::Running;
+use crate::cpu::Cpu;
+use crate::figure::Work;
 use crate::lab::wait_for;
+use crate::ping_pong;
 
-/// One column of the table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Figure {
-    /// One TCP stream.
-    Tcp,
-    /// One TCP stream in the other direction.
-    TcpReverse,
-    /// Four TCP streams at once.
-    Tcp4,
-    /// What arrives of as much UDP as the sender can send, 1372 bytes each.
-    Udp,
-    /// A TCP request and its answer, over and over: half the round trip.
-    PingPong,
-}
+/// Of the datagrams sent, what may be lost of a rate that counts as free of loss.
+const LOSS_PERCENT: f64 = 0.1;
+/// Where the search for that rate begins, Mbit/s.
+const FIRST_RATE: f64 = 400.0;
+/// Halvings of the interval it is in.
+const HALVINGS: u32 = 5;
+const IPERF_PORT: u16 = 5201;
+/// cubic for all: the machine's default may be another.
+const CUBIC: [&str; 2] = ["-C", "cubic"];
 
-impl Figure {
-    /// All, in the order of the table.
-    pub const ALL: [Figure; 5] =
-        [Figure::Tcp, Figure::TcpReverse, Figure::Tcp4, Figure::Udp, Figure::PingPong];
-
-    /// The name on the command line.
-    pub fn name(self) -> &'static str {
+impl Work {
+    /// Runs once: a value for each of [`Work::figures`], or the reason why not; `None` where the contestant
+    /// has no such thing.
+    pub fn measure(self, on: &Running, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+        let stream = |more: &[&str]| {
+            let traffic = iperf(on, seconds, &[&CUBIC, more].concat())?;
+            Ok(vec![Some(traffic.gbits)])
+        };
         match self {
-            Figure::Tcp => "tcp",
-            Figure::TcpReverse => "tcp-reverse",
-            Figure::Tcp4 => "tcp4",
-            Figure::Udp => "udp",
-            Figure::PingPong => "ping-pong",
-        }
-    }
-
-    /// The head of its column.
-    pub fn title(self) -> &'static str {
-        match self {
-            Figure::Tcp => "TCP 1 stream, Gbit/s",
-            Figure::TcpReverse => "reverse, Gbit/s",
-            Figure::Tcp4 => "4 streams, Gbit/s",
-            Figure::Udp => "UDP 1372 B goodput, Gbit/s",
-            Figure::PingPong => "TCP ping-pong, us one way",
-        }
-    }
-
-    /// Measures it once; the error says what went wrong, and costs this sample only.
-    pub fn measure(self, on: &Running, seconds: u32) -> Result<f64, String> {
-        match self {
-            // cubic for all: the machine's default may be another.
-            Figure::Tcp => iperf(on, seconds, &["-C", "cubic"], "/end/sum_received"),
-            Figure::TcpReverse => iperf(on, seconds, &["-C", "cubic", "-R"], "/end/sum_received"),
-            Figure::Tcp4 => iperf(on, seconds, &["-C", "cubic", "-P", "4"], "/end/sum_received"),
-            Figure::Udp => iperf(on, seconds, &["-u", "-l", "1372", "-b", "0"], "/end/sum_received"),
-            Figure::PingPong => sockperf(on, seconds),
+            Work::Tcp => tcp(on, seconds),
+            Work::TcpReverse => stream(&["-R"]),
+            Work::Tcp4 => stream(&["-P", "4"]),
+            Work::Tcp16 => stream(&["-P", "16"]),
+            Work::Udp => {
+                let traffic = iperf(on, seconds, &["-u", "-l", "1372", "-b", "0"])?;
+                Ok(vec![Some(traffic.gbits)])
+            }
+            Work::UdpSmall => {
+                let traffic = iperf(on, seconds, &["-u", "-l", "64", "-b", "0"])?;
+                Ok(vec![Some(traffic.gbits * 1e9 / (64.0 * 8.0) / 1e3)])
+            }
+            Work::UdpLossFree => Ok(vec![Some(loss_free(on)?)]),
+            Work::TcpLatency => latency(on, seconds, true),
+            Work::UdpLatency => latency(on, seconds, false),
+            Work::TcpLatencyLoaded | Work::UdpLatencyLoaded => {
+                let _load = Load::start(on, seconds);
+                latency(on, seconds, self == Work::TcpLatencyLoaded)
+            }
+            Work::Idle => Err("has a laboratory of its own".to_owned()),
         }
     }
 }
 
-/// A server that ends with the measurement.
+// --- servers -------------------------------------------------------------------------------------
+
+/// A program that ends with the measurement.
 struct Server(Child);
 
 impl Drop for Server {
@@ -80,41 +72,132 @@ fn serve(on: &Running, port: u16, words: &[&str]) -> Server {
     command.args(&words[1..]).stdout(Stdio::null()).stderr(Stdio::null());
     let server = Server(command.spawn().unwrap_or_else(|e| panic!("start {}: {e}", words[0])));
     wait_for(&format!("{} listens", words[0]), Duration::from_secs(5), || {
-        ns.run(&format!("ss -Hltn sport = :{port}")).contains("LISTEN").then_some(())
+        (!ns.run(&format!("ss -Hltn sport = :{port}")).trim().is_empty()).then_some(())
     });
     server
 }
 
-fn iperf(on: &Running, seconds: u32, arguments: &[&str], pointer: &str) -> Result<f64, String> {
-    let (from, to) = (on.address(0).to_string(), on.address(1).to_string());
-    let _server = serve(on, 5201, &["iperf3", "-s", "-1", "-B", &to]);
-    let seconds = seconds.to_string();
-    let mut command = on.station(0).ns.command("iperf3");
+/// One TCP stream that goes on until it is dropped.
+struct Load {
+    _client: Server,
+    _server: Server,
+}
+
+impl Load {
+    fn start(on: &Running, seconds: u32) -> Load {
+        let (from, to) = (on.address(0).to_string(), on.address(1).to_string());
+        let server = serve(on, IPERF_PORT, &["iperf3", "-s", "-1", "-B", &to]);
+        let seconds = (seconds + 10).to_string();
+        let mut command = on.station(0).ns.command("iperf3");
+        command.args(["-c", &to, "-B", &from, "-t", &seconds]).args(CUBIC);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let client = Server(command.spawn().expect("start iperf3"));
+        // Slow start is over.
+        std::thread::sleep(Duration::from_secs(1));
+        Load { _client: client, _server: server }
+    }
+}
+
+// --- throughput ----------------------------------------------------------------------------------
+
+/// What iperf3 says.
+struct Traffic {
+    /// What arrived, without the first second.
+    gbits: f64,
+    /// Of UDP.
+    lost_percent: f64,
+    /// GB of the whole run.
+    gigabytes: f64,
+}
+
+fn iperf(on: &Running, seconds: u32, arguments: &[&str]) -> Result<Traffic, String> {
     // One second that does not count: slow start, and the tunnel's first handshake.
-    command.args(["-c", &to, "-B", &from, "-t", &seconds, "-O", "1", "-J"]).args(arguments);
+    let seconds = seconds.to_string();
+    run_iperf(on, &[&["-t", &seconds, "-O", "1"], arguments].concat())
+}
+
+fn run_iperf(on: &Running, arguments: &[&str]) -> Result<Traffic, String> {
+    let (from, to) = (on.address(0).to_string(), on.address(1).to_string());
+    let _server = serve(on, IPERF_PORT, &["iperf3", "-s", "-1", "-B", &to]);
+    let mut command = on.station(0).ns.command("iperf3");
+    command.args(["-c", &to, "-B", &from, "-J"]).args(arguments);
     let output = command.output().map_err(|e| e.to_string())?;
     let json: Value = serde_json::from_slice(&output.stdout).map_err(|e| format!("iperf3: {e}"))?;
     if let Some(error) = json.get("error") {
         return Err(format!("iperf3: {error}"));
     }
-    let end = json.pointer(pointer).ok_or("iperf3 gives no sum")?;
-    let bits = end["bits_per_second"].as_f64().ok_or("iperf3 gives no rate")?;
-    Ok(bits / 1e9)
+    let received = json.pointer("/end/sum_received").ok_or("iperf3 gives no sum")?;
+    let bits = received["bits_per_second"].as_f64().ok_or("iperf3 gives no rate")?;
+    let intervals = json["intervals"].as_array().ok_or("iperf3 gives no intervals")?;
+    let bytes: f64 = intervals.iter().filter_map(|interval| interval["sum"]["bytes"].as_f64()).sum();
+    let lost = json.pointer("/end/sum/lost_percent").and_then(Value::as_f64);
+    Ok(Traffic { gbits: bits / 1e9, lost_percent: lost.unwrap_or(0.0), gigabytes: bytes / 1e9 })
 }
 
-fn sockperf(on: &Running, seconds: u32) -> Result<f64, String> {
-    const PORT: u16 = 11_111;
-    let (to, port) = (on.address(1).to_string(), PORT.to_string());
-    let _server = serve(on, PORT, &["sockperf", "server", "--tcp", "-i", &to, "-p", &port]);
-    let seconds = seconds.to_string();
-    let mut command = on.station(0).ns.command("sockperf");
-    command.args(["ping-pong", "--tcp", "-i", &to, "-p", &port, "-t", &seconds, "-m", "64"]);
-    let output = command.output().map_err(|e| e.to_string())?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // "sockperf: Summary: Latency is 27.310 usec"
-    let summary = text.split("Latency is ").nth(1).and_then(|rest| rest.split_whitespace().next());
-    // It colours its summary.
-    let digits: Option<String> =
-        summary.map(|word| word.chars().filter(|c| c.is_ascii_digit() || *c == '.').collect());
-    digits.and_then(|d| d.parse().ok()).ok_or_else(|| format!("sockperf gives no latency: {text}"))
+fn tcp(on: &Running, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+    let before = Cpu::read(on);
+    let traffic = iperf(on, seconds, &CUBIC)?;
+    let used = Cpu::read(on).since(before);
+    let per_gb = |seconds: f64| Some(seconds / traffic.gigabytes);
+    let [sender, receiver] = used.programs.map(|program| program.and_then(per_gb));
+    Ok(vec![Some(traffic.gbits), per_gb(used.machine), sender, receiver])
+}
+
+/// The highest rate that loses less than [`LOSS_PERCENT`]: doubled until it loses more, then by halving.
+fn loss_free(on: &Running) -> Result<f64, String> {
+    let (mut best, mut low, mut high) = (0.0, 0.0, None);
+    let mut rate = FIRST_RATE;
+    let mut halvings = 0;
+    while halvings < HALVINGS {
+        match without_loss(on, rate)? {
+            Some(gbits) => {
+                best = f64::max(best, gbits);
+                low = rate;
+                // The sender itself cannot send more.
+                if gbits * 1e3 < rate * 0.9 {
+                    break;
+                }
+            }
+            None => high = Some(rate),
+        }
+        rate = match high {
+            None => rate * 2.0,
+            Some(high) => {
+                halvings += 1;
+                f64::midpoint(low, high)
+            }
+        };
+    }
+    Ok(best)
+}
+
+/// What arrives at this rate, if it is nearly all, in one of two tries of a second: a machine with other things to
+/// do loses some now and then at any rate.
+fn without_loss(on: &Running, mbits: f64) -> Result<Option<f64>, String> {
+    let (rate, buffer) = (format!("{mbits:.0}M"), socket_buffer().to_string());
+    for _ in 0..2 {
+        // Paced every 0.1 ms: iperf3's own 1 ms makes bursts that fill the socket at the other end by themselves.
+        let pace = ["--pacing-timer", "100", "-w", &buffer];
+        let arguments = [&["-u", "-l", "1372", "-t", "1", "-b", &rate][..], &pace].concat();
+        let traffic = run_iperf(on, &arguments)?;
+        if traffic.lost_percent < LOSS_PERCENT {
+            return Ok(Some(traffic.gbits));
+        }
+    }
+    Ok(None)
+}
+
+/// Bytes of the sockets of a search for loss in the tunnel: iperf3 itself must lose nothing while it waits for a
+/// processor.
+fn socket_buffer() -> u64 {
+    let most = |name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
+        text.trim().parse().unwrap_or(212_992)
+    };
+    most("rmem_max").min(most("wmem_max")).min(2 << 20)
+}
+
+fn latency(on: &Running, seconds: u32, tcp: bool) -> Result<Vec<Option<f64>>, String> {
+    let percentiles = ping_pong::measure(on, seconds, tcp).map_err(|e| format!("ping-pong: {e}"))?;
+    Ok(percentiles.map(Some).to_vec())
 }

@@ -1,196 +1,416 @@
-//! Medians with their spread, as JSON for programs and a table for people.
+//! Tables for people: the results' own page, `bench/RESULTS.md`, and the part of README that is about speed. All of
+//! them from the JSON alone, so that they can be made again.
 
 use std::fmt::Write as _;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::contestant::Contestant;
-use crate::lab::agent::warren;
-use crate::measure::Figure;
+use crate::figure::Figure;
+use crate::idle::PEERS;
+use crate::plot;
+use crate::results::{Results, Spread};
 
-/// One measurement.
-#[derive(Debug)]
-pub struct Sample {
-    /// Counts from 1.
-    pub round: u32,
-    /// Whose.
-    pub contestant: Contestant,
-    /// Of what.
-    pub figure: Figure,
-    /// The value, or why there is none.
-    pub value: Result<f64, String>,
+/// Figures that are about one thing.
+struct Group {
+    title: &'static str,
+    /// What was run, and what is counted.
+    how: &'static str,
+    figures: &'static [Figure],
+    plot: Option<&'static str>,
 }
 
-/// Everything that was measured, and on what.
-#[derive(Debug)]
-pub struct Results {
-    about: Value,
-    samples: Vec<Sample>,
+const GROUPS: [Group; 6] = [
+    Group {
+        title: "TCP",
+        how: "`iperf3 -C cubic -O 1`, `-R` for the reverse, `-P 4` and `-P 16`: what the receiver counts.",
+        figures: &[Figure::Tcp, Figure::TcpReverse, Figure::Tcp4, Figure::Tcp16],
+        plot: Some("tcp.svg"),
+    },
+    Group {
+        title: "UDP",
+        how: "`iperf3 -u -b 0 -l 1372` and `-l 64`: what arrives of as much as the sender can send. Free of loss: the \
+              highest `-b` of which less than 0.1 % is lost in a second (`--pacing-timer 100`; doubled from 400 \
+              Mbit/s, then five halvings, two tries each; `-w 2M` if the machine allows, so that what is lost is lost \
+              on the way and not by iperf3).",
+        figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall],
+        plot: Some("udp.svg"),
+    },
+    Group {
+        title: "Latency, microseconds one way",
+        how: "Request and answer of 64 bytes, one after the other (bench/ping_pong.rs): half of each round trip. A \
+              datagram that is lost counts as a round trip of half a second.",
+        figures: &[
+            Figure::TcpP50,
+            Figure::TcpP99,
+            Figure::TcpP999,
+            Figure::UdpP50,
+            Figure::UdpP99,
+            Figure::UdpP999,
+        ],
+        plot: Some("latency.svg"),
+    },
+    Group {
+        title: "Latency under load, microseconds one way",
+        how: "The same beside `iperf3 -C cubic`, one TCP stream the same way.",
+        figures: &[
+            Figure::TcpLoadedP50,
+            Figure::TcpLoadedP99,
+            Figure::TcpLoadedP999,
+            Figure::UdpLoadedP50,
+            Figure::UdpLoadedP99,
+            Figure::UdpLoadedP999,
+        ],
+        plot: None,
+    },
+    Group {
+        title: "Processor seconds for each GB of one TCP stream",
+        how: "While the first `iperf3` of above ran. Whole machine: user, nice, system, irq and softirq time of \
+              /proc/stat, so both ends, the kernel and iperf3 itself are in it. The tunnel's programs: user and \
+              system time of the process, whole; what the kernel does for a tunnel outside of it (softirq, and all of \
+              kernel VXLAN) is in the first column only.",
+        figures: &[Figure::CpuMachine, Figure::CpuSender, Figure::CpuReceiver],
+        plot: Some("cpu.svg"),
+    },
+    Group {
+        title: "Idle, with 1,000 peers",
+        how: "One node that knows 1,000 others, of which none says a word: resident memory and processor time of its \
+              program. Warren has them as 1,000 Node objects in a folder, the others by `wg addconf`.",
+        figures: &[Figure::IdleMemory, Figure::IdleCpu],
+        plot: None,
+    },
+];
+
+/// What Warren is to reach.
+struct Goal {
+    what: &'static str,
+    contestant: Contestant,
+    beside: Option<Contestant>,
+    figure: Figure,
+    bar: f64,
+    aim: f64,
+    /// Whether less is better.
+    less: bool,
 }
 
-/// The middle of some values, and their ends.
-#[derive(Clone, Copy, Debug)]
-struct Spread {
-    median: f64,
-    least: f64,
-    most: f64,
-}
-
-impl Results {
-    /// Nothing yet; asks the machine what it is.
-    pub fn new(rounds: u32, seconds: u32, mtu: u32, lanes: u8) -> Results {
-        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let about = json!({
-            "rounds": rounds,
-            "seconds": seconds,
-            "underlay_mtu": mtu,
-            "lanes": lanes,
-            "processors": std::thread::available_parallelism().map_or(0, usize::from),
-            "processor": model.map_or("unknown", |(_, name)| name),
-            "kernel": said("uname", &["-r"]),
-            "iperf3": said("iperf3", &["--version"]),
-            "commit": said("git", &["describe", "--always", "--dirty"]),
-            "warren": said(&warren(), &["--version"]),
-            "debug_build": warren().contains("/debug/"),
-        });
-        Results { about, samples: Vec::new() }
+const GOALS: [Goal; 11] = {
+    use Contestant::{Boringtun, Gotatun, KernelVxlan, WarrenVxlan, WarrenWireguard, WireguardGo};
+    const fn more(
+        what: &'static str,
+        contestant: Contestant,
+        beside: Contestant,
+        figure: Figure,
+        bar: f64,
+        aim: f64,
+    ) -> Goal {
+        Goal { what, contestant, beside: Some(beside), figure, bar, aim, less: false }
     }
-
-    /// One more.
-    pub fn add(&mut self, sample: Sample) {
-        self.samples.push(sample);
+    const fn less(goal: Goal) -> Goal {
+        Goal { less: true, ..goal }
     }
+    [
+        more("1 TCP stream", WarrenWireguard, WireguardGo, Figure::Tcp, 1.8, 3.0),
+        more("4 TCP streams", WarrenWireguard, WireguardGo, Figure::Tcp4, 2.1, 3.0),
+        more("1 TCP stream", WarrenWireguard, Gotatun, Figure::Tcp, 5.0, 8.0),
+        more("1 TCP stream", WarrenWireguard, Boringtun, Figure::Tcp, 8.0, 14.0),
+        more("UDP 1372 B, overload", WarrenWireguard, WireguardGo, Figure::Udp, 3.5, 5.0),
+        less(more("TCP ping-pong p50", WarrenWireguard, WireguardGo, Figure::TcpP50, 0.5, 0.2)),
+        less(more("TCP ping-pong p50", WarrenWireguard, KernelVxlan, Figure::TcpP50, 1.3, 1.0)),
+        more("1 TCP stream", WarrenVxlan, KernelVxlan, Figure::Tcp, 0.55, 0.8),
+        less(more(
+            "processor seconds for each GB",
+            WarrenWireguard,
+            WireguardGo,
+            Figure::CpuMachine,
+            0.5,
+            0.3,
+        )),
+        Goal {
+            what: "idle with 1,000 peers, MiB",
+            contestant: WarrenWireguard,
+            beside: None,
+            figure: Figure::IdleMemory,
+            bar: 100.0,
+            aim: 64.0,
+            less: true,
+        },
+        Goal {
+            what: "idle with 1,000 peers, % of a processor",
+            contestant: WarrenWireguard,
+            beside: None,
+            figure: Figure::IdleCpu,
+            bar: 0.5,
+            aim: 0.2,
+            less: true,
+        },
+    ]
+};
 
-    /// Writes `NAME.json` and `NAME.md`; gives the table.
-    pub fn write(&self, name: &Path) -> io::Result<String> {
-        if let Some(folder) = name.parent() {
-            fs::create_dir_all(folder)?;
+/// The figures of README's table and of the ratios, with the heads of their columns.
+const HEADLINE: [(Figure, &str); 9] = [
+    (Figure::Tcp, "TCP, 1 stream"),
+    (Figure::TcpReverse, "reverse"),
+    (Figure::Tcp4, "4 streams"),
+    (Figure::Tcp16, "16 streams"),
+    (Figure::Udp, "UDP 1372 B, overload"),
+    (Figure::UdpLossFree, "UDP, < 0.1 % lost"),
+    (Figure::TcpP50, "ping-pong p50"),
+    (Figure::TcpLoadedP99, "p99 beside a stream"),
+    (Figure::CpuMachine, "CPU s/GB"),
+];
+
+/// Writes `NAME.json` and `NAME.md`; gives the page.
+pub fn write(results: &Results, name: &Path) -> io::Result<String> {
+    if let Some(folder) = name.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(name.with_extension("json"), serde_json::to_string_pretty(&results.json())? + "\n")?;
+    let page = page(results, &file_name(name, "json"), None);
+    fs::write(name.with_extension("md"), &page)?;
+    Ok(page)
+}
+
+/// Makes everything anew that is made from results: their page, the plots, `bench/RESULTS.md`, README's part.
+pub fn render(json: &Path) -> io::Result<Vec<PathBuf>> {
+    let results = Results::read(&fs::read_to_string(json)?)?;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = root.join("bench/results");
+    let mut written = vec![json.with_extension("md")];
+    fs::write(&written[0], page(&results, &file_name(json, "json"), None))?;
+    for (name, svg) in plot::all(&results) {
+        fs::write(folder.join(name), svg)?;
+        written.push(folder.join(name));
+    }
+    let source = format!("results/{}", file_name(json, "json"));
+    let mut page = page(&results, &source, Some("results/"));
+    if let Some(services) = newest_of_services(&folder)? {
+        let _ = write!(page, "\n## Services\n\nBeside kube-proxy: [{services}](results/{services}).\n");
+    }
+    page.push_str(&instructions(&fs::read_to_string(root.join("bench/instructions.json"))?)?);
+    fs::write(root.join("bench/RESULTS.md"), page)?;
+    written.push(root.join("bench/RESULTS.md"));
+    let readme = root.join("README.md");
+    let text = fs::read_to_string(&readme)?;
+    if let Some(changed) = between_marks(&text, &short(&results)) {
+        fs::write(&readme, changed)?;
+        written.push(readme);
+    }
+    Ok(written)
+}
+
+/// What `bench/instructions` has counted.
+fn instructions(text: &str) -> io::Result<String> {
+    let json: Value = serde_json::from_str(text)?;
+    let mut out = format!(
+        "\n## Instructions of one burst\n\nThe packet line alone, counted by callgrind: `bench/instructions`, which CI \
+         runs too ({}, {}). `bulk` is one TCP super-packet of 64,000 bytes, `service` the same through a ClusterIP, \
+         `small` sixteen UDP datagrams of 64 bytes; `out` from the TUN to the network, `in` the other way.\n\n| | \
+         instructions |\n|---|---|\n",
+        json["compiler"].as_str().unwrap_or_default(),
+        json["processor"].as_str().unwrap_or_default(),
+    );
+    for (name, count) in json["instructions"].as_object().into_iter().flatten() {
+        let _ = writeln!(out, "| {name} | {count} |");
+    }
+    Ok(out)
+}
+
+/// What `bench/kube-proxy` has written last, by its name, which begins with the day.
+fn newest_of_services(folder: &Path) -> io::Result<Option<String>> {
+    let mut newest = None;
+    for entry in fs::read_dir(folder)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.ends_with("-services.md") {
+            newest = newest.max(Some(name));
         }
-        let table = self.table();
-        fs::write(name.with_extension("md"), &table)?;
-        fs::write(name.with_extension("json"), serde_json::to_string_pretty(&self.json())? + "\n")?;
-        Ok(table)
     }
+    Ok(newest)
+}
 
-    fn spread(&self, contestant: Contestant, figure: Figure) -> Option<Spread> {
-        let samples = self.samples.iter().filter(|s| s.contestant == contestant && s.figure == figure);
-        let mut values: Vec<f64> = samples.filter_map(|s| s.value.as_ref().ok().copied()).collect();
-        values.sort_by(f64::total_cmp);
-        let (least, most) = (*values.first()?, *values.last()?);
-        let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);
-        Some(Spread { median: f64::midpoint(low, high), least, most })
+fn file_name(path: &Path, extension: &str) -> String {
+    let name = path.with_extension(extension);
+    name.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+// --- the page ------------------------------------------------------------------------------------
+
+/// `plots`: the folder in which they are, if they are to be shown.
+fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
+    let mut out = String::from("# Side by side\n\n");
+    if plots.is_some() {
+        let _ = writeln!(out, "Made by `bench/run --render bench/{source}`; do not edit.\n");
     }
-
-    fn contestants(&self) -> Vec<Contestant> {
-        let present = |c: &Contestant| self.samples.iter().any(|s| s.contestant == *c);
-        Contestant::ALL.into_iter().filter(present).collect()
+    about(&mut out, results, source);
+    goals(&mut out, results);
+    for group in &GROUPS {
+        let figures: Vec<Figure> = group.figures.iter().copied().filter(|f| results.has(*f)).collect();
+        if figures.is_empty() {
+            continue;
+        }
+        let _ = writeln!(out, "\n## {}\n\n{}\n", group.title, group.how);
+        if let (Some(folder), Some(plot)) = (plots, group.plot) {
+            let _ = writeln!(out, "![{}]({folder}{plot})\n", group.title);
+        }
+        let columns: Vec<(Figure, &str)> = figures.iter().map(|figure| (*figure, figure.title())).collect();
+        table(&mut out, results, &columns, |c, f| results.spread(c, f).map(|s| with_ends(s, f)));
     }
-
-    fn figures(&self) -> Vec<Figure> {
-        let present = |f: &Figure| self.samples.iter().any(|s| s.figure == *f);
-        Figure::ALL.into_iter().filter(present).collect()
+    let headline = headline(results);
+    for reference in [Contestant::WireguardGo, Contestant::KernelVxlan] {
+        if !headline.is_empty() && results.contestants().contains(&reference) {
+            let _ = writeln!(out, "\n## Ratios to {}\n\nMedian of each round's ratio.\n", reference.name());
+            table(&mut out, results, &headline, |c, f| {
+                results.ratio(c, reference, f).map(|s| format!("{:.2}", s.median))
+            });
+        }
     }
-
-    fn json(&self) -> Value {
-        let samples: Vec<Value> = self
-            .samples
-            .iter()
-            .map(|s| {
-                let (value, error) = match &s.value {
-                    Ok(value) => (Some(value), None),
-                    Err(error) => (None, Some(error)),
-                };
-                json!({
-                    "round": s.round, "contestant": s.contestant.name(), "figure": s.figure.name(),
-                    "value": value, "error": error,
-                })
-            })
-            .collect();
-        let medians: Vec<Value> = self
-            .contestants()
-            .into_iter()
-            .flat_map(|c| self.figures().into_iter().map(move |f| (c, f)))
-            .filter_map(|(c, f)| {
-                let s = self.spread(c, f)?;
-                let (median, least, most) = (s.median, s.least, s.most);
-                Some(json!({
-                    "contestant": c.name(), "figure": f.name(),
-                    "median": median, "least": least, "most": most,
-                }))
-            })
-            .collect();
-        json!({ "about": self.about, "medians": medians, "samples": samples })
+    out.push_str("\n## Who\n\n");
+    for contestant in results.contestants() {
+        let of = |key| results.of_contestant(contestant, key);
+        let _ = writeln!(out, "- **{}** ({}): {}", contestant.name(), of("version"), of("settings"));
     }
+    let failures: Vec<_> = results.failures().collect();
+    if !failures.is_empty() {
+        out.push_str("\n## What failed\n\n");
+    }
+    for (sample, error) in failures {
+        let (who, what) = (sample.contestant.name(), sample.figure.name());
+        let _ = writeln!(out, "- {who}, {what}, round {}: {}", sample.round, error.trim().replace('\n', " "));
+    }
+    out
+}
 
-    fn table(&self) -> String {
-        let mut out = String::from("# Side by side\n\n");
-        let about = &self.about;
+fn about(out: &mut String, results: &Results, source: &str) {
+    let (a, s) = (|key: &str| results.about(key), |key: &str| results.setting(key));
+    let _ = writeln!(
+        out,
+        "Two namespaces joined by a veth pair, both ends, both agents and the load on the same processors. Each \
+         contestant is set up anew in every round, so that what the machine does meanwhile hits all alike: compare \
+         rows, not runs. Median of {} rounds of {} s (least to most), interleaved.\n",
+        s("rounds"),
+        s("seconds"),
+    );
+    if results.is_debug_build() {
+        out.push_str("**A debug build: these figures mean nothing.**\n\n");
+    }
+    let _ = writeln!(
+        out,
+        "{}, {} processors ({}), Linux {}, veth MTU {}, load before {}. {}. Warren at commit {}, {} lane(s). All \
+         samples: [{source}]({source}). Command:\n\n    bench/run {}",
+        a("date"),
+        a("processors"),
+        a("processor"),
+        a("kernel"),
+        s("underlay_mtu"),
+        a("load_before"),
+        a("iperf3"),
+        a("commit"),
+        s("lanes"),
+        a("command"),
+    );
+}
+
+fn goals(out: &mut String, results: &Results) {
+    let mut rows = String::new();
+    for goal in &GOALS {
+        let measured = match goal.beside {
+            Some(other) => results.ratio(goal.contestant, other, goal.figure),
+            None => results.spread(goal.contestant, goal.figure),
+        };
+        let Some(Spread { median, least, most }) = measured else { continue };
+        let reached = |limit: f64| if goal.less { median <= limit } else { median >= limit };
+        let verdict = match (reached(goal.bar), reached(goal.aim)) {
+            (_, true) => "aim reached",
+            (true, false) => "reached",
+            (false, false) => "**missed**",
+        };
+        let to = goal.beside.map_or_else(String::new, |other| format!(", to {}", other.name()));
+        let _ = writeln!(
+            rows,
+            "| {}, {}{to} | {median:.2} ({least:.2} to {most:.2}) | {} | {} | {verdict} |",
+            goal.contestant.name(),
+            goal.what,
+            goal.bar,
+            goal.aim,
+        );
+    }
+    if !rows.is_empty() {
+        let _ = write!(
+            out,
+            "\n## What Warren is to reach\n\nMedian of each round's ratio (least to most).\n\n| | measured | bar | aim | \
+             |\n|---|---|---|---|---|\n{rows}"
+        );
+    }
+}
+
+fn table(
+    out: &mut String,
+    results: &Results,
+    columns: &[(Figure, &str)],
+    cell: impl Fn(Contestant, Figure) -> Option<String>,
+) {
+    let titles: Vec<String> = columns.iter().map(|(_, title)| title.replace('<', "&lt;")).collect();
+    let _ = writeln!(out, "| | {} |\n|---|{}", titles.join(" | "), "---|".repeat(columns.len()));
+    for contestant in results.contestants() {
+        let cells: Vec<Option<String>> =
+            columns.iter().map(|(figure, _)| cell(contestant, *figure)).collect();
+        if cells.iter().all(Option::is_none) {
+            continue;
+        }
+        let cells: Vec<String> = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".to_owned())).collect();
+        let name = contestant.name();
+        let name = if contestant.is_ours() { format!("**{name}**") } else { name.to_owned() };
+        let _ = writeln!(out, "| {name} | {} |", cells.join(" | "));
+    }
+}
+
+fn headline(results: &Results) -> Vec<(Figure, &'static str)> {
+    HEADLINE.into_iter().filter(|(figure, _)| results.has(*figure)).collect()
+}
+
+fn with_ends(spread: Spread, figure: Figure) -> String {
+    let Spread { median, least, most } = spread;
+    format!("{} ({} to {})", figure.show(median), figure.show(least), figure.show(most))
+}
+
+// --- README --------------------------------------------------------------------------------------
+
+const BEGIN: &str = "<!-- speed: made by bench/run --render -->";
+const END: &str = "<!-- speed: end -->";
+
+fn between_marks(text: &str, part: &str) -> Option<String> {
+    let begin = text.find(BEGIN)? + BEGIN.len();
+    let end = begin + text[begin..].find(END)?;
+    Some(format!("{}\n{part}{}", &text[..begin], &text[end..]))
+}
+
+fn short(results: &Results) -> String {
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "![TCP throughput](bench/results/tcp.svg)\n\nBoth ends, both agents and iperf3 (cubic) on the same {} \
+         processors ({}, Linux {}), veth MTU {}, medians of {} rounds; Gbit/s, and microseconds one way:\n",
+        results.about("processors"),
+        results.about("processor"),
+        results.about("kernel"),
+        results.setting("underlay_mtu"),
+        results.setting("rounds"),
+    );
+    table(&mut out, results, &headline(results), |contestant, figure| {
+        results.spread(contestant, figure).map(|spread| figure.show(spread.median))
+    });
+    out.push_str(
+        "\nAbsolute figures drift with the machine and the hour; compare rows of one run. Spread, more figures, \
+         everybody's version and settings, and how each is measured: [bench/RESULTS.md](bench/RESULTS.md).\n",
+    );
+    let idle = [Figure::IdleMemory, Figure::IdleCpu].map(|f| results.spread(Contestant::WarrenWireguard, f));
+    if let [Some(memory), Some(cpu)] = idle {
         let _ = writeln!(
             out,
-            "Median of {} rounds of {} s (least to most), interleaved. {} processors ({}), Linux {}, veth MTU {}, \
-             Warren {} with {} lane(s), commit {}.{}\n",
-            about["rounds"],
-            about["seconds"],
-            about["processors"],
-            about["processor"].as_str().unwrap_or_default(),
-            about["kernel"].as_str().unwrap_or_default(),
-            about["underlay_mtu"],
-            about["warren"].as_str().unwrap_or_default(),
-            about["lanes"],
-            about["commit"].as_str().unwrap_or_default(),
-            if about["debug_build"] == true { " **A debug build: these figures mean nothing.**" } else { "" },
+            "An idle agent with {PEERS} peers has {:.0} MiB of memory and uses {:.2} % of one processor.",
+            memory.median, cpu.median
         );
-        self.rows(&mut out, |c, f| self.spread(c, f).map(|s| show(s, f)));
-        for reference in [Contestant::WireguardGo, Contestant::KernelVxlan] {
-            if self.contestants().contains(&reference) {
-                let _ = writeln!(out, "\nRatio of medians to {}:\n", reference.name());
-                self.rows(&mut out, |c, f| {
-                    let (mine, its) = (self.spread(c, f)?, self.spread(reference, f)?);
-                    Some(format!("{:.2}", mine.median / its.median))
-                });
-            }
-        }
-        out.push_str("\nSettings:\n\n");
-        for contestant in self.contestants() {
-            let _ = writeln!(out, "- {}: {}", contestant.name(), contestant.settings());
-        }
-        let failed = self.samples.iter().filter_map(|s| Some((s, s.value.as_ref().err()?)));
-        for (sample, error) in failed {
-            let (who, what) = (sample.contestant.name(), sample.figure.name());
-            let _ = writeln!(out, "- failed: {who}, {what}, round {}: {}", sample.round, error.trim());
-        }
-        out
     }
-
-    fn rows(&self, out: &mut String, cell: impl Fn(Contestant, Figure) -> Option<String>) {
-        let figures = self.figures();
-        let titles: Vec<&str> = figures.iter().map(|f| f.title()).collect();
-        let _ = writeln!(out, "| | {} |\n|---|{}", titles.join(" | "), "---|".repeat(figures.len()));
-        for contestant in self.contestants() {
-            let cells: Vec<String> =
-                figures.iter().map(|f| cell(contestant, *f).unwrap_or_else(|| "-".to_owned())).collect();
-            let _ = writeln!(out, "| {} | {} |", contestant.name(), cells.join(" | "));
-        }
-    }
-}
-
-fn show(spread: Spread, figure: Figure) -> String {
-    let Spread { median, least, most } = spread;
-    match figure {
-        Figure::PingPong => format!("{median:.0} ({least:.0} to {most:.0})"),
-        Figure::Tcp | Figure::TcpReverse | Figure::Tcp4 | Figure::Udp => {
-            format!("{median:.2} ({least:.2} to {most:.2})")
-        }
-    }
-}
-
-/// The first line that a program prints.
-fn said(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-    text.lines().next().unwrap_or("unknown").to_owned()
+    out
 }

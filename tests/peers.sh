@@ -2,6 +2,7 @@
 # Builds the other programs that Warren is tested with and measured against, outside the tree:
 #
 #     tests/peers.sh              build what is missing, print the folder
+#     tests/peers.sh bench        build Flannel's userspace back end too, which only bench/run needs
 #     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/connections and bench/rules need
 #     tests/peers.sh deploy       build helm and kustomize too, which render the manifests for the section `deploy`
 #     tests/peers.sh --path       print the folder only
@@ -17,6 +18,7 @@ gotatun=0.10.2
 cni_plugins=v1.9.1 # before, CHECK of `bandwidth` crashes for a pod without a limit
 cnitool=v1.3.0
 kube_proxy=1.36.3
+flannel=v0.28.10
 helm=v3.22.0
 kustomize=v5.7.1
 
@@ -94,6 +96,27 @@ kube_proxy() {
 }
 if [[ ${1:-} == kube-proxy ]]; then
     (kube_proxy)
+fi
+
+# flanneld starts only with etcd or Kubernetes behind it: a main of ours gives its back end `udp` the leases.
+flannel_udp() {
+    local source=$1 folder=$cache/flannel-udp version
+    version="$flannel $(cksum <"$source")"
+    fresh flannel-udp "$version" && return
+    need go flannel-udp
+    need cc flannel-udp
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    cp "$source" "$folder/main.go"
+    cd "$folder"
+    export GOFLAGS=''
+    go mod init warren-peers >&2
+    echo "require github.com/flannel-io/flannel $flannel" >>go.mod
+    CGO_ENABLED=1 nice go build -mod=mod -trimpath -o "$bin/flannel-udp" . >&2
+    built flannel-udp "$version"
+}
+if [[ ${1:-} == bench ]]; then
+    (flannel_udp "$(realpath "$(dirname "$0")")/../bench/flannel_udp.go")
 fi
 
 # MODULE VERSION BINARY

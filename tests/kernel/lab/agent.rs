@@ -82,6 +82,12 @@ impl Agent {
         self.wait_ready();
     }
 
+    /// Its process.
+    #[allow(dead_code)] // for those who measure it
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("look after the agent").is_none()

@@ -114,6 +114,12 @@ impl WireGuard {
         ));
     }
 
+    /// Its process.
+    #[allow(dead_code)] // for those who measure it
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// When its last handshake with anybody was, in seconds since 1970; 0 for never.
     pub fn last_handshake(on: &Node) -> u64 {
         last_handshake(on, INTERFACE)

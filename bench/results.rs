@@ -1,0 +1,189 @@
+//! Samples, what they say together, and their JSON.
+
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::{fs, io};
+
+use serde_json::{Map, Value, json};
+
+use crate::contestant::{Contestant, first_line};
+use crate::figure::Figure;
+use crate::lab::agent::warren;
+
+/// One measurement.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// Counts from 1.
+    pub round: u32,
+    /// Whose.
+    pub contestant: Contestant,
+    /// Of what.
+    pub figure: Figure,
+    /// The value, or why there is none.
+    pub value: Result<f64, String>,
+}
+
+/// Everything that was measured, on what, and with which versions and settings.
+#[derive(Debug)]
+pub struct Results {
+    about: Value,
+    contestants: Value,
+    samples: Vec<Sample>,
+}
+
+/// The middle of some values, and their ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Spread {
+    /// The middle.
+    pub median: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Option<Spread> {
+        values.sort_by(f64::total_cmp);
+        let (least, most) = (*values.first()?, *values.last()?);
+        let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);
+        Some(Spread { median: f64::midpoint(low, high), least, most })
+    }
+}
+
+impl Results {
+    /// Nothing yet; asks the machine what it is. `settings` are those of the run.
+    pub fn new(settings: Value, contestants: &[Contestant]) -> Results {
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let said = |program: &str, arguments: &[&str]| first_line(Command::new(program).args(arguments));
+        let about = json!({
+            "settings": settings,
+            "command": std::env::args().skip(1).filter(|word| word != "--bench").collect::<Vec<_>>().join(" "),
+            "date": said("date", &["-u", "+%F %H:%M UTC"]),
+            "processors": std::thread::available_parallelism().map_or(0, usize::from),
+            "processor": model.map_or("unknown", |(_, name)| name),
+            "kernel": said("uname", &["-r"]),
+            "load_before": load.split_whitespace().next(),
+            "iperf3": said("iperf3", &["--version"]),
+            "commit": said("git", &["describe", "--always", "--dirty"]),
+            "debug_build": warren().contains("/debug/"),
+        });
+        let entry = |c: &Contestant| {
+            (c.name().to_owned(), json!({ "version": c.version(), "settings": c.settings() }))
+        };
+        let contestants: Map<String, Value> = contestants.iter().map(entry).collect();
+        Results { about, contestants: contestants.into(), samples: Vec::new() }
+    }
+
+    /// One more.
+    pub fn add(&mut self, sample: Sample) {
+        self.samples.push(sample);
+    }
+
+    /// What was said about the machine, as text.
+    pub fn about(&self, key: &str) -> String {
+        text(&self.about[key])
+    }
+
+    /// A setting of the run.
+    pub fn setting(&self, key: &str) -> String {
+        text(&self.about["settings"][key])
+    }
+
+    /// Whether a debug build was measured.
+    pub fn is_debug_build(&self) -> bool {
+        self.about["debug_build"] == true
+    }
+
+    /// A contestant's `version` or `settings`.
+    pub fn of_contestant(&self, contestant: Contestant, key: &str) -> String {
+        text(&self.contestants[contestant.name()][key])
+    }
+
+    /// Who was measured, in the order of the tables.
+    pub fn contestants(&self) -> Vec<Contestant> {
+        let present = |c: &Contestant| self.samples.iter().any(|s| s.contestant == *c);
+        Contestant::ALL.into_iter().filter(present).collect()
+    }
+
+    /// Whether anybody has this figure.
+    pub fn has(&self, figure: Figure) -> bool {
+        self.samples.iter().any(|s| s.figure == figure && s.value.is_ok())
+    }
+
+    /// What a contestant's rounds say of a figure.
+    pub fn spread(&self, contestant: Contestant, figure: Figure) -> Option<Spread> {
+        Spread::of(self.values(contestant, figure).into_values().collect())
+    }
+
+    /// Each round's ratio of a contestant to another.
+    pub fn ratio(&self, contestant: Contestant, to: Contestant, figure: Figure) -> Option<Spread> {
+        let others = self.values(to, figure);
+        let ratio = |(round, value): (u32, f64)| Some(value / others.get(&round)?);
+        Spread::of(self.values(contestant, figure).into_iter().filter_map(ratio).collect())
+    }
+
+    /// What went wrong.
+    pub fn failures(&self) -> impl Iterator<Item = (&Sample, &str)> {
+        self.samples.iter().filter_map(|s| Some((s, s.value.as_ref().err()?.as_str())))
+    }
+
+    fn values(&self, contestant: Contestant, figure: Figure) -> BTreeMap<u32, f64> {
+        let samples = self.samples.iter().filter(|s| s.contestant == contestant && s.figure == figure);
+        samples.filter_map(|s| Some((s.round, *s.value.as_ref().ok()?))).collect()
+    }
+
+    /// For programs.
+    pub fn json(&self) -> Value {
+        let samples: Vec<Value> = self.samples.iter().map(Sample::json).collect();
+        let pairs = self.contestants().into_iter().flat_map(|c| Figure::ALL.map(|f| (c, f)));
+        let medians: Vec<Value> = pairs
+            .filter_map(|(c, f)| {
+                let Spread { median, least, most } = self.spread(c, f)?;
+                Some(json!({
+                    "contestant": c.name(), "figure": f.name(),
+                    "median": median, "least": least, "most": most,
+                }))
+            })
+            .collect();
+        json!({ "about": self.about, "contestants": self.contestants, "medians": medians, "samples": samples })
+    }
+
+    /// Reads what [`Self::json`] wrote.
+    pub fn read(text: &str) -> io::Result<Results> {
+        let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+        let json: Value = serde_json::from_str(text)?;
+        let samples = json["samples"].as_array().ok_or_else(|| wrong("no samples"))?;
+        let samples: Option<Vec<Sample>> = samples.iter().map(Sample::read).collect();
+        let samples = samples.ok_or_else(|| wrong("a sample of a contestant or figure that is not known"))?;
+        Ok(Results { about: json["about"].clone(), contestants: json["contestants"].clone(), samples })
+    }
+}
+
+impl Sample {
+    fn json(&self) -> Value {
+        let (value, error) = match &self.value {
+            Ok(value) => (Some(value), None),
+            Err(error) => (None, Some(error)),
+        };
+        json!({
+            "round": self.round, "contestant": self.contestant.name(), "figure": self.figure.name(),
+            "value": value, "error": error,
+        })
+    }
+
+    fn read(json: &Value) -> Option<Sample> {
+        Some(Sample {
+            round: u32::try_from(json["round"].as_u64()?).ok()?,
+            contestant: Contestant::named(json["contestant"].as_str()?)?,
+            figure: Figure::named(json["figure"].as_str()?)?,
+            value: json["value"].as_f64().ok_or_else(|| text(&json["error"])),
+        })
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
