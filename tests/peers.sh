@@ -7,8 +7,9 @@
 #     tests/peers.sh deploy       build helm and kustomize too, which render the manifests for the section `deploy`
 #     tests/peers.sh --path       print the folder only
 #
-# Needs cargo, go and a C compiler; kube-proxy downloads about 0.4 GB of Go modules. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because
-# wireguard-go is the reference and many kernels (the reason for Warren) have no module.
+# Needs cargo, a C compiler, and go (an old one fetches a new one, see tests/go); kube-proxy downloads about 0.4 GB of
+# Go modules. Kernel VXLAN needs nothing; the kernel's WireGuard is not used, because wireguard-go is the reference and
+# many kernels (the reason for Warren) have no module.
 set -euo pipefail
 
 # The versions that the results in bench/results and the interop tests stand for.
@@ -22,6 +23,7 @@ flannel=v0.28.10
 helm=v3.22.0
 kustomize=v5.7.1
 
+tests=$(cd "$(dirname "$0")" && pwd)
 cache=${WARREN_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/warren-peers}
 bin=$cache/bin
 if [[ ${1:-} == --path ]]; then
@@ -33,7 +35,12 @@ mkdir -p "$bin"
 # One version file per program: a changed version above rebuilds it.
 fresh() { [[ -x $bin/$1 && $(cat "$cache/$1.version" 2>/dev/null) == "$2" ]]; }
 built() { echo "$2" >"$cache/$1.version"; }
-need() { command -v "$1" >/dev/null || { echo "peers.sh: $1 is needed to build $2" >&2; exit 1; }; }
+need() {
+    command -v "$1" >/dev/null || { echo "peers.sh: $1 is needed to build $2" >&2; exit 1; }
+    [[ $1 == go ]] || return 0
+    PATH=$("$tests/go"):$PATH
+    unset GOROOT
+}
 
 if ! fresh wireguard-go "$wireguard_go"; then
     need go wireguard-go
