@@ -1,5 +1,7 @@
 //! Tests of [`super`]: from objects to snapshot and plan.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -266,6 +268,96 @@ fn this_node_hears_what_is_wrong_with_it() {
     };
     assert!(of(&[]).contains("no such Node"));
     assert!(of(&[bare]).contains("no pod range"));
+}
+
+/// A Node that is as old as the minute, with these annotations, ranges and addresses.
+fn claimant(name: &str, minute: u8, annotations: &str, ranges: &str, addresses: &[&str]) -> Object {
+    let addresses: Vec<String> =
+        addresses.iter().map(|address| format!("{{type: InternalIP, address: '{address}'}}")).collect();
+    let text = format!(
+        "{{apiVersion: v1, kind: Node, metadata: {{name: {name}, uid: {name}, creationTimestamp: '2026-01-01T00:{minute:02}:00Z', \
+         annotations: {{{annotations}}}}}, spec: {{podCIDRs: [{ranges}]}}, status: {{addresses: [{}]}}}}",
+        addresses.join(", ")
+    );
+    manifest::parse(text.as_bytes(), false).objects.remove(0)
+}
+
+/// What the agent of `own` thinks of the others, by name.
+fn opinions(own: &str, objects: &[Object]) -> BTreeMap<String, Peer> {
+    let settings = Settings {
+        node: own.to_owned(),
+        cluster_ranges: vec!["10.244.0.0/16".parse().unwrap()],
+        service_ranges: vec!["10.96.0.0/12".parse().unwrap()],
+        ..settings(EncapPolicy::WireGuard)
+    };
+    let compiled = compile(objects, &settings);
+    let peers = compiled.snapshot.mesh.peers.iter().flatten();
+    // A number is the agent's own affair, and the MTU that of its own path.
+    peers.map(|peer| (peer.name.clone(), Peer { id: PeerId(0), mtu: 0, ..Peer::clone(peer) })).collect()
+}
+
+/// The same table as `tests/kubernetes/checks hostile_node`, which asks the agents of a real cluster.
+#[test]
+fn a_node_that_lies_gains_nothing_and_all_agree_about_it() {
+    let key = |byte: u8| key_text(&[byte; 32]);
+    let lanes = |byte: u8| format!("warren.dev/lanes: '{}:51820'", key(byte));
+    let honest = |name, minute, number: u8| {
+        let (range, address) = (format!("10.244.{number}.0/24"), format!("192.0.2.{number}"));
+        claimant(name, minute, &lanes(number), &range, &[&address])
+    };
+    let (range, address) = ("10.244.9.0/24", &["192.0.2.9"][..]);
+    let with = |more: &str| format!("{}, {more}", lanes(9));
+    let long = with(&format!("warren.dev/endpoints: '{}'", "192.0.2.9:1,".repeat(40_000)));
+    let lies: Vec<(&str, String, &str, &[&str])> = vec![
+        ("nothing", String::new(), "", &[]),
+        ("another's key", lanes(1), range, address),
+        ("another's next key", with(&format!("warren.dev/also-keys: '{}'", key(1))), range, address),
+        ("an endpoint in a pod range", with("warren.dev/endpoints: '10.244.1.9:51820'"), range, address),
+        ("an endpoint in a Service range", with("warren.dev/endpoints: '10.96.0.1:443'"), range, address),
+        ("another's endpoint", with("warren.dev/endpoints: '192.0.2.1:51820'"), range, address),
+        ("ranges in an annotation", with("warren.dev/podCIDRs: '10.244.1.0/24'"), range, address),
+        (
+            "control characters",
+            "warren.dev/lanes: \"\\e[2J\\r\\n:1\", warren.dev/location: \"\\e[31m\"".into(),
+            range,
+            address,
+        ),
+        ("half a megabyte", long, range, address),
+        ("a protocol of tomorrow", with("warren.dev/protocol: '99'"), range, address),
+        ("another's address", lanes(9), range, &["192.0.2.1"]),
+        ("an address in a pod range", lanes(9), range, &["10.244.1.7"]),
+        ("a Service's address", lanes(9), range, &["10.96.0.1"]),
+        ("another's range", lanes(9), "10.244.1.0/24", address),
+        ("a part of another's range", lanes(9), "10.244.1.128/25", address),
+        ("everybody's range", lanes(9), "10.244.0.0/16", address),
+        ("the Services' range", lanes(9), "10.96.0.0/16", address),
+        ("the world", lanes(9), "0.0.0.0/0", address),
+        ("no range", lanes(9), "", address),
+    ];
+    let others = [honest("a", 1, 1), honest("b", 2, 2), honest("c", 3, 3)];
+    for (what, annotations, range, addresses) in &lies {
+        // Younger than all; and older than all, where it can take a name but must not divide the others.
+        for (minute, younger) in [(50, true), (0, false)] {
+            let liar = claimant("m", minute, annotations, range, addresses);
+            let after: Vec<Object> = others.iter().chain([&liar]).cloned().collect();
+            let before: Vec<Object> = [&liar].into_iter().chain(others.iter().rev()).cloned().collect();
+            let mut about: Vec<(String, Peer)> = Vec::new();
+            for own in ["a", "b", "c"] {
+                let says = opinions(own, &after);
+                assert_eq!(says, opinions(own, &before), "{what}: {own}, by the order of arrival");
+                about.extend(says.clone());
+                if younger {
+                    let alone: BTreeMap<String, Peer> =
+                        says.into_iter().filter(|(name, _)| name != "m").collect();
+                    assert_eq!(alone, opinions(own, &others), "{what}: {own} thinks otherwise of others");
+                }
+            }
+            for (name, peer) in &about {
+                let same = |(other, opinion): &&(String, Peer)| other != name || opinion == peer;
+                assert!(about.iter().all(|one| same(&one)), "{what}: they disagree about {name}");
+            }
+        }
+    }
 }
 
 /// Text that is nearly right: parts of good values and bad ones, so that the checks behind the first are met.
