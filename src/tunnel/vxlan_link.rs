@@ -57,6 +57,8 @@ pub struct VxlanLink {
     waiting: BTreeMap<PeerId, Waiting>,
     waited: Waited,
     mesh: Option<Arc<Mesh>>,
+    /// The source of the last datagram, as `mesh` has it.
+    last_sender: Option<(IpAddr, PeerId)>,
 }
 
 /// What peers have told. No packet clones a [`Neighbour`]'s `Arc`: the count of owners stands beside what
@@ -85,6 +87,7 @@ impl VxlanLink {
             waiting: BTreeMap::new(),
             waited: Waited::default(),
             mesh: None,
+            last_sender: None,
         }
     }
 
@@ -94,6 +97,7 @@ impl VxlanLink {
             return;
         }
         let old = self.mesh.replace(Arc::clone(mesh));
+        self.last_sender = None;
         let same = |id: &PeerId| {
             let before = old.as_ref().and_then(|m| m.peer(*id)).and_then(|p| p.vxlan.as_ref());
             let after = mesh.peer(*id).and_then(|p| p.vxlan.as_ref());
@@ -241,8 +245,7 @@ impl VxlanLink {
         datagram: &[u8],
         tx: &mut TxBatch,
     ) -> Opened {
-        let Some(peer) = snapshot.mesh.vxlan_sources.get(&from.ip()).and_then(|id| snapshot.mesh.peer(*id))
-        else {
+        let Some(peer) = self.sender(&snapshot.mesh, from.ip()) else {
             return Opened::Drop(DropReason::UnknownVxlanSource);
         };
         if peer.encap != Some(Encap::Vxlan) {
@@ -276,6 +279,17 @@ impl VxlanLink {
             }
             Err(reason) => Opened::Drop(reason),
         }
+    }
+
+    /// Whose address this is. Datagrams come in runs: whoever sent the last one most likely sent this one too.
+    fn sender<'a>(&mut self, mesh: &'a Arc<Mesh>, address: IpAddr) -> Option<&'a Arc<Peer>> {
+        let followed = self.mesh.as_ref().is_some_and(|followed| Arc::ptr_eq(followed, mesh));
+        let id = match self.last_sender {
+            Some((last, id)) if last == address && followed => id,
+            Some(_) | None => *mesh.vxlan_sources.get(&address)?,
+        };
+        self.last_sender = followed.then_some((address, id));
+        mesh.peer(id)
     }
 
     /// Remembers the MAC address of a peer that announces none, and sends what waited for it.
