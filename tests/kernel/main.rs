@@ -7,6 +7,7 @@ pub mod lab;
 
 mod others;
 
+mod bulk;
 mod cni;
 mod folder;
 mod interop;

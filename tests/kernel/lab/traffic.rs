@@ -2,8 +2,8 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,15 +22,22 @@ const GLANCE: Duration = Duration::from_millis(50);
 pub const SIZES: [usize; 16] =
     [1, 2, 63, 536, 1350, 1372, 1380, 1381, 1392, 1393, 1422, 1473, 4096, 9000, 32_768, 65_507];
 
-/// Byte i of every stream: any loss, doubling or swap shows. The period is prime and larger than a packet.
-fn byte(position: u64) -> u8 {
-    let x = (position % 1_048_573).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (x >> 56) as u8
-}
+/// Of the bytes of every stream: prime and larger than a packet, so that any loss, doubling or swap shows.
+const PERIOD: u64 = 1_048_573;
 
 /// `length` bytes of the stream from `start`.
 pub fn pattern(start: u64, length: usize) -> Vec<u8> {
-    (start..start + length as u64).map(byte).collect()
+    static ONE_PERIOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        (0..PERIOD).map(|position| (position.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+    });
+    let mut bytes = Vec::with_capacity(length);
+    let mut at = (start % PERIOD) as usize;
+    while bytes.len() < length {
+        let rest = &ONE_PERIOD[at..];
+        bytes.extend(&rest[..rest.len().min(length - bytes.len())]);
+        at = 0;
+    }
+    bytes
 }
 
 /// Echoes TCP and UDP on one station's addresses until dropped.
