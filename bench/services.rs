@@ -143,7 +143,7 @@ fn measure(services: u32, endpoints: u32) -> Measured {
     let begun = clock::now();
     for kind in [Kind::Service, Kind::EndpointSlice] {
         let objects = objects.iter().filter(|object| object.kind() == kind).cloned().collect();
-        line.handle(SourceEvent::Reset { kind, objects, complete: true });
+        line.handle(SourceEvent::Reset { kind, objects, complete: true, unread: Vec::new() });
     }
     line.compile();
     let from_nothing = clock::now().duration_since(begun);
@@ -233,7 +233,7 @@ fn bursts(encap: Wrap, to: To, services: u32) {
             _ => slice(n, 25, 0),
         };
         let objects = (0..services).map(make).collect();
-        line.handle(SourceEvent::Reset { kind, objects, complete: true });
+        line.handle(SourceEvent::Reset { kind, objects, complete: true, unread: Vec::new() });
     }
     line.compile();
     let encap = if encap == Wrap::Wireguard { Encap::WireGuard } else { Encap::Vxlan };
@@ -271,7 +271,7 @@ fn state_line() -> (StateLine, Outputs) {
     let (mut line, outputs) = StateLine::new(settings, None);
     for kind in Kind::ALL {
         let objects = if kind == Kind::Node { (0..NODES).map(node).collect() } else { Vec::new() };
-        line.handle(SourceEvent::Reset { kind, objects, complete: true });
+        line.handle(SourceEvent::Reset { kind, objects, complete: true, unread: Vec::new() });
     }
     line.compile();
     (line, outputs)

@@ -149,12 +149,26 @@ impl Desired {
         outcome
     }
 
+    /// The source has this object and cannot read it: what is known of it stays.
+    pub fn confirm(&mut self, key: &Key) {
+        self.unconfirmed.remove(key);
+    }
+
     /// The source has said all about the kind: what it did not confirm goes.
     pub fn complete(&mut self, kind: Kind) -> Outcome {
         let first = self.listed.insert(kind);
         let mut outcome = Outcome { changed: first, mesh: first && is_mesh(kind), reports: Vec::new() };
         let gone: Vec<Key> = self.unconfirmed_keys(kind).cloned().collect();
         for key in gone {
+            outcome.extend(self.delete(&key));
+        }
+        outcome
+    }
+
+    /// What is in force without the source's word was somebody else's: all of it goes.
+    pub fn forget(&mut self) -> Outcome {
+        let mut outcome = Outcome::default();
+        for key in self.unconfirmed.clone() {
             outcome.extend(self.delete(&key));
         }
         outcome

@@ -21,7 +21,7 @@ use super::desired::{Desired, Outcome};
 use super::problem::{Problem, ProblemBoard, ProblemKind};
 use super::publish::{Announcer, Published, Publisher};
 use super::services::saved::SavedServices;
-use super::source::{Key, Kind, SourceEvent};
+use super::source::{Key, Kind, Object, SourceEvent};
 use crate::snapshot::{LocalNode, Mesh, Snapshot};
 
 /// How often our published file is looked at, and the state saved if it has changed.
@@ -54,6 +54,10 @@ pub struct StateReport {
     pub from_checkpoint: Option<u64>,
     /// Whether the source shows this node's Node with the keys that we announce.
     pub keys_shown: bool,
+    /// Whether the source has given a list since the start, be it incomplete.
+    pub heard: bool,
+    /// Whether the source has shown this node's own Node since the start.
+    pub own_confirmed: bool,
     /// How many Nodes there are, this one included.
     pub nodes: usize,
     /// How many Services are served.
@@ -91,6 +95,8 @@ pub struct StateLine {
     board: ProblemBoard,
     settings: Settings,
     from_checkpoint: Option<u64>,
+    /// The UID that this node's Node had when that was saved, until the source has shown the Node.
+    saved_uid: Option<String>,
     /// Which kinds the source has listed, and whether it said that this was all.
     heard: BTreeMap<Kind, bool>,
     /// Whether what is in force would do for a restart.
@@ -133,12 +139,15 @@ impl StateLine {
         let (report, report_reader) = watch::channel(Arc::new(StateReport::default()));
         let from_checkpoint = saved.as_ref().map(|saved| saved.saved);
         let saved = saved.unwrap_or_default();
+        let is_own = |object: &&Object| object.key().kind == Kind::Node && object.key().name == settings.node;
+        let saved_uid = saved.objects.iter().find(is_own).and_then(|own| own.metadata().uid.clone());
         let mut line = StateLine {
             desired: Desired::default(),
             compiler: Compiler::with_ids(saved.ids),
             board: ProblemBoard::default(),
             settings,
             from_checkpoint,
+            saved_uid,
             heard: BTreeMap::new(),
             savable: false,
             mesh_changed: true,
@@ -160,8 +169,9 @@ impl StateLine {
         let outcome = match event {
             SourceEvent::Apply(object) => self.desired.apply(&object),
             SourceEvent::Delete(key) => self.desired.delete(&key),
-            SourceEvent::Reset { kind, objects, complete } => {
+            SourceEvent::Reset { kind, objects, complete, unread } => {
                 let mut outcome = self.desired.list(kind, &objects);
+                unread.iter().for_each(|key| self.desired.confirm(key));
                 let news = self.heard.insert(kind, complete) != Some(complete);
                 outcome.changed |= news;
                 outcome.mesh |= news && NEEDED.contains(&kind);
@@ -172,7 +182,26 @@ impl StateLine {
             }
         };
         let changed = self.take_in(outcome);
-        self.drop_unconfirmed() | changed
+        self.drop_of_another() | self.drop_unconfirmed() | changed
+    }
+
+    /// A Node of this name that is another one than was saved: what was saved is of another node, perhaps of another
+    /// cluster, and holds no longer.
+    fn drop_of_another(&mut self) -> bool {
+        if !self.is_own_node_shown() {
+            return false;
+        }
+        let (Some(saved), Some(own)) = (self.saved_uid.take(), self.desired.node(&self.settings.node)) else {
+            return false;
+        };
+        if saved == own.uid || own.uid.is_empty() {
+            return false;
+        }
+        tracing::warn!(
+            "this node's Node was replaced since the state was saved: that is not obeyed any more"
+        );
+        let outcome = self.desired.forget();
+        self.take_in(outcome)
     }
 
     /// Takes complete lists for what they say. One without this node's own Node, when there was one
@@ -290,6 +319,11 @@ impl StateLine {
         gone || self.desired.is_unconfirmed(&Key { kind: Kind::Node, namespace: String::new(), name })
     }
 
+    /// Whether the source has shown this node's own Node since the start.
+    fn is_own_node_shown(&self) -> bool {
+        self.desired.node(&self.settings.node).is_some() && !self.is_own_node_missing()
+    }
+
     /// Why what the source gave is not yet taken for everything.
     fn incomplete(&self) -> Option<Problem> {
         if self.is_listed() || !self.is_heard() {
@@ -353,6 +387,8 @@ impl StateLine {
                 let (shown, said) = (&node.announcement, &self.settings.announcement);
                 shown.lanes == said.lanes && shown.also == said.also
             }),
+            heard: self.is_heard(),
+            own_confirmed: self.is_own_node_shown(),
             nodes: self.desired.nodes().count(),
             services,
             endpoints,
@@ -605,8 +641,13 @@ mod tests {
     fn saved_by_one_that_knew(text: &str) -> Checkpoint {
         let (mut line, _) = StateLine::new(settings("a", 1), None);
         let objects = manifest::parse(text.as_bytes(), false).objects;
-        line.handle(SourceEvent::Reset { kind: Kind::Node, objects, complete: true });
-        line.handle(SourceEvent::Reset { kind: Kind::ServiceCidr, objects: Vec::new(), complete: true });
+        line.handle(SourceEvent::Reset { kind: Kind::Node, objects, complete: true, unread: Vec::new() });
+        line.handle(SourceEvent::Reset {
+            kind: Kind::ServiceCidr,
+            objects: Vec::new(),
+            complete: true,
+            unread: Vec::new(),
+        });
         line.compile();
         assert!(line.savable);
         line.checkpoint(SystemTime::UNIX_EPOCH + Duration::from_secs(77))
@@ -616,6 +657,40 @@ mod tests {
         let changed = events.into_iter().fold(false, |changed, event| line.handle(event) | changed);
         if changed {
             line.compile();
+        }
+    }
+
+    #[test]
+    fn what_was_saved_of_another_node_of_this_name_is_not_obeyed() {
+        let of_uid = |name: &str, number, uid: &str| {
+            node(name, number).replace(&format!("name: {name}"), &format!("name: {name}, uid: {uid}"))
+        };
+        let saved = saved_by_one_that_knew(&(of_uid("a", 1, "one") + &of_uid("b", 2, "b")));
+        let own = |text: &str| SourceEvent::Reset {
+            kind: Kind::Node,
+            objects: manifest::parse(text.as_bytes(), false).objects,
+            complete: false,
+            unread: Vec::new(),
+        };
+        let range = |outputs: &Outputs| outputs.plan.borrow().as_ref().unwrap().pod_ranges.clone();
+        for (uid, number, known) in [("one", 1, vec!["b"]), ("two", 7, Vec::new())] {
+            let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved.clone()));
+            assert_eq!(
+                (peers(&outputs), outputs.report.borrow().own_confirmed),
+                (vec!["b".to_owned()], false)
+            );
+            // Somebody else's Node says nothing about it.
+            let other = manifest::parse(node("c", 3).as_bytes(), false).objects.remove(0);
+            feed(&mut line, vec![SourceEvent::Apply(other)]);
+            assert!(!outputs.report.borrow().own_confirmed);
+            feed(&mut line, vec![own(&of_uid("a", number, uid))]);
+            assert!(outputs.report.borrow().own_confirmed);
+            let mut expected = known;
+            if uid == "one" {
+                expected.push("c");
+            }
+            assert_eq!(peers(&outputs), expected, "{uid}");
+            assert_eq!(range(&outputs), [format!("10.244.{number}.0/24").parse().unwrap()]);
         }
     }
 
@@ -765,11 +840,17 @@ mod tests {
     fn a_node_that_loses_its_pod_range_keeps_the_last_state() {
         let saved = saved_by_one_that_knew(&(node("a", 1) + &node("b", 2)));
         let nodes = |text: &str| SourceEvent::Reset {
+            unread: Vec::new(),
             kind: Kind::Node,
             objects: manifest::parse(text.as_bytes(), false).objects,
             complete: true,
         };
-        let cidrs = SourceEvent::Reset { kind: Kind::ServiceCidr, objects: Vec::new(), complete: true };
+        let cidrs = SourceEvent::Reset {
+            kind: Kind::ServiceCidr,
+            objects: Vec::new(),
+            complete: true,
+            unread: Vec::new(),
+        };
         let wrong = node("a", 1).replace(".0/24", ".0/33");
         // Wrong from the first list after a restart on; then well; then wrong again.
         let (mut line, mut outputs) = StateLine::new(settings("a", 1), Some(saved));
@@ -907,6 +988,7 @@ mod tests {
         let serves = |outputs: &Outputs| outputs.snapshot.load().services.frontend(&cluster_ip()).is_some();
         assert!(serves(&outputs) && !outputs.snapshot.load().services.is_complete());
         let list = |kind, text: &str, complete| SourceEvent::Reset {
+            unread: Vec::new(),
             kind,
             objects: manifest::parse(text.as_bytes(), false).objects,
             complete,

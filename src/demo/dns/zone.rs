@@ -48,7 +48,7 @@ impl Zone {
                     self.services.remove(&key);
                     self.slices.remove(&key);
                 }
-                SourceEvent::Reset { kind, objects, complete } => {
+                SourceEvent::Reset { kind, objects, complete, .. } => {
                     if complete {
                         self.services.retain(|key, _| key.kind != kind);
                         self.slices.retain(|key, _| key.kind != kind);

@@ -3,11 +3,12 @@
 //!
 //! Each node tells what concerns itself. What concerns another is told by three of the nodes, chosen by name, because
 //! that one may have no agent, or a bad one; the Event's name is made from what it says, so that they write one.
-//! It is told again after an hour, when the API server has forgotten it. So many at a time and no more.
+//! It is told again after an hour, when the API server has forgotten it. So many at a time and no more; what the API
+//! server did not take is told later.
 //!
 //! RBAC: `create` of `events.events.k8s.io` in the namespace `default`, where a Node's Events live.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -26,8 +27,8 @@ use tokio::time::sleep;
 use crate::snapshot::{Peer, PublicKey, Snapshot};
 use crate::state::problem::{Problem, ProblemKind};
 use crate::state::run::{Clock, StateReport};
-use crate::state::source::kube::Cluster;
 use crate::state::source::kube::client::reason;
+use crate::state::source::kube::{Cluster, Pauses};
 
 /// How many of the nodes tell what concerns another one.
 const TELLERS: usize = 3;
@@ -42,6 +43,8 @@ const ROOM_EVERY: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(3660);
 /// Most that is remembered as told.
 const MAX_TOLD: usize = 1024;
+/// Most that happened once and is still to be told.
+const MAX_ONCE: usize = 64;
 /// validateV1EventCreate: a note has so many bytes at most, and the instance so many.
 const MAX_NOTE: usize = 1024;
 const MAX_INSTANCE: usize = 128;
@@ -65,54 +68,109 @@ impl Teller {
     /// Tells until the state line ends.
     pub async fn run(mut self) {
         let api: Api<Event> = Api::namespaced(self.cluster.client(), "default");
-        let mut told = Told { room: BURST, ..Told::default() };
+        let mut desk = Desk { told: Told { room: BURST, ..Told::default() }, ..Desk::default() };
         let mut keys = Keys::default();
-        let mut since: HashMap<u64, Instant> = HashMap::new();
+        let mut pauses = Pauses::default();
         loop {
             let report = Arc::clone(&self.report.borrow_and_update());
             let snapshot = self.snapshot.load_full();
             let now = (self.clock.now)();
-            let news = keys.look(&snapshot);
+            let ours = |news: &News| concerns(&news.node, &self.node, &snapshot);
+            desk.happened(keys.look(&snapshot).into_iter().filter(ours));
             // Only what this start has seen: the saved state's problems are those of then.
             let problems = report.problems.iter().filter(|_| report.listed).filter_map(News::of);
-            let (mut again, mut current) = (AGAIN / 6, HashMap::new());
-            for news in news.into_iter().chain(problems) {
-                let hash = news.hash();
-                if told.is_recent(hash, now) {
-                    continue;
-                }
-                if !concerns(&news.node, &self.node, &snapshot) {
-                    told.note(hash, now);
-                    continue;
-                }
-                let first = since.get(&hash).copied().unwrap_or(now);
-                if news.warning && now.saturating_duration_since(first) < SETTLED {
-                    current.insert(hash, first);
-                    again = LOOK_EVERY;
-                    continue;
-                }
-                if !told.takes_room(now) {
-                    again = again.min(ROOM_EVERY);
-                    break;
-                }
-                told.note(hash, now);
-                let event = news.event(&self.node, (self.clock.wall)());
-                match api.create(&PostParams::default(), &event).await {
-                    Ok(_) => {}
-                    // Another node was first, or we before a restart.
-                    Err(kube::Error::Api(status)) if status.code == 409 => {}
+            let (due, mut again) = desk.due(problems.filter(ours).collect(), now);
+            for news in due {
+                match self.tell(&api, &news).await {
+                    Ok(()) => {
+                        pauses.reset();
+                        desk.told(&news, now);
+                    }
                     Err(error) => {
-                        tracing::debug!("an Event on Node {} cannot be told: {}", news.node, reason(&error))
+                        let reason = reason(&error);
+                        tracing::debug!("an Event on Node {} is told later: {reason}", news.node);
+                        again = pauses.next();
+                        break;
                     }
                 }
             }
-            since = current;
             sleep(LOOK_EVERY).await;
             tokio::select! {
                 changed = self.report.changed() => if changed.is_err() { return },
                 () = sleep(again) => {}
             }
         }
+    }
+
+    /// An error: it may be taken another time.
+    async fn tell(&self, api: &Api<Event>, news: &News) -> Result<(), kube::Error> {
+        let event = news.event(&self.node, (self.clock.wall)());
+        match api.create(&PostParams::default(), &event).await {
+            // 409: another node was first, or we before a restart.
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            // Never: it is not made better by saying it again.
+            Err(kube::Error::Api(status)) if matches!(status.code, 400 | 413 | 422) => {
+                tracing::debug!("an Event on Node {} is not taken: {}", news.node, status.message);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What there is to tell, and what was told.
+#[derive(Debug, Default)]
+struct Desk {
+    told: Told,
+    /// What happened, and is not to be seen a second time.
+    once: VecDeque<News>,
+    /// Since when problems have been there that are not settled.
+    since: HashMap<u64, Instant>,
+}
+
+impl Desk {
+    fn happened(&mut self, news: impl Iterator<Item = News>) {
+        for news in news {
+            if self.once.len() >= MAX_ONCE {
+                self.once.pop_front();
+            }
+            self.once.push_back(news);
+        }
+    }
+
+    /// What is to be told now, and how soon there may be more of it.
+    fn due(&mut self, problems: Vec<News>, now: Instant) -> (Vec<News>, Duration) {
+        let (mut again, mut due, mut unsettled) = (AGAIN / 6, Vec::new(), HashMap::new());
+        let told = &self.told;
+        self.once.retain(|news| !told.is_recent(news.hash(), now));
+        for news in self.once.iter().cloned().chain(problems) {
+            let hash = news.hash();
+            if told.is_recent(hash, now) {
+                continue;
+            }
+            let first = self.since.get(&hash).copied().unwrap_or(now);
+            if news.warning {
+                unsettled.insert(hash, first);
+                if now.saturating_duration_since(first) < SETTLED {
+                    again = LOOK_EVERY;
+                    continue;
+                }
+            }
+            due.push(news);
+        }
+        self.since = unsettled;
+        let room = self.told.room(now);
+        if due.len() > room {
+            due.truncate(room);
+            again = again.min(ROOM_EVERY);
+        }
+        (due, again)
+    }
+
+    fn told(&mut self, news: &News, now: Instant) {
+        self.told.note(news.hash(), now);
+        self.once.retain(|one| one != news);
     }
 }
 
@@ -135,7 +193,8 @@ impl News {
             // That there is no such Node is nothing to be told on it.
             ProblemKind::Setting if problem.field.is_empty() => return None,
             ProblemKind::Setting => "Mismatch",
-            ProblemKind::File | ProblemKind::Object => return None,
+            ProblemKind::Object => "BadObject",
+            ProblemKind::File => return None,
         };
         let note = match problem.field.as_str() {
             "" => problem.reason.clone(),
@@ -221,24 +280,23 @@ impl Told {
     }
 
     fn note(&mut self, hash: u64, now: Instant) {
-        if self.at.len() >= MAX_TOLD {
-            self.at.retain(|_, at| now.saturating_duration_since(*at) < AGAIN);
-        }
-        if self.at.len() < MAX_TOLD {
-            self.at.insert(hash, now);
-        }
+        self.at.insert(hash, now);
+        self.room = self.room.saturating_sub(1);
     }
 
-    fn takes_room(&mut self, now: Instant) -> bool {
+    /// How many may be told now.
+    fn room(&mut self, now: Instant) -> usize {
         let refilled = *self.refilled.get_or_insert(now);
         let more = now.saturating_duration_since(refilled).as_secs() / ROOM_EVERY.as_secs();
         if let Some(more) = u32::try_from(more).ok().filter(|more| *more > 0) {
             self.room = self.room.saturating_add(more).min(BURST);
             self.refilled = Some(now);
         }
-        let is_room = self.room > 0 && self.at.len() < MAX_TOLD;
-        self.room -= u32::from(is_room);
-        is_room
+        if self.at.len() >= MAX_TOLD {
+            self.at.retain(|_, at| now.saturating_duration_since(*at) < AGAIN);
+        }
+        // What cannot be remembered is not told.
+        (self.room as usize).min(MAX_TOLD.saturating_sub(self.at.len()))
     }
 }
 
@@ -313,15 +371,43 @@ mod tests {
         let mut told = Told { room: BURST, ..Told::default() };
         told.note(1, start);
         assert!(told.is_recent(1, start) && !told.is_recent(2, start) && !told.is_recent(1, start + AGAIN));
-        assert_eq!((0..100).filter(|_| told.takes_room(start)).count(), BURST as usize);
-        assert!(told.takes_room(start + ROOM_EVERY) && !told.takes_room(start + ROOM_EVERY));
-        for hash in 0..2 * MAX_TOLD as u64 {
-            told.note(hash, start);
-        }
-        assert_eq!(told.at.len(), MAX_TOLD);
-        assert!(!told.takes_room(start + 2 * ROOM_EVERY), "what cannot be remembered is not told");
-        told.note(u64::MAX, start + AGAIN);
-        assert!(told.takes_room(start + AGAIN));
+        assert_eq!(told.room(start), BURST as usize - 1);
+        (0..BURST).for_each(|hash| told.note(hash.into(), start));
+        assert_eq!(
+            (told.room(start), told.room(start + ROOM_EVERY), told.room(start + ROOM_EVERY)),
+            (0, 1, 1)
+        );
+        (0..MAX_TOLD as u64).for_each(|hash| told.note(hash, start));
+        assert_eq!(told.room(start + 100 * ROOM_EVERY), 0);
+        assert_eq!(told.room(start + AGAIN), BURST as usize);
+    }
+
+    #[test]
+    fn what_was_not_taken_is_due_until_it_is() {
+        #[expect(clippy::disallowed_methods, reason = "a start for the made-up clock")]
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut desk = Desk { told: Told { room: BURST, ..Told::default() }, ..Desk::default() };
+        let changed =
+            News { node: "b".to_owned(), reason: "KeysChanged", note: "x".to_owned(), warning: false };
+        desk.happened([changed.clone()].into_iter());
+        // It happened once and is due for as long as nobody took it; a problem only once it has settled.
+        assert_eq!(desk.due(vec![news("y")], at(0)), (vec![changed.clone()], LOOK_EVERY));
+        assert_eq!(desk.due(vec![news("y")], at(4)).0, [changed.clone(), news("y")]);
+        desk.told(&changed, at(4));
+        assert_eq!(desk.due(vec![news("y")], at(5)).0, [news("y")]);
+        desk.told(&news("y"), at(5));
+        assert_eq!(desk.due(vec![news("y")], at(6)).0, []);
+        assert_eq!(desk.due(vec![news("y")], at(5) + AGAIN).0, []);
+        let again = desk.due(vec![news("y")], at(9) + AGAIN).0;
+        assert_eq!(again, [news("y")], "the API server has forgotten it");
+
+        let many = || (0..100).map(|n| News { note: n.to_string(), ..changed.clone() });
+        desk.happened(many());
+        assert_eq!(desk.once.len(), MAX_ONCE);
+        let (due, again) = desk.due(Vec::new(), at(1000));
+        assert_eq!((due.len(), again), (BURST as usize, ROOM_EVERY));
+        assert_eq!(desk.due(Vec::new(), at(1000)).0, due, "nothing is lost by looking");
     }
 
     fn snapshot(peers: Vec<Peer>) -> Snapshot {
@@ -400,6 +486,13 @@ mod tests {
         until("both tried", || fake.requests().len() == 2).await;
         reports.send_replace(report(vec![problem("x"), problem("y")]));
         until("the next one", || fake.posted().len() == 2).await;
+        // While the API server fails nothing is lost, and it is not asked all the time.
+        fake.manners(|manners| manners.failing = Some(503));
+        let before = fake.requests().len();
+        reports.send_replace(report(vec![problem("x"), problem("y"), problem("z")]));
+        until("an attempt", || fake.requests().len() > before).await;
+        fake.manners(|manners| manners.failing = None);
+        until("the third one", || fake.posted().len() == 3).await;
         let event = &fake.posted()[0];
         assert_eq!(
             (&event["regarding"]["kind"], &event["regarding"]["name"]),

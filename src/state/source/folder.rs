@@ -194,7 +194,7 @@ impl Folder {
         let of_kind = |kind| {
             self.merged.values().filter(move |object| object.kind() == kind).cloned().collect::<Vec<_>>()
         };
-        let reset = |kind| SourceEvent::Reset { kind, objects: of_kind(kind), complete };
+        let reset = |kind| SourceEvent::Reset { kind, objects: of_kind(kind), complete, unread: Vec::new() };
         events.retain(|event| matches!(event, SourceEvent::Problems { .. }));
         events.splice(0..0, Kind::ALL.map(reset));
     }
@@ -551,7 +551,7 @@ mod tests {
                 SourceEvent::Apply(object) => Some(format!("+{}", object.key())),
                 SourceEvent::Delete(key) => Some(format!("-{key}")),
                 SourceEvent::Reset { objects, .. } if objects.is_empty() => None,
-                SourceEvent::Reset { kind, objects, complete } => {
+                SourceEvent::Reset { kind, objects, complete, .. } => {
                     let sign = if *complete { '=' } else { '~' };
                     Some(format!("{sign}{}:{}", kind.name(), objects.len()))
                 }

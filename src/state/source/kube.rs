@@ -2,7 +2,7 @@
 //!
 //! - [`access`]: which API servers there are to ask, and as whom (`files`); `connect`: the first that answers
 //! - [`client`]: requests, and since when nobody answers
-//! - `watch`: one kind, for ever
+//! - `watch`: one kind, for ever; `loose`: what of its objects is read, and that one that cannot be read costs itself
 //!
 //! While nobody answers nothing is removed: what was last said stays in force. What is needed of RBAC: `list` and
 //! `watch` of `nodes`, `services`, `endpointslices.discovery.k8s.io` and `servicecidrs.networking.k8s.io`.
@@ -16,20 +16,19 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use tokio::sync::{mpsc, watch as channel};
 use tokio::task::JoinSet;
 
 use super::{Kind, Object, SourceEvent};
-use crate::state::annotations::PREFIX;
 use crate::state::problem::{Problem, ProblemKind};
 
 pub mod access;
 pub mod client;
 mod connect;
 mod files;
+mod loose;
 mod watch;
 
 pub use access::{AccessSettings, ServerUrl};
@@ -51,6 +50,7 @@ pub struct KubeSource {
     node: String,
     services: bool,
     stream_silence: Duration,
+    page_silence: Duration,
     own: channel::Sender<Option<Arc<Node>>>,
 }
 
@@ -64,7 +64,14 @@ impl KubeSource {
     ) -> (KubeSource, channel::Receiver<Option<Arc<Node>>>) {
         let (own, reader) = channel::channel(None);
         (
-            KubeSource { cluster, node: node.into(), services, stream_silence: watch::STREAM_SILENCE, own },
+            KubeSource {
+                cluster,
+                node: node.into(),
+                services,
+                stream_silence: watch::STREAM_SILENCE,
+                page_silence: watch::PAGE_SILENCE,
+                own,
+            },
             reader,
         )
     }
@@ -72,7 +79,7 @@ impl KubeSource {
     /// Follows the cluster until nobody listens any more.
     pub async fn run(self, events: mpsc::Sender<SourceEvent>) {
         let client = || self.cluster.client();
-        let stream_silence = self.stream_silence;
+        let (stream_silence, page_silence) = (self.stream_silence, self.page_silence);
         let mut tasks = JoinSet::new();
 
         let (node, own) = (self.node, self.own);
@@ -83,27 +90,28 @@ impl KubeSource {
             labels: None,
             optional: false,
             stream_silence,
+            page_silence,
+            cluster: self.cluster.clone(),
             object: node_fields,
         };
         tasks.spawn(nodes.run(events.clone(), async move |event: &SourceEvent| notice(&own, &node, event)));
 
         let cidrs = Watch {
-            api: Api::<ServiceCIDR>::all(client()),
+            api: Api::all(client()),
             kind: Kind::ServiceCidr,
             resource: "servicecidrs.networking.k8s.io",
             labels: None,
             optional: true, // Kubernetes 1.33
             stream_silence,
-            object: |mut cidr| {
-                trim(&mut cidr.metadata);
-                Object::ServiceCidr(Arc::new(cidr))
-            },
+            page_silence,
+            cluster: self.cluster.clone(),
+            object: |cidr: ServiceCIDR| Object::ServiceCidr(Arc::new(cidr)),
         };
         tasks.spawn(cidrs.run(events.clone(), async |_: &SourceEvent| {}));
 
         let slices = Watch {
             api: match self.services {
-                true => Api::<EndpointSlice>::all(client()),
+                true => Api::all(client()),
                 false => Api::namespaced(client(), "default"),
             },
             kind: Kind::EndpointSlice,
@@ -111,26 +119,24 @@ impl KubeSource {
             labels: Some(if self.services { OURS } else { API_SERVER }),
             optional: false,
             stream_silence,
-            object: |mut slice| {
-                trim(&mut slice.metadata);
-                Object::EndpointSlice(Arc::new(slice))
-            },
+            page_silence,
+            cluster: self.cluster.clone(),
+            object: |slice: EndpointSlice| Object::EndpointSlice(Arc::new(slice)),
         };
         let access = self.cluster.access();
         tasks.spawn(slices.run(events.clone(), async move |event: &SourceEvent| learn(&access, event).await));
 
         if self.services {
             let services = Watch {
-                api: Api::<Service>::all(client()),
+                api: Api::all(client()),
                 kind: Kind::Service,
                 resource: "services",
                 labels: Some(OURS),
                 optional: false,
                 stream_silence,
-                object: |mut service| {
-                    trim(&mut service.metadata);
-                    Object::Service(Arc::new(service))
-                },
+                page_silence,
+                cluster: self.cluster.clone(),
+                object: |service: Service| Object::Service(Arc::new(service)),
             };
             tasks.spawn(services.run(events.clone(), async |_: &SourceEvent| {}));
         }
@@ -223,29 +229,12 @@ async fn say_whether_it_answers(mut contact: channel::Receiver<Contact>, events:
     }
 }
 
-/// A Node without what is large and not read: images, volumes, other programs' annotations.
+/// Of a Node's conditions only one is ours.
 fn node_fields(mut node: Node) -> Object {
-    trim(&mut node.metadata);
-    if let Some(status) = node.status.take() {
-        let mut conditions = status.conditions;
-        conditions.iter_mut().for_each(|list| list.retain(|one| one.type_ == NETWORK_UNAVAILABLE));
-        node.status = Some(k8s_openapi::api::core::v1::NodeStatus {
-            addresses: status.addresses,
-            daemon_endpoints: status.daemon_endpoints,
-            conditions,
-            ..Default::default()
-        });
+    if let Some(conditions) = node.status.as_mut().and_then(|status| status.conditions.as_mut()) {
+        conditions.retain(|one| one.type_ == NETWORK_UNAVAILABLE);
     }
     Object::Node(Arc::new(node))
-}
-
-fn trim(metadata: &mut ObjectMeta) {
-    metadata.managed_fields = None;
-    metadata.owner_references = None;
-    metadata.finalizers = None;
-    if let Some(annotations) = &mut metadata.annotations {
-        annotations.retain(|name, _| name.starts_with(PREFIX));
-    }
 }
 
 fn setting(subject: &str, reason: String) -> Problem {

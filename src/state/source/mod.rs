@@ -154,6 +154,8 @@ pub enum SourceEvent {
         /// part of what it has says so, and gives a complete list when it can; until then nothing is gone
         /// for being absent.
         complete: bool,
+        /// Those that are there and cannot be read: what was known of them stays in force.
+        unread: Vec<Key>,
     },
     /// Replaces what `origin` has to report; an empty list means that all is well there now.
     Problems {

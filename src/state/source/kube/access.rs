@@ -343,16 +343,25 @@ impl AccessSettings {
                     continue;
                 }
             }
-            let read = || {
-                let (cluster, _) = read_kubeconfig(path)?;
-                let mut roots = roots.clone();
-                if has_authority(&cluster) {
-                    add_roots(&mut roots, &authority_pem(&cluster)?)?;
+            let cluster = match read_kubeconfig(path) {
+                Ok((cluster, _)) => cluster,
+                Err(reason) => {
+                    found.left_out.push(format!("{from}: {reason}"));
+                    continue;
                 }
-                Ok::<_, String>((tls(roots, None)?, cluster))
             };
-            match read() {
-                Ok((tls, cluster)) => return found.entry(&cluster, &from, 0, &tls),
+            // The service account names the cluster's authority too: where the kubelet's is a file that cannot be read
+            // from here, the address is good all the same.
+            let mut all = roots.clone();
+            let more = match has_authority(&cluster) {
+                true => authority_pem(&cluster).and_then(|pem| add_roots(&mut all, &pem)),
+                false => Ok(()),
+            };
+            if let Err(reason) = more {
+                found.left_out.push(format!("the authority in {from}: {reason}"));
+            }
+            match tls(all, None) {
+                Ok(tls) => return found.entry(&cluster, &from, 0, &tls),
                 Err(reason) => found.left_out.push(format!("{from}: {reason}")),
             }
         }

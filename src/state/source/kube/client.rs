@@ -1,23 +1,32 @@
 //! The client: requests with our credentials over whichever connection stands, and whether the server answers.
 
+use std::collections::VecDeque;
 use std::error::Error;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, HeaderValue, USER_AGENT};
+use hyper::http::Extensions;
 use hyper::http::uri::{Authority, PathAndQuery, Scheme};
-use hyper::{Request, Response, StatusCode, Uri};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::Body;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::access::{Access, AccessSettings};
-use super::connect::{Connector, Unreachable};
+use super::connect::{Connector, Reached, Unreachable};
+use super::random;
 use crate::state::problem::one_line;
+
+/// So many watches may begin within so long, four kinds a few times each; from then on each waits for a while.
+const WATCHES: usize = 20;
+const WATCHES_WITHIN: Duration = Duration::from_secs(10);
+const WATCH_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
@@ -34,7 +43,7 @@ pub(in crate::state) struct Timing {
 impl Default for Timing {
     fn default() -> Timing {
         Timing {
-            answer: Duration::from_secs(40),
+            answer: Duration::from_secs(35),
             ping_after: Duration::from_secs(15),
             ping_answer: Duration::from_secs(10),
         }
@@ -61,7 +70,7 @@ pub enum Contact {
 #[derive(Clone)]
 pub struct Cluster {
     client: kube::Client,
-    access: Arc<Access>,
+    caller: Arc<Caller>,
     contact: watch::Receiver<Contact>,
 }
 
@@ -84,6 +93,7 @@ impl Cluster {
     ) -> Cluster {
         let access = Arc::new(Access::new(settings));
         let (sender, contact) = watch::channel(Contact::Unknown);
+        let connector = Connector::new(Arc::clone(&access));
         let http = legacy::Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
@@ -91,14 +101,16 @@ impl Cluster {
             .http2_keep_alive_interval(timing.ping_after)
             .http2_keep_alive_timeout(timing.ping_answer)
             .http2_keep_alive_while_idle(true)
-            .build::<_, Body>(Connector::new(Arc::clone(&access)));
-        let caller = Caller { http, access: Arc::clone(&access), contact: sender, wall, timing };
+            .build::<_, Body>(connector.clone());
+        let (current, watches) = (Mutex::default(), Mutex::default());
+        let caller = Caller { http, connector, current, watches, access, contact: sender, wall, timing };
         let caller = Arc::new(caller);
+        let asked = Arc::clone(&caller);
         let service = tower::service_fn(move |request| {
-            let caller = Arc::clone(&caller);
+            let caller = Arc::clone(&asked);
             async move { caller.ask(request).await }
         });
-        Cluster { client: kube::Client::new(service, "default"), access, contact }
+        Cluster { client: kube::Client::new(service, "default"), caller, contact }
     }
 
     /// For requests.
@@ -112,12 +124,26 @@ impl Cluster {
     }
 
     pub(super) fn access(&self) -> Arc<Access> {
-        Arc::clone(&self.access)
+        Arc::clone(&self.caller.access)
+    }
+
+    /// An answer of the server began and did not go on: the next one has its turn.
+    pub(super) fn stalled(&self) {
+        if let Some(server) = self.caller.connector.last()
+            && self.caller.connector.failed(&server, true, "its answers do not go on")
+        {
+            self.caller.leave();
+        }
     }
 }
 
 struct Caller {
     http: legacy::Client<Connector, Body>,
+    connector: Connector,
+    /// The connection that was used last.
+    current: Mutex<Option<CaptureConnection>>,
+    /// When watches were begun, the last few.
+    watches: Mutex<VecDeque<Instant>>,
     access: Arc<Access>,
     contact: watch::Sender<Contact>,
     wall: fn() -> SystemTime,
@@ -126,12 +152,17 @@ struct Caller {
 
 impl Caller {
     async fn ask(&self, request: Request<Body>) -> Result<Response<Incoming>, CallError> {
+        let is_read = request.method() == Method::GET;
+        if is_watch(&request) {
+            self.hold_back().await;
+        }
+        if self.connector.may_do_better() {
+            self.leave();
+        }
         let answer = self.send(request).await;
         match &answer {
             Ok(answer) => {
-                if answer.status() == StatusCode::UNAUTHORIZED {
-                    self.access.refused();
-                }
+                self.judge(answer, is_read);
                 self.contact
                     .send_if_modified(|now| std::mem::replace(now, Contact::Answers) != Contact::Answers);
             }
@@ -149,6 +180,50 @@ impl Caller {
         answer
     }
 
+    /// Whether it is this server's fault. A write may fail anywhere for a reason of its own, such as somebody's webhook.
+    fn judge(&self, answer: &Response<Incoming>, is_read: bool) {
+        let status = answer.status();
+        if status == StatusCode::UNAUTHORIZED {
+            self.access.refused();
+            // A client certificate is shown once for each connection, and its file may hold the next one.
+            self.leave();
+        }
+        let Some(Reached(server)) = answer.extensions().get() else { return };
+        match status.is_server_error() {
+            true if is_read => {
+                if self.connector.failed(server, false, &format!("it answers {status}")) {
+                    self.leave();
+                }
+            }
+            true => {}
+            false => self.connector.worked(server),
+        }
+    }
+
+    /// A server that ends every watch as soon as it has begun would be asked again at once, for ever.
+    async fn hold_back(&self) {
+        let now = Instant::now();
+        let too_many = {
+            let mut begun = self.watches.lock().unwrap_or_else(PoisonError::into_inner);
+            begun.push_back(now);
+            let first = if begun.len() > WATCHES { begun.pop_front() } else { None };
+            first.is_some_and(|first| now.saturating_duration_since(first) < WATCHES_WITHIN)
+        };
+        if too_many {
+            sleep(WATCH_PAUSE + Duration::from_millis(random(500))).await;
+        }
+    }
+
+    /// The next request makes a connection of its own. What is under way on this one goes on.
+    fn leave(&self) {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(current) = current
+            && let Some(connection) = current.connection_metadata().as_ref()
+        {
+            connection.poison();
+        }
+    }
+
     async fn send(&self, mut request: Request<Body>) -> Result<Response<Incoming>, CallError> {
         let mut uri = std::mem::take(request.uri_mut()).into_parts();
         uri.scheme = Some(Scheme::HTTPS);
@@ -161,12 +236,33 @@ impl Caller {
             request.headers_mut().insert(AUTHORIZATION, header);
         }
         let patience = self.timing.answer;
+        let connection = capture_connection(&mut request);
         let answer = timeout(patience, self.http.request(request)).await;
-        let answer = answer.map_err(|_| {
-            CallError(format!("the API server did not answer within {} s", patience.as_secs()))
-        })?;
-        answer.map_err(CallError::new)
+        let mut extras = Extensions::new();
+        if let Some(connected) = connection.connection_metadata().as_ref() {
+            connected.get_extras(&mut extras);
+        }
+        if extras.get::<Reached>().is_some() {
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        }
+        match answer {
+            Ok(answer) => answer.map_err(CallError::new),
+            Err(_) => {
+                let why = format!("the API server did not answer within {} s", patience.as_secs());
+                if let Some(Reached(server)) = extras.get()
+                    && self.connector.failed(server, true, &why)
+                {
+                    self.leave();
+                }
+                Err(CallError(why))
+            }
+        }
     }
+}
+
+fn is_watch(request: &Request<Body>) -> bool {
+    let query = request.uri().query().unwrap_or_default();
+    query.split('&').any(|pair| matches!(pair, "watch=true" | "watch=1"))
 }
 
 /// Why there was no answer.

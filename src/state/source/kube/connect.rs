@@ -1,11 +1,13 @@
-//! A connection to the first API server that answers: TCP, then TLS, each address for a short time.
+//! A connection to the first API server that answers: TCP, then TLS, each address for a short time. One that then
+//! answers requests with errors, or not at all, comes after the others for a while ([`Standing`]).
 
+use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -37,12 +39,96 @@ const KEEPALIVE: Duration = Duration::from_secs(15);
 /// After so long without an acknowledgement a connection is dead (RFC 5482).
 const USER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How many requests in a row a server may fail before the next one has its turn.
+const FAILURES: u32 = 3;
+/// How long it then comes after the others: at first, and at most. Also how long a server that is only used because
+/// better ones did not answer is used before those are tried again.
+const FIRST_REST: Duration = Duration::from_secs(30);
+const LONGEST_REST: Duration = Duration::from_secs(600);
+/// Servers of which it is known how they did; more than there are.
+const MAX_KNOWN: usize = 64;
+
 /// Connects to whichever API server answers; clones share what they remember.
 #[derive(Clone, Debug)]
 pub(super) struct Connector {
     access: Arc<Access>,
+    standing: Arc<Mutex<Standing>>,
+}
+
+/// Which server a connection goes to: comes with every answer.
+#[derive(Clone, Debug)]
+pub(super) struct Reached(pub(super) ServerUrl);
+
+/// How the servers did.
+#[derive(Debug, Default)]
+struct Standing {
     /// The server that answered last: first among those of its rank.
-    last: Arc<Mutex<Option<ServerUrl>>>,
+    last: Option<ServerUrl>,
+    bad: HashMap<ServerUrl, Bad>,
+    /// When it is time to see whether a better one than the last is back, and how long that was waited for.
+    look_again: Option<(Instant, Duration)>,
+}
+
+/// A server that answers TLS and fails after that.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bad {
+    /// Requests in a row.
+    failures: u32,
+    /// Until when the others come first, and how long that was.
+    rest: Option<(Instant, Duration)>,
+}
+
+/// What to do about a server that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leave {
+    No,
+    Now,
+    /// The others come first already.
+    Again,
+}
+
+impl Bad {
+    fn rests(&self, now: Instant) -> bool {
+        self.rest.is_some_and(|(until, _)| now < until)
+    }
+}
+
+impl Standing {
+    /// A request failed at that server; `surely`: it need not fail again. Says whether to leave it, and whether that
+    /// is news: behind one address there may be several, so it is left also where there is no other.
+    fn failed(&mut self, server: &ServerUrl, surely: bool, now: Instant) -> Leave {
+        if self.bad.len() >= MAX_KNOWN && !self.bad.contains_key(server) {
+            self.bad.clear();
+        }
+        let bad = self.bad.entry(server.clone()).or_default();
+        bad.failures = bad.failures.saturating_add(1);
+        if bad.failures < FAILURES && !surely {
+            return Leave::No;
+        }
+        bad.failures = 0;
+        if bad.rests(now) {
+            return Leave::Again;
+        }
+        let pause = bad.rest.map_or(FIRST_REST, |(_, pause)| (pause * 2).min(LONGEST_REST));
+        bad.rest = Some((now + pause, pause));
+        Leave::Now
+    }
+
+    /// A request was answered. Only an hour of that makes a server as good as new.
+    fn worked(&mut self, server: &ServerUrl, now: Instant) {
+        if let Some(bad) = self.bad.get_mut(server) {
+            bad.failures = 0;
+            if bad.rest.is_none_or(|(until, _)| now > until + 6 * LONGEST_REST) {
+                self.bad.remove(server);
+            }
+        }
+    }
+
+    /// Until when the others come first, if they do.
+    fn rest(&self, server: &ServerUrl, now: Instant) -> Option<Instant> {
+        let bad = self.bad.get(server).filter(|bad| bad.rests(now))?;
+        bad.rest.map(|(until, _)| until)
+    }
 }
 
 /// No API server answers: what was tried, why each failed, and what to do.
@@ -70,15 +156,15 @@ impl Error for Unreachable {}
 
 impl Connector {
     pub(super) fn new(access: Arc<Access>) -> Connector {
-        Connector { access, last: Arc::default() }
+        Connector { access, standing: Arc::default() }
     }
 
     /// Tries all in turn.
     pub(super) async fn connect(&self) -> Result<Stream, Unreachable> {
         let mut candidates = self.access.candidates().await;
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        candidates.list.sort_by_key(|one| (one.rank, Some(&one.server) != last.as_ref()));
         let (begin, mut tried) = (Instant::now(), Vec::new());
+        self.order(&mut candidates.list, begin);
+        let best = candidates.list.iter().map(|one| one.rank).min();
         for candidate in &candidates.list {
             if begin.elapsed() > ALL {
                 candidates.left_out.push(format!("no time left for {}", candidate.server));
@@ -86,17 +172,65 @@ impl Connector {
             }
             match reach(candidate).await {
                 Ok(stream) => {
-                    let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-                    if last.as_ref() != Some(&candidate.server) {
-                        tracing::info!("the API server at {} answers ({})", candidate.server, candidate.from);
-                        *last = Some(candidate.server.clone());
-                    }
+                    self.reached(candidate, best != Some(candidate.rank));
                     return Ok(stream);
                 }
                 Err(reason) => tried.push(format!("{} ({}): {reason}", candidate.server, candidate.from)),
             }
         }
         Err(Unreachable { tried, left_out: candidates.left_out })
+    }
+
+    fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn order(&self, list: &mut [Candidate], now: Instant) {
+        let standing = self.standing();
+        list.sort_by_key(|one| {
+            // Where all failed, the one that did so first has its turn again.
+            let rest = standing.rest(&one.server, now);
+            (rest, one.rank, Some(&one.server) != standing.last.as_ref())
+        });
+    }
+
+    fn reached(&self, candidate: &Candidate, makeshift: bool) {
+        let mut standing = self.standing();
+        if standing.last.as_ref() != Some(&candidate.server) {
+            tracing::info!("the API server at {} answers ({})", candidate.server, candidate.from);
+            standing.last = Some(candidate.server.clone());
+        }
+        let waited = standing.look_again.map(|(_, pause)| (pause * 2).min(LONGEST_REST));
+        let pause = waited.unwrap_or(FIRST_REST);
+        standing.look_again = makeshift.then(|| (Instant::now() + pause, pause));
+    }
+
+    /// A server failed after TLS; `surely`: it need not fail again. Says whether to leave the connection to it.
+    pub(super) fn failed(&self, server: &ServerUrl, surely: bool, why: &str) -> bool {
+        let leave = self.standing().failed(server, surely, Instant::now());
+        match leave {
+            Leave::No => false,
+            Leave::Now => {
+                tracing::warn!("the API server at {server} is left for another one, if there is one: {why}");
+                true
+            }
+            Leave::Again => true,
+        }
+    }
+
+    /// A server answered a request.
+    pub(super) fn worked(&self, server: &ServerUrl) {
+        self.standing().worked(server, Instant::now());
+    }
+
+    /// Whether it is time to connect anew, because a better server may be back.
+    pub(super) fn may_do_better(&self) -> bool {
+        self.standing().look_again.is_some_and(|(at, _)| Instant::now() >= at)
+    }
+
+    /// The server that was reached last.
+    pub(super) fn last(&self) -> Option<ServerUrl> {
+        self.standing().last.clone()
     }
 }
 
@@ -156,7 +290,7 @@ async fn handshake(address: SocketAddr, to: &Candidate, name: &ServerName<'stati
     )?;
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
     let tls = TlsConnector::from(Arc::clone(&to.tls)).connect(name.clone(), tcp).await?;
-    Ok(Stream(TokioIo::new(tls)))
+    Ok(Stream { tls: TokioIo::new(tls), server: to.server.clone() })
 }
 
 fn is_wrong_name(error: &io::Error) -> bool {
@@ -189,14 +323,18 @@ async fn resolve(server: &ServerUrl) -> Result<Vec<SocketAddr>, String> {
 
 /// A verified TLS connection.
 #[derive(Debug)]
-pub(super) struct Stream(TokioIo<TlsStream<TcpStream>>);
+pub(super) struct Stream {
+    tls: TokioIo<TlsStream<TcpStream>>,
+    server: ServerUrl,
+}
 
 impl Connection for Stream {
     fn connected(&self) -> Connected {
-        let (_, session) = self.0.inner().get_ref();
+        let (_, session) = self.tls.inner().get_ref();
+        let connected = Connected::new().extra(Reached(self.server.clone()));
         match session.alpn_protocol() {
-            Some(b"h2") => Connected::new().negotiated_h2(),
-            Some(_) | None => Connected::new(),
+            Some(b"h2") => connected.negotiated_h2(),
+            Some(_) | None => connected,
         }
     }
 }
@@ -207,7 +345,7 @@ impl Read for Stream {
         context: &mut Context<'_>,
         buffer: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
+        Pin::new(&mut self.tls).poll_read(context, buffer)
     }
 }
 
@@ -217,19 +355,19 @@ impl Write for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
+        Pin::new(&mut self.tls).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        Pin::new(&mut self.tls).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        Pin::new(&mut self.tls).poll_shutdown(context)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.tls.is_write_vectored()
     }
 
     fn poll_write_vectored(
@@ -237,6 +375,52 @@ impl Write for Stream {
         context: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(context, bytes)
+        Pin::new(&mut self.tls).poll_write_vectored(context, bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_fails_comes_after_the_others_for_a_while_that_grows() {
+        let server: ServerUrl = "https://192.0.2.1".parse().unwrap();
+        let other: ServerUrl = "https://192.0.2.2".parse().unwrap();
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let mut standing = Standing::default();
+        for _ in 1..FAILURES {
+            assert_eq!(standing.failed(&server, false, at(0)), Leave::No);
+        }
+        standing.worked(&server, at(0));
+        for expected in [Leave::No, Leave::No, Leave::Now, Leave::No, Leave::No, Leave::Again] {
+            assert_eq!(standing.failed(&server, false, at(1)), expected, "three in a row");
+        }
+        assert!(standing.rest(&server, at(30)).is_some() && standing.rest(&other, at(30)).is_none());
+        assert_eq!(standing.failed(&server, true, at(30)), Leave::Again);
+        assert!(standing.rest(&server, at(31)).is_none(), "it has its turn again");
+        // It answers once and fails again: longer, up to the longest.
+        let mut now = 31;
+        for expected in [60, 120, 240, 480, 600, 600] {
+            standing.worked(&server, at(now));
+            assert_eq!(standing.failed(&server, true, at(now)), Leave::Now);
+            assert!(standing.rest(&server, at(now + expected - 1)).is_some());
+            assert!(standing.rest(&server, at(now + expected)).is_none());
+            now += expected;
+        }
+        standing.worked(&server, at(now + 3601));
+        assert!(standing.bad.is_empty(), "an hour later it is as good as new");
+    }
+
+    #[test]
+    fn what_is_known_of_servers_is_bounded() {
+        let mut standing = Standing::default();
+        #[expect(clippy::disallowed_methods, reason = "any time will do")]
+        let now = Instant::from_std(std::time::Instant::now());
+        for port in 1..1000_u16 {
+            standing.failed(&ServerUrl { host: "a".to_owned(), port }, true, now);
+        }
+        assert!(standing.bad.len() <= MAX_KNOWN);
     }
 }

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::client::Timing;
 use super::*;
+use crate::state::source::Key;
 use fake::{Fake, Manners, until};
 
 pub(in crate::state) mod fake;
@@ -22,7 +23,7 @@ pub(in crate::state) fn quick() -> Timing {
     Timing {
         ping_after: Duration::from_millis(200),
         ping_answer: Duration::from_millis(200),
-        ..Timing::default()
+        answer: Duration::from_secs(2),
     }
 }
 
@@ -50,6 +51,7 @@ struct Heard {
     objects: BTreeMap<Kind, BTreeMap<String, Object>>,
     resets: BTreeMap<Kind, usize>,
     complete: BTreeMap<Kind, bool>,
+    unread: BTreeMap<Kind, Vec<String>>,
     problems: BTreeMap<String, Vec<Problem>>,
     own: channel::Receiver<Option<Arc<Node>>>,
     contact: channel::Receiver<Contact>,
@@ -67,13 +69,14 @@ impl Heard {
         let cluster = Cluster::with(settings, WALL, quick());
         let contact = cluster.contact();
         let (mut source, own) = KubeSource::new(cluster, "a", true);
-        source.stream_silence = Duration::from_millis(500);
+        (source.stream_silence, source.page_silence) = (Duration::from_millis(500), Duration::from_secs(2));
         let (sender, events) = mpsc::channel(64);
         Heard {
             events,
             objects: BTreeMap::new(),
             resets: BTreeMap::new(),
             complete: BTreeMap::new(),
+            unread: BTreeMap::new(),
             problems: BTreeMap::new(),
             own,
             contact,
@@ -100,7 +103,8 @@ impl Heard {
             SourceEvent::Delete(key) => {
                 self.objects.entry(key.kind).or_default().remove(&key.name);
             }
-            SourceEvent::Reset { kind, objects, complete } => {
+            SourceEvent::Reset { kind, objects, complete, unread } => {
+                self.unread.insert(kind, unread.iter().map(Key::to_string).collect());
                 let named = objects.into_iter().map(|object| (object.key().name, object));
                 self.objects.insert(kind, named.collect());
                 self.complete.insert(kind, complete);
@@ -221,6 +225,22 @@ async fn a_watch_that_is_cut_off_resumes_and_one_that_is_too_old_lists_again() {
 }
 
 #[tokio::test]
+async fn a_server_that_ends_every_watch_is_not_asked_all_the_time() {
+    let fake = Fake::start(&NAMES, Manners { streaming: Some(false), ..Manners::default() }).await;
+    fake.put("nodes", node("a", "10.1.0.0/24"));
+    let mut heard = Heard::listen(fake.access());
+    heard.until("the first list", |heard| heard.has(Kind::Node, &["a"])).await;
+    fake.manners(|manners| manners.ending = true);
+    fake.cut();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let asked = fake.requests().iter().filter(|line| line.contains("watch=")).count();
+    assert!((8..60).contains(&asked), "{asked} watches");
+    fake.manners(|manners| manners.ending = false);
+    fake.put("nodes", node("b", "10.2.0.0/24"));
+    heard.until("the Node that came after", |heard| heard.has(Kind::Node, &["a", "b"])).await;
+}
+
+#[tokio::test]
 async fn a_connection_that_says_nothing_is_noticed() {
     let fake = Fake::start(&NAMES, Manners::default()).await;
     fake.put("nodes", node("a", "10.1.0.0/24"));
@@ -248,30 +268,93 @@ async fn what_is_not_allowed_is_said_until_it_is() {
 }
 
 #[tokio::test]
+async fn what_kubernetes_own_types_refuse_and_nobody_reads_does_no_harm() {
+    for streaming in [Some(true), Some(false)] {
+        let fake = Fake::start(&NAMES, Manners { streaming, ..Manners::default() }).await;
+        let condition =
+            json!({"type": "x", "status": "True", "reason": "x", "message": "", "lastTransitionTime": null});
+        let service = |name: &str| {
+            json!({"metadata": {"name": name, "namespace": "shop"}, "spec": {"clusterIP": "10.96.0.1"},
+                "status": {"loadBalancer": {}, "conditions": [condition]}})
+        };
+        let cidr = |name: &str| {
+            json!({"metadata": {"name": name}, "spec": {"cidrs": ["10.96.0.0/16"]},
+                "status": {"conditions": [condition]}})
+        };
+        ["a", "b", "c"].iter().for_each(|name| fake.put("services", service(name)));
+        fake.put("servicecidrs", cidr("kubernetes"));
+        let mut heard = Heard::listen(fake.access());
+        heard
+            .until("the lists", |heard| {
+                heard.has(Kind::Service, &["a", "b", "c"]) && heard.has(Kind::ServiceCidr, &["kubernetes"])
+            })
+            .await;
+        fake.put("services", service("d"));
+        heard.until("a change", |heard| heard.has(Kind::Service, &["a", "b", "c", "d"])).await;
+        assert!(heard.complete[&Kind::Service] && heard.complete[&Kind::ServiceCidr]);
+        assert_eq!(heard.wrong(), "");
+    }
+}
+
+#[tokio::test]
 async fn an_object_that_cannot_be_read_costs_itself() {
+    for streaming in [Some(true), Some(false)] {
+        let fake = Fake::start(&NAMES, Manners { streaming, ..Manners::default() }).await;
+        let mut odd = node("c", "10.3.0.0/24");
+        odd["spec"]["podCIDRs"] = json!({});
+        // In the first list, also where it comes in pages of two.
+        for object in
+            [node("a", "10.1.0.0/24"), node("b", "10.2.0.0/24"), odd.clone(), node("d", "10.4.0.0/24")]
+        {
+            fake.put("nodes", object);
+        }
+        let mut heard = Heard::listen(fake.access());
+        heard.until("the first list", |heard| heard.has(Kind::Node, &["a", "b", "d"])).await;
+        heard.until("a reason", |heard| heard.wrong().contains("Node/c: cannot be read")).await;
+        assert!(heard.complete[&Kind::Node], "what is not there at all is gone");
+        assert_eq!(heard.unread[&Kind::Node], ["Node/c"]);
+
+        // In a watch what it was before stays, and the others go on.
+        let mut other = node("a", "10.1.0.0/24");
+        other["status"]["addresses"] = json!("192.0.2.1");
+        fake.put("nodes", other);
+        heard.until("a second reason", |heard| heard.wrong().contains("Node/a: cannot be read")).await;
+        fake.put("nodes", node("e", "10.5.0.0/24"));
+        heard.until("the next one", |heard| heard.has(Kind::Node, &["a", "b", "d", "e"])).await;
+        fake.put("nodes", node("a", "10.9.0.0/24"));
+        heard.until("one is well", |heard| !heard.wrong().contains("Node/a")).await;
+
+        // Gone or mended, nothing is said of it any more.
+        fake.remove("nodes", "c");
+        heard.until("all well", |heard| heard.wrong().is_empty()).await;
+        fake.put("nodes", odd.clone());
+        heard.until("once more", |heard| heard.wrong().contains("Node/c: cannot be read")).await;
+        odd["spec"]["podCIDRs"] = json!(["10.3.0.0/24"]);
+        fake.put("nodes", odd);
+        fake.forget();
+        fake.cut();
+        heard.until("a list of all", |heard| heard.has(Kind::Node, &["a", "b", "c", "d", "e"])).await;
+        heard.until("all well", |heard| heard.wrong().is_empty()).await;
+        assert_eq!(heard.unread[&Kind::Node], [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn what_has_not_even_a_name_is_taken_for_none_that_is_gone() {
     let fake = Fake::start(&NAMES, Manners::default()).await;
     fake.put("nodes", node("a", "10.1.0.0/24"));
     let mut heard = Heard::listen(fake.access());
     heard.until("the first list", |heard| heard.has(Kind::Node, &["a"])).await;
-    fake.say("nodes", json!({"type": "MODIFIED", "object": {"metadata": {"name": 7}}}));
-    heard.until("a reason", |heard| heard.wrong().contains("cannot be read")).await;
+    let nameless = json!({"metadata": {"name": 7, "resourceVersion": "9"}});
+    fake.say("nodes", json!({"type": "MODIFIED", "object": nameless}));
+    heard.until("a reason", |heard| heard.wrong().contains("1 objects of Node cannot be read")).await;
+    fake.say("nodes", json!({"no": "event"}));
+    heard.until("a second one", |heard| heard.wrong().contains("2 objects of Node cannot be read")).await;
     fake.put("nodes", node("b", "10.2.0.0/24"));
     heard.until("the next one", |heard| heard.has(Kind::Node, &["a", "b"])).await;
-    // In a list it is not taken for gone.
-    let mut odd = node("c", "10.3.0.0/24");
-    odd["spec"]["podCIDRs"] = json!({});
-    fake.put("nodes", odd.clone());
     fake.forget();
     fake.cut();
-    heard.until("a list that is not all", |heard| heard.complete.get(&Kind::Node) == Some(&false)).await;
-    assert_eq!(heard.names(Kind::Node), ["a", "b"]);
-    assert!(heard.wrong().contains("cannot be read"));
-    odd["spec"]["podCIDRs"] = json!(["10.3.0.0/24"]);
-    fake.put("nodes", odd);
-    fake.forget();
-    fake.cut();
-    heard.until("a list of all", |heard| heard.complete[&Kind::Node] && heard.wrong().is_empty()).await;
-    assert_eq!(heard.names(Kind::Node), ["a", "b", "c"]);
+    heard.until("a list", |heard| heard.resets[&Kind::Node] == 2 && heard.wrong().is_empty()).await;
 }
 
 #[tokio::test]
@@ -326,6 +409,95 @@ async fn servers_are_tried_in_turn_and_only_the_clusters_own_are_believed() {
     let mut heard = Heard::listen(misnamed.access());
     heard.until("the wrong name", |heard| heard.wrong().contains("not valid for name")).await;
     assert_eq!(misnamed.requests(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_server_that_answers_tls_and_nothing_else_is_left_for_the_next() {
+    type Fault = fn(&mut Manners);
+    let faults: [(&str, Fault); 3] = [
+        ("errors", |manners| manners.failing = Some(503)),
+        ("silence", |manners| manners.hanging = true),
+        ("half an answer", |manners| manners.stalling = true),
+    ];
+    for (what, fault) in faults {
+        let bad = Fake::start(&NAMES, Manners::default()).await;
+        // One authority for both, as a cluster has it.
+        let good = Fake::start_beside(&bad, &NAMES, Manners::default()).await;
+        for fake in [&bad, &good] {
+            fake.put("nodes", node("a", "10.1.0.0/24"));
+        }
+        bad.manners(fault);
+        let url = |fake: &Fake| format!("https://{}", fake.address).parse().unwrap();
+        let access = AccessSettings { servers: vec![url(&bad), url(&good)], ..bad.access() };
+        let mut heard = Heard::listen(access);
+        heard.until(what, |heard| heard.has(Kind::Node, &["a"]) && heard.wrong().is_empty()).await;
+        assert!(!bad.requests().is_empty() && !good.requests().is_empty(), "{what}");
+        good.put("nodes", node("b", "10.2.0.0/24"));
+        heard.until("a change", |heard| heard.has(Kind::Node, &["a", "b"])).await;
+        // The same the other way, in the middle of everything. A watch that says nothing is like one where nothing happens.
+        if what == "half an answer" {
+            continue;
+        }
+        bad.manners(|manners| (manners.failing, manners.hanging, manners.stalling) = (None, false, false));
+        // Both count changes for themselves: this one is later than all that the other one had.
+        (0..9).for_each(|_| bad.put("nodes", node("c", "10.3.0.0/24")));
+        good.manners(fault);
+        good.cut();
+        heard.until("the first one again", |heard| heard.names(Kind::Node).contains(&"c")).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_certificate_that_was_replaced_is_read_again() {
+    for http1_only in [false, true] {
+        let fake = Fake::start(&NAMES, Manners { http1_only, ..Manners::default() }).await;
+        fake.put("nodes", node("a", "10.1.0.0/24"));
+        let (certificate, key) = (fake.path("client.crt"), fake.path("client.key"));
+        let first = fake.client_certificate(&certificate, &key);
+        fake.manners(|manners| manners.client = Some(first));
+        let kubeconfig = fake.path("kubelet.conf");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts:\n- name: c\n  context: {{cluster: k, user: u}}\n\
+             clusters:\n- name: k\n  cluster: {{server: 'https://{}', certificate-authority: ca.crt, tls-server-name: {}}}\n\
+             users:\n- name: u\n  user: {{client-certificate: {}, client-key: {}}}\n",
+            fake.address,
+            NAMES[0],
+            certificate.display(),
+            key.display(),
+        );
+        std::fs::write(&kubeconfig, text).unwrap();
+        let access = AccessSettings { kubeconfig: Some(kubeconfig), servers: Vec::new(), ..fake.access() };
+        let mut heard = Heard::listen(access);
+        heard.until("the list", |heard| heard.has(Kind::Node, &["a"])).await;
+        // The first one has expired; the kubelet has written the next one over it.
+        let second = fake.client_certificate(&certificate, &key);
+        fake.manners(|manners| manners.client = Some(second));
+        fake.cut();
+        fake.put("nodes", node("b", "10.2.0.0/24"));
+        heard.until("the next Node", |heard| heard.has(Kind::Node, &["a", "b"])).await;
+        heard.until("all well", |heard| heard.wrong().is_empty()).await;
+    }
+}
+
+#[tokio::test]
+async fn an_authority_that_cannot_be_read_from_here_costs_no_address() {
+    let fake = Fake::start(&NAMES, Manners::default()).await;
+    fake.put("nodes", node("a", "10.1.0.0/24"));
+    for authority in [
+        "certificate-authority: /nonexistent/ca.crt",
+        "certificate-authority-data: '!'",
+        "insecure-skip-tls-verify: true",
+    ] {
+        let path = fake.path("kubelet.conf");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\nclusters:\n- name: k\n  cluster: {{server: 'https://{}', {authority}}}\n",
+            fake.address
+        );
+        std::fs::write(&path, text).unwrap();
+        let access = AccessSettings { servers: Vec::new(), kubelet: vec![path], ..fake.access() };
+        let mut heard = Heard::listen(access);
+        heard.until(authority, |heard| heard.has(Kind::Node, &["a"])).await;
+    }
 }
 
 #[tokio::test]

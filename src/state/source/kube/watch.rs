@@ -2,39 +2,43 @@
 //!
 //! The first list comes as a stream where the server has that (`sendInitialEvents`), else in pages. kube's watcher
 //! knows how to resume, and starts over with a list when the server has forgotten what we last saw (410). What
-//! is added here: the fall-back to pages, bounded waiting, growing pauses, and words for what is wrong.
+//! is added here: the fall-back to pages, bounded waiting, growing pauses, objects that cannot be read, and words for
+//! what is wrong.
 
-use std::fmt::Debug;
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use kube::Api;
 use kube::runtime::watcher::{self, Event, InitialListStrategy, watcher};
-use kube::{Api, Resource};
-use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use super::client::{is_silence, reason};
+use super::client::{Cluster, is_silence, reason};
+use super::loose::{Loose, Readable};
 use super::{Pauses, random, setting};
-use crate::state::problem::Problem;
-use crate::state::source::{Kind, Object, SourceEvent};
+use crate::state::problem::{Problem, ProblemKind};
+use crate::state::source::manifest::is_dns_name;
+use crate::state::source::{Key, Kind, Object, SourceEvent};
 
 /// How long the objects of a streaming list may pause: a server that does not know such lists would let us wait for
 /// the end for ever.
 pub(super) const STREAM_SILENCE: Duration = Duration::from_secs(20);
 /// How long anything else may take until it is all there: to find the server, and one page.
-const PAGE_SILENCE: Duration = Duration::from_secs(90);
+pub(super) const PAGE_SILENCE: Duration = Duration::from_secs(60);
 /// The server ends a watch after so long (plus a part of it by chance), which spreads agents over servers.
 const WATCH_SECONDS: u32 = 240;
 /// A watch that was refused, was begun again and has not failed for so long, goes on.
 const RESUMED: Duration = Duration::from_secs(3);
 /// How soon a kind that the server does not have is looked for again.
 const ABSENT: Duration = Duration::from_secs(600);
+/// Most objects that cannot be read of which each is named.
+const NAMED: usize = 16;
 
 /// What to follow, and what to make of it.
 pub(super) struct Watch<K> {
-    pub(super) api: Api<K>,
+    pub(super) api: Api<Loose<K>>,
     pub(super) kind: Kind,
     /// The plural, as RBAC names it.
     pub(super) resource: &'static str,
@@ -43,7 +47,11 @@ pub(super) struct Watch<K> {
     pub(super) optional: bool,
     /// [`STREAM_SILENCE`].
     pub(super) stream_silence: Duration,
-    /// Leaves out what nobody reads.
+    /// [`PAGE_SILENCE`].
+    pub(super) page_silence: Duration,
+    /// Whom to tell of a server whose answers stop.
+    pub(super) cluster: Cluster,
+    /// What the state line calls it.
     pub(super) object: fn(K) -> Object,
 }
 
@@ -59,14 +67,18 @@ enum Restart {
     Absent,
 }
 
-impl<K> Watch<K>
-where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-{
+impl<K: Readable> Watch<K> {
     /// Follows until nobody listens. `tap` sees every event first.
     pub(super) async fn run(self, events: mpsc::Sender<SourceEvent>, mut tap: impl AsyncFnMut(&SourceEvent)) {
-        let mut teller =
-            Teller { origin: format!("watch of {}", self.resource), told: false, unreadable: false, events };
+        let origin = format!("watch of {}", self.resource);
+        let mut teller = Teller {
+            origin,
+            told: false,
+            unread: BTreeMap::new(),
+            nameless: 0,
+            told_unread: Vec::new(),
+            events,
+        };
         let mut streaming = true;
         let mut pauses = Pauses::default();
         let mut absent = false;
@@ -90,7 +102,12 @@ where
                     if !std::mem::replace(&mut absent, true) {
                         tracing::info!("the API server has no {}: it is older than them", self.resource);
                     }
-                    let none = SourceEvent::Reset { kind: self.kind, objects: Vec::new(), complete: true };
+                    let none = SourceEvent::Reset {
+                        kind: self.kind,
+                        objects: Vec::new(),
+                        complete: true,
+                        unread: Vec::new(),
+                    };
                     if !teller.tell(none, &mut tap).await {
                         return;
                     }
@@ -124,11 +141,17 @@ where
         let mut listing = Some(Vec::new());
         let (mut complete, mut begun, mut failed) = (true, false, false);
         loop {
-            let patience = if streaming && begun { self.stream_silence } else { PAGE_SILENCE };
+            let patience = if streaming && begun { self.stream_silence } else { self.page_silence };
             let next = match &listing {
                 Some(_) => match timeout(patience, stream.next()).await {
                     Ok(next) => next,
-                    Err(_) => return Restart::Stalled,
+                    Err(_) => {
+                        // A stream may stop where the server does not know such lists; a page may not.
+                        if !streaming {
+                            self.cluster.stalled();
+                        }
+                        return Restart::Stalled;
+                    }
                 },
                 None => tokio::select! {
                     next = stream.next() => next,
@@ -148,25 +171,38 @@ where
             let told = match next {
                 Ok(Event::Init) => {
                     (listing, complete, begun) = (Some(Vec::new()), true, true);
+                    teller.forget_unread();
                     true
                 }
                 Ok(Event::InitApply(object)) => {
-                    listing.get_or_insert_default().push((self.object)(object));
+                    listing.get_or_insert_default().extend(self.read(object, teller));
                     true
                 }
                 Ok(Event::InitDone) => {
                     let objects = listing.take().unwrap_or_default();
                     pauses.reset();
-                    let all = SourceEvent::Reset { kind: self.kind, objects, complete };
-                    teller.tell(all, tap).await && teller.well().await && teller.readable(complete).await
+                    // What has not even a name may be any of those that are not in the list.
+                    let complete = complete && teller.nameless == 0;
+                    let unread = teller.unread.keys().cloned().collect();
+                    let all = SourceEvent::Reset { kind: self.kind, objects, complete, unread };
+                    teller.tell(all, tap).await && teller.well().await && teller.unreadable(self.kind).await
                 }
                 Ok(Event::Apply(object)) => {
-                    teller.tell(SourceEvent::Apply((self.object)(object)), tap).await && teller.well().await
+                    let news = self.read(object, teller).map(SourceEvent::Apply);
+                    let told = match news {
+                        Some(news) => teller.tell(news, tap).await,
+                        None => true,
+                    };
+                    told && teller.well().await && teller.unreadable(self.kind).await
                 }
-                Ok(Event::Delete(object)) => {
-                    let key = (self.object)(object).key();
-                    teller.tell(SourceEvent::Delete(key), tap).await && teller.well().await
-                }
+                Ok(Event::Delete(object)) => match self.key(&object) {
+                    Some(key) => {
+                        teller.unread.remove(&key);
+                        let told = teller.tell(SourceEvent::Delete(key), tap).await;
+                        told && teller.well().await && teller.unreadable(self.kind).await
+                    }
+                    None => true,
+                },
                 Err(error) => {
                     if let Some(restart) = self.gives_up(&error, streaming && listing.is_some()) {
                         return restart;
@@ -174,7 +210,8 @@ where
                     if is_unreadable(&error) {
                         // The next one may be well; what cannot be read is not gone.
                         complete = false;
-                        teller.unreadable(self.resource).await
+                        teller.nameless += 1;
+                        teller.unreadable(self.kind).await
                     } else {
                         let told = match self.problem(&error) {
                             Some(problem) => teller.wrong(problem).await,
@@ -190,6 +227,37 @@ where
                 return Restart::Closed;
             }
         }
+    }
+
+    /// The object; or notes that it cannot be read.
+    fn read(&self, object: Loose<K>, teller: &mut Teller) -> Option<Object> {
+        let key = self.key(&object);
+        match (object.object, key) {
+            (Ok(object), Some(key)) => {
+                teller.unread.remove(&key);
+                Some((self.object)(object))
+            }
+            (Err(reason), Some(key)) => {
+                teller.unread.insert(key, reason);
+                None
+            }
+            (_, None) => {
+                teller.nameless += 1;
+                None
+            }
+        }
+    }
+
+    /// What names it, as [`Object::key`]; `None`: not even that can be read.
+    fn key(&self, object: &Loose<K>) -> Option<Key> {
+        let (namespace, name) = object.names();
+        let namespace = match (self.kind.namespaced(), namespace) {
+            (false, _) => "",
+            (true, "") => "default",
+            (true, namespace) => namespace,
+        };
+        let valid = is_dns_name(name) && (namespace.is_empty() || is_dns_name(namespace));
+        valid.then(|| Key { kind: self.kind, namespace: namespace.to_owned(), name: name.to_owned() })
     }
 
     fn gives_up(&self, error: &watcher::Error, streaming: bool) -> Option<Restart> {
@@ -259,8 +327,12 @@ struct Teller {
     origin: String,
     /// Whether something wrong was said.
     told: bool,
-    /// Whether an object could not be read since the last complete list.
-    unreadable: bool,
+    /// Objects that cannot be read, and why.
+    unread: BTreeMap<Key, String>,
+    /// How many there were of those without a name since the last list.
+    nameless: usize,
+    /// What was last said about them.
+    told_unread: Vec<Problem>,
     events: mpsc::Sender<SourceEvent>,
 }
 
@@ -283,17 +355,41 @@ impl Teller {
         }
     }
 
-    async fn unreadable(&mut self, resource: &str) -> bool {
-        self.unreadable = true;
-        let reason = format!("one of the {resource} cannot be read: what it was before stays in force");
-        self.problems(&format!("{}, objects", self.origin), vec![setting("API server", reason)]).await
+    fn forget_unread(&mut self) {
+        self.unread.clear();
+        self.nameless = 0;
     }
 
-    async fn readable(&mut self, complete: bool) -> bool {
-        match complete && std::mem::take(&mut self.unreadable) {
-            true => self.problems(&format!("{}, objects", self.origin), Vec::new()).await,
-            false => true,
+    /// Names the objects that cannot be read, if they are others than before.
+    async fn unreadable(&mut self, kind: Kind) -> bool {
+        let problem = |subject: String, reason: String| Problem {
+            kind: ProblemKind::Object,
+            subject,
+            field: String::new(),
+            reason,
+        };
+        let named = self.unread.iter().take(NAMED);
+        let named = named.map(|(key, why)| {
+            problem(key.to_string(), format!("cannot be read, what it was before stays in force: {why}"))
+        });
+        let mut problems: Vec<Problem> = named.collect();
+        let more = self.unread.len().saturating_sub(NAMED) + self.nameless;
+        if more > 0 {
+            let reason = format!(
+                "{more} {} of {} cannot be read: what they were before stays in force",
+                match problems.is_empty() {
+                    true => "objects",
+                    false => "more objects",
+                },
+                kind.name()
+            );
+            problems.push(problem("API server".to_owned(), reason));
         }
+        if problems == self.told_unread {
+            return true;
+        }
+        self.told_unread.clone_from(&problems);
+        self.problems(&format!("{}, objects", self.origin), problems).await
     }
 
     async fn problems(&self, origin: &str, problems: Vec<Problem>) -> bool {

@@ -36,6 +36,16 @@ pub(in crate::state) struct Manners {
     pub(in crate::state) token: String,
     pub(in crate::state) page: usize,
     pub(in crate::state) http1_only: bool,
+    /// Answers nothing but this.
+    pub(in crate::state) failing: Option<u16>,
+    /// Never answers, after TLS.
+    pub(in crate::state) hanging: bool,
+    /// Ends every watch as soon as it has begun.
+    pub(in crate::state) ending: bool,
+    /// Begins answers to lists and never goes on.
+    pub(in crate::state) stalling: bool,
+    /// The only client certificate that is accepted, in place of a token.
+    pub(in crate::state) client: Option<Vec<u8>>,
 }
 
 impl Default for Manners {
@@ -47,6 +57,11 @@ impl Default for Manners {
             token: "token-1".to_owned(),
             page: 2,
             http1_only: false,
+            failing: None,
+            hanging: false,
+            ending: false,
+            stalling: false,
+            client: None,
         }
     }
 }
@@ -70,6 +85,7 @@ pub(in crate::state) struct Fake {
     inner: Arc<Inner>,
     pub(in crate::state) address: SocketAddr,
     pub(in crate::state) folder: tempfile::TempDir,
+    authority: Arc<Authority>,
     _tasks: JoinSet<()>,
 }
 
@@ -88,13 +104,19 @@ impl Fake {
     /// A server whose certificate has these names.
     pub(in crate::state) async fn start(names: &[&str], manners: Manners) -> Fake {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        Fake::on(listener, names, manners).await
+        Fake::on(listener, Arc::new(Authority::new()), names, manners).await
     }
 
-    pub(in crate::state) async fn on(listener: TcpListener, names: &[&str], manners: Manners) -> Fake {
+    /// Another server of the same cluster.
+    pub(in crate::state) async fn start_beside(other: &Fake, names: &[&str], manners: Manners) -> Fake {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Fake::on(listener, Arc::clone(&other.authority), names, manners).await
+    }
+
+    async fn on(listener: TcpListener, authority: Arc<Authority>, names: &[&str], manners: Manners) -> Fake {
         let folder = tempfile::tempdir().unwrap();
-        let (authority, tls) = certificates(names, manners.http1_only);
-        std::fs::write(folder.path().join("ca.crt"), authority).unwrap();
+        let tls = authority.server(names, manners.http1_only);
+        std::fs::write(folder.path().join("ca.crt"), &authority.pem).unwrap();
         std::fs::write(folder.path().join("token"), format!("{}\n", manners.token)).unwrap();
         let inner = Arc::new(Inner {
             store: Mutex::default(),
@@ -110,7 +132,7 @@ impl Fake {
         let behind = back.local_addr().unwrap();
         tasks.spawn(serve(back, Arc::clone(&inner), tls));
         tasks.spawn(relay(listener, behind, Arc::clone(&inner)));
-        Fake { inner, address, folder, _tasks: tasks }
+        Fake { inner, address, folder, authority, _tasks: tasks }
     }
 
     /// How a pod reaches it: by `--api-server` and its service account.
@@ -187,6 +209,16 @@ impl Fake {
         self.inner.frozen.lock().unwrap().iter().for_each(|one| one.store(true, Ordering::SeqCst));
     }
 
+    /// A client certificate of the cluster's authority in these files; its DER.
+    pub(in crate::state) fn client_certificate(&self, certificate: &Path, key: &Path) -> Vec<u8> {
+        let pair = rcgen::KeyPair::generate().unwrap();
+        let parameters = rcgen::CertificateParams::new(vec!["client".to_owned()]).unwrap();
+        let made = parameters.signed_by(&pair, &self.authority.issuer).unwrap();
+        std::fs::write(certificate, made.pem()).unwrap();
+        std::fs::write(key, pair.serialize_pem()).unwrap();
+        made.der().to_vec()
+    }
+
     /// Stops; the files stay as long as the folder.
     pub(in crate::state) fn stop(self) -> tempfile::TempDir {
         self.folder
@@ -205,29 +237,49 @@ impl Fake {
     }
 }
 
-/// An authority, and a server's end that it vouches for under these names.
-fn certificates(names: &[&str], http1_only: bool) -> (String, Arc<rustls::ServerConfig>) {
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-    let (key, server_key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
-    let mut authority = CertificateParams::new(Vec::<String>::new()).unwrap();
-    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let root = authority.self_signed(&key).unwrap();
-    let issuer = Issuer::from_params(&authority, &key);
-    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    let certificate = CertificateParams::new(names).unwrap().signed_by(&server_key, &issuer).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(server_key.serialize_der()));
-    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate.der().clone()], key)
-        .unwrap();
-    tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-    if !http1_only {
-        tls.alpn_protocols.insert(0, b"h2".to_vec());
+/// Who vouches for the server, and for clients.
+struct Authority {
+    pem: String,
+    der: rustls::pki_types::CertificateDer<'static>,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+        let key = KeyPair::generate().unwrap();
+        let mut authority = CertificateParams::new(Vec::<String>::new()).unwrap();
+        authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = authority.self_signed(&key).unwrap();
+        Authority { pem: root.pem(), der: root.der().clone(), issuer: Issuer::new(authority, key) }
     }
-    (root.pem(), Arc::new(tls))
+
+    /// A server's end that it vouches for under these names. Clients come with a certificate of its, or with none.
+    fn server(&self, names: &[&str], http1_only: bool) -> Arc<rustls::ServerConfig> {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let certificate =
+            rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(
+            Arc::new(roots),
+            Arc::clone(&provider),
+        );
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(clients.allow_unauthenticated().build().unwrap())
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .unwrap();
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        if !http1_only {
+            tls.alpn_protocols.insert(0, b"h2".to_vec());
+        }
+        Arc::new(tls)
+    }
 }
 
 async fn relay(listener: TcpListener, behind: SocketAddr, inner: Arc<Inner>) {
@@ -272,7 +324,13 @@ async fn serve(listener: TcpListener, inner: Arc<Inner>, tls: Arc<rustls::Server
         connections.spawn(async move {
             let Ok(stream) = acceptor.accept(stream).await else { return };
             let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-            let service = service_fn(move |request| answer(Arc::clone(&inner), request));
+            let client = stream
+                .get_ref()
+                .1
+                .peer_certificates()
+                .and_then(|chain| chain.first())
+                .map(|one| one.to_vec());
+            let service = service_fn(move |request| answer(Arc::clone(&inner), client.clone(), request));
             let io = TokioIo::new(stream);
             let _ = match is_h2 {
                 true => {
@@ -285,7 +343,11 @@ async fn serve(listener: TcpListener, inner: Arc<Inner>, tls: Arc<rustls::Server
     }
 }
 
-async fn answer(inner: Arc<Inner>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn answer(
+    inner: Arc<Inner>,
+    client: Option<Vec<u8>>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
     let (parts, body) = request.into_parts();
     let path = parts.uri.path().to_owned();
     let query: BTreeMap<String, String> = parts
@@ -300,7 +362,17 @@ async fn answer(inner: Arc<Inner>, request: Request<Incoming>) -> Result<Respons
     let line = format!("{} {path} {}", parts.method, parts.uri.query().unwrap_or_default());
     inner.store.lock().unwrap().requests.push(line);
     let token = parts.headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
-    if token != format!("Bearer {}", manners.token) {
+    if manners.hanging {
+        std::future::pending::<()>().await;
+    }
+    if let Some(code) = manners.failing {
+        return Ok(failure(StatusCode::from_u16(code).unwrap(), "etcd is not there"));
+    }
+    let is_known = match &manners.client {
+        Some(_) => client == manners.client,
+        None => token == format!("Bearer {}", manners.token),
+    };
+    if !is_known {
         return Ok(failure(StatusCode::UNAUTHORIZED, "Unauthorized"));
     }
     let words: Vec<&str> = path.trim_matches('/').split('/').collect();
@@ -332,6 +404,13 @@ async fn answer(inner: Arc<Inner>, request: Request<Incoming>) -> Result<Respons
             }
             store.posted.push(sent.clone());
             text(StatusCode::CREATED, &sent)
+        }
+        (Method::GET, None) if manners.stalling => {
+            let endless = futures_util::stream::pending::<Result<Frame<Bytes>, Infallible>>();
+            Response::new(StreamBody::new(endless).boxed_unsync())
+        }
+        (Method::GET, None) if manners.ending && query.contains_key("watch") => {
+            Response::new(Full::default().boxed_unsync())
         }
         (Method::GET, None) if query.get("watch").is_some_and(|watch| watch == "true") => {
             inner.watch(resource, &query, &manners)
