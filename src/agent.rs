@@ -12,6 +12,7 @@
 //!
 //! Ending leaves the TUN, routes and rules in place: the next agent takes over. `--cleanup` removes them.
 
+mod bridge;
 mod cni;
 mod ends;
 mod error;
@@ -24,7 +25,6 @@ mod serve;
 mod services;
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -40,6 +40,7 @@ use tracing::{debug, error, info, warn};
 
 pub use error::AgentError;
 
+use crate::cni::conflist::BRIDGE;
 use crate::config::{AgentConfig, Masquerade, ServicesArg, UnderlayMtu};
 use crate::datapath::conntrack::FlowTable;
 use crate::io::fleet::{Fleet, FleetConfig};
@@ -54,6 +55,7 @@ use crate::state::durable::Loaded;
 use crate::state::keys::{KeyRing, vxlan_mac};
 use crate::state::run::{Clock, Outputs, StateLine, StateReport};
 use crate::status::{Handle, RotateOrder, server};
+use bridge::Removal;
 use ends::Ends;
 use health::Answers;
 use keys::KeyChange;
@@ -100,15 +102,25 @@ fn allow_many_files() {
     }
 }
 
-/// Removes everything that an agent ever put into the kernel; says what.
-pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
+/// What became of everything that an agent ever put into the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// What is gone.
+    pub removed: Vec<String>,
+    /// What is still there, and why.
+    pub kept: Vec<String>,
+}
+
+/// Removes everything that an agent ever put into the kernel, into the run directory and where the runtime looks for
+/// its plugins.
+pub fn cleanup(config: &AgentConfig) -> Result<Cleaned, AgentError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| AgentError::Io { what: "cannot start the runtime", source })?;
     presence::may_administrate()?;
     // Where there is no such folder, there is no agent in it: none is made just for that.
-    let _only_one = match config.run_dir.exists() {
+    let only_one = match config.run_dir.exists() {
         true => {
             let _runtime = runtime.enter();
             Some(server::bind(&config.run_dir)?)
@@ -116,23 +128,41 @@ pub fn cleanup(config: &AgentConfig) -> Result<Vec<String>, AgentError> {
         false => None,
     };
     let saved = host_state(config);
-    let (mut removed, lists) = runtime.block_on(async {
-        presence::nobody_is_here(&Ends::open(config)?.netlink, &config.tun_name).await?;
+    let (mut removed, lists, bridge) = runtime.block_on(async {
+        let netlink = Ends::open(config)?;
+        presence::nobody_is_here(&netlink.netlink, &config.tun_name).await?;
         // First, so that no pod is added meanwhile. What cannot be done there keeps nothing in the kernel.
         let (mut removed, lists) = cni::cleanup(config);
         removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
-        Ok::<_, AgentError>((removed, lists))
+        let bridge = bridge::remove(&netlink.netlink).await;
+        Ok::<_, AgentError>((removed, lists, bridge))
     })?;
-    for file in ["ready", "flows", "affinity"] {
-        if fs::remove_file(config.run_dir.join(file)).is_ok() {
-            removed.push(format!("file {}", config.run_dir.join(file).display()));
+    let mut kept = Vec::new();
+    let pods = match bridge {
+        Ok(Removal::Absent) => 0,
+        Ok(Removal::Removed) => {
+            removed.push(format!("bridge {BRIDGE}"));
+            0
         }
-    }
+        Ok(Removal::Kept(pods)) => {
+            kept.push(format!(
+                "the bridge {BRIDGE}, on which {pods} pods hang, and the record of their addresses: when they are gone, \
+                 `warren agent --cleanup` removes both"
+            ));
+            pods
+        }
+        Err(error) => {
+            kept.push(format!("the bridge {BRIDGE}, if it is there: {error}"));
+            1
+        }
+    };
+    removed.extend(presence::empty(&config.run_dir, only_one, pods > 0));
     if let Err(error) = lists {
         removed.iter().for_each(|what| info!("removed {what}"));
+        kept.iter().for_each(|what| info!("kept {what}"));
         return Err(error);
     }
-    Ok(removed)
+    Ok(Cleaned { removed, kept })
 }
 
 fn host_state(config: &AgentConfig) -> PathBuf {
@@ -317,7 +347,14 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
     ready.write(&config.node, plan.pod_mtu)?;
     probe.send_modify(|answers| answers.not_ready = None);
     feed.ready.send_replace(true);
-    let (cni, cni_tasks) = cni::Cni::start(&config, &plan, host_state.clone())?;
+    let confirmation = cni::Confirmation {
+        report: outputs.report.clone(),
+        contact: feed.contact,
+        patience: cni::ANSWERS_WITHIN,
+    };
+    let netlink = ends.netlink.clone();
+    let (cni, cni_tasks) =
+        cni::Cni::start(&config, &plan, host_state.clone(), confirmation, netlink, handle.clone())?;
     tasks.0.extend(cni_tasks);
     info!(
         node = %config.node, pods = %list(&plan.pod_ranges), pod_mtu = plan.pod_mtu, lanes = fleet.lanes.len(),

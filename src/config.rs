@@ -130,6 +130,8 @@ pub struct AgentConfig {
     pub run_dir: PathBuf,
     /// Whether to wait for another agent's end.
     pub standby: bool,
+    /// Which agent this is, where several may stand by; empty where that cannot be.
+    pub instance: String,
     /// Log filter.
     pub log: String,
     /// Whether to clean up and end.
@@ -311,6 +313,7 @@ impl AgentConfig {
             state_dir,
             run_dir: args.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
             standby: args.standby.unwrap_or(false),
+            instance: args.instance.unwrap_or_default(),
             log: args.log.unwrap_or_else(|| "info".to_owned()),
             cleanup: args.cleanup,
             stay: args.stay,

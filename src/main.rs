@@ -48,11 +48,12 @@ fn run_agent(config: AgentConfig) -> Result<(), Box<dyn std::error::Error>> {
     if !config.cleanup {
         return Ok(agent::run(config)?);
     }
-    let removed = agent::cleanup(&config)?;
-    match removed.as_slice() {
-        [] => println!("nothing of Warren's was found"),
+    let cleaned = agent::cleanup(&config)?;
+    match cleaned.removed.as_slice() {
+        [] if cleaned.kept.is_empty() => println!("nothing of Warren's was found"),
         some => some.iter().for_each(|what| println!("removed {what}")),
     }
+    cleaned.kept.iter().for_each(|what| println!("kept {what}"));
     if config.stay { wait_to_be_stopped() } else { Ok(()) }
 }
 

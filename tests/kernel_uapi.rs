@@ -187,6 +187,7 @@ fn handle() -> Handle {
     };
     let lanes = [(0u8, 1, 4), (1, 2, 1)].map(|(id, received, sent)| lane(id, received << 10, sent << 10));
     let info = NodeInfo {
+        instance: String::new(),
         name: "node-a".to_owned(),
         version: "0.0.0".to_owned(),
         tun: INTERFACE.to_owned(),

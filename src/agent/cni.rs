@@ -1,7 +1,9 @@
 //! CNI: what `warren-cni` reads of this agent, and the runtime's list of plugins.
 //!
-//! Both begin when packets flow, the list last: from then on the kubelet calls the node ready. Both stay when the
-//! agent ends; `--cleanup` takes them away.
+//! Both begin when packets flow and the source has shown this node's own Node, the list last: from then on the kubelet
+//! calls the node ready. What was saved before a restart does for both only where no API server answers: the Node may
+//! have been replaced by another of its name, with other pod ranges. Both stay when the agent ends; `--cleanup` takes
+//! them away.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,15 +11,16 @@ use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
-use super::AgentError;
+use super::{AgentError, bridge};
 use crate::cni::conflist::{self, BRIDGE, ConfFile, NEEDED, Own, Verdict, WELCOME};
 use crate::cni::data_path::{self, DataPath};
 use crate::cni::plugins::{self, Spoken};
@@ -27,7 +30,17 @@ use crate::io::clock;
 use crate::io::host::HostState;
 use crate::state::compile::HostPlan;
 use crate::state::durable;
+use crate::state::run::StateReport;
+use crate::state::source::kube::Contact;
+use crate::status::Handle;
 
+/// How long the API server may take to show this node's Node, before what was saved counts: less than the word of the
+/// agent before us is believed, which may be one of its beats old, so that a restart is not seen.
+pub(super) const ANSWERS_WITHIN: Duration = Duration::from_secs(15);
+const _: () = assert!(
+    ANSWERS_WITHIN.as_secs() + data_path::EVERY.as_secs() < data_path::DEAD.as_secs(),
+    "an agent's restart would be seen"
+);
 /// How often the folder of lists is looked at: somebody may have changed it.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// No list of plugins comes near.
@@ -56,13 +69,61 @@ impl Pods {
 /// Tells both tasks what pods get.
 pub(super) struct Cni(watch::Sender<Pods>);
 
+/// Whether this node's Node is known to be the one that the pod ranges are of.
+pub(super) struct Confirmation {
+    pub(super) report: watch::Receiver<Arc<StateReport>>,
+    /// Whether the API server answers; `None` where there is none.
+    pub(super) contact: Option<watch::Receiver<Contact>>,
+    /// [`ANSWERS_WITHIN`].
+    pub(super) patience: Duration,
+}
+
+impl Confirmation {
+    /// `late`: an API server has had its time; one that says nothing but errors is as good as none.
+    fn is_there(&mut self, late: bool) -> bool {
+        let report = self.report.borrow_and_update();
+        // Where nobody can say otherwise, what was saved holds.
+        let alone = match self.contact.as_mut().map(|contact| contact.borrow_and_update().clone()) {
+            None | Some(Contact::Silent { .. }) => true,
+            Some(Contact::Unknown | Contact::Answers) => late && !report.heard,
+        };
+        report.own_confirmed || alone
+    }
+
+    async fn wait(mut self) {
+        let late = sleep(self.patience);
+        tokio::pin!(late);
+        while !self.is_there(late.is_elapsed()) {
+            let news = async {
+                match &mut self.contact {
+                    Some(contact) => tokio::select! {
+                        changed = self.report.changed() => changed,
+                        changed = contact.changed() => changed,
+                    },
+                    None => self.report.changed().await,
+                }
+            };
+            let changed = tokio::select! {
+                changed = news => changed,
+                () = &mut late, if !late.is_elapsed() => Ok(()),
+            };
+            if changed.is_err() {
+                return std::future::pending().await; // the agent ends
+            }
+        }
+    }
+}
+
 impl Cni {
     /// Packets flow: says so from now on, and lets the runtime know of us. The first word is written when this
-    /// returns.
+    /// returns, if nothing is waited for.
     pub(super) fn start(
         config: &AgentConfig,
         plan: &HostPlan,
         host: watch::Receiver<HostState>,
+        mut confirmation: Confirmation,
+        netlink: rtnetlink::Handle,
+        handle: Handle,
     ) -> Result<(Cni, Vec<JoinHandle<()>>), AgentError> {
         let (sender, pods) = watch::channel(Pods::of(plan));
         let beat = Beat {
@@ -70,22 +131,51 @@ impl Cni {
             device: config.tun_name.clone(),
             run_dir: config.run_dir.clone(),
         };
-        beat.write(&pods.borrow()).map_err(|source| AgentError::Io {
-            what: "cannot write data-path.json in the run directory",
-            source,
-        })?;
-        let mut tasks = vec![tokio::spawn(beat.go_on(pods.clone(), host))];
+        let confirmed = confirmation.is_there(false);
+        if confirmed {
+            beat.write(&pods.borrow()).map_err(|source| AgentError::Io {
+                what: "cannot write data-path.json in the run directory",
+                source,
+            })?;
+        }
+        let (open, gate) = watch::channel(confirmed);
+        let mut tasks = vec![
+            tokio::spawn(async move {
+                confirmation.wait().await;
+                open.send_replace(true);
+                std::future::pending().await
+            }),
+            tokio::spawn({
+                let (gate, pods) = (gate.clone(), pods.clone());
+                async move {
+                    passed(gate).await;
+                    beat.go_on(pods, host).await;
+                }
+            }),
+        ];
         if let Some(folder) = config.cni.conf_dir.clone() {
             let keeper = Keeper {
                 folder,
                 config: config.cni.clone(),
+                node: config.node.clone(),
                 run_dir: std::path::absolute(&config.run_dir).unwrap_or_else(|_| config.run_dir.clone()),
                 record: config.state_dir.join(RECORD),
                 tun: config.tun_name.clone(),
+                netlink,
+                handle,
                 asked: BTreeMap::new(),
                 said: BTreeSet::new(),
             };
-            tasks.push(tokio::spawn(keeper.keep(pods)));
+            if !confirmed {
+                keeper.tell(Some(
+                    "the API server has not shown this node's Node yet, whose pod ranges may have changed"
+                        .to_owned(),
+                ));
+            }
+            tasks.push(tokio::spawn(async move {
+                passed(gate).await;
+                keeper.keep(pods).await;
+            }));
         }
         Ok((Cni(sender), tasks))
     }
@@ -93,6 +183,12 @@ impl Cni {
     pub(super) fn obey(&self, plan: &HostPlan) {
         let next = Pods::of(plan);
         self.0.send_if_modified(|now| std::mem::replace(now, next) != *now);
+    }
+}
+
+async fn passed(mut gate: watch::Receiver<bool>) {
+    if gate.wait_for(|open| *open).await.is_err() {
+        std::future::pending().await // the agent ends
     }
 }
 
@@ -178,6 +274,9 @@ struct Keeper {
     run_dir: PathBuf,
     record: PathBuf,
     tun: String,
+    node: String,
+    netlink: rtnetlink::Handle,
+    handle: Handle,
     /// What each plugin speaks, as long as its file stays the same.
     asked: BTreeMap<&'static str, (FileId, Spoken)>,
     said: BTreeSet<String>,
@@ -190,14 +289,29 @@ impl Keeper {
     async fn keep(mut self, mut pods: watch::Receiver<Pods>) {
         loop {
             let now = pods.borrow_and_update().clone();
-            match self.look(now).await {
-                Ok(Some(done)) => info!("CNI: {done}"),
-                Ok(None) => {}
-                Err(problem) => self.say(format!("no pod network for this node's runtime yet: {problem}")),
-            }
+            let problem = match self.look(now).await {
+                Ok(Some(done)) => {
+                    info!("CNI: {done}");
+                    None
+                }
+                Ok(None) => None,
+                Err(problem) => {
+                    self.say(format!("no pod network for this node's runtime yet: {problem}"));
+                    Some(problem)
+                }
+            };
+            self.tell(problem);
             if let Ok(Err(_)) = timeout(LOOK_EVERY, pods.changed()).await {
                 return;
             }
+        }
+    }
+
+    /// Lets `warren status` say why pods cannot be added.
+    fn tell(&self, problem: Option<String>) {
+        let problem = problem.unwrap_or_default();
+        if self.handle.live().cni != problem {
+            self.handle.update(|live| live.cni.clone_from(&problem));
         }
     }
 
@@ -228,6 +342,8 @@ impl Keeper {
             Verdict::Refuse(why) => Err(why),
             Verdict::Own => {
                 let text = self.own_list(&files, &pods, &run_dir).await?;
+                // The list last: once it is there pods come.
+                bridge::make(&self.netlink, &self.node).await?;
                 self.write(&files, own, text, None).await
             }
             Verdict::Wrap(file) => {
@@ -324,7 +440,9 @@ impl Keeper {
         let spoken = plugins::ask(&self.config.bin_dir, plugin).await;
         if let Spoken::Assumed(version, why) = &spoken {
             self.say(format!(
-                "which versions of CNI the plugin {plugin} speaks is not known ({why}); {version} is assumed"
+                "which versions of CNI the plugin {plugin} speaks cannot be asked ({why}); {version} is assumed, which \
+                 all of them have spoken since 2019. Versions before 1.1.0 have no STATUS: the node's Ready condition \
+                 will not say when packets stop. Statically linked plugins can be asked"
             ));
         }
         self.asked.insert(plugin, (id, spoken.clone()));
@@ -453,4 +571,33 @@ fn remember(record: &Path, folder: &Path) -> io::Result<()> {
         return Ok(());
     }
     durable::replace(record, &serde_json::to_vec(&folders)?, MODE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_saved_counts_only_where_nobody_can_say_otherwise() {
+        let (reports, report) = watch::channel(Arc::new(StateReport::default()));
+        let (contacts, contact) = watch::channel(Contact::Unknown);
+        let patience = Duration::from_millis(50);
+        let new = || Confirmation { report: report.clone(), contact: Some(contact.clone()), patience };
+        let mut there = new();
+        assert!(!there.is_there(false) && Confirmation { contact: None, ..new() }.is_there(false));
+        // One that answers nothing but errors, as one without its etcd.
+        contacts.send_replace(Contact::Answers);
+        assert!(!there.is_there(false) && there.is_there(true));
+        timeout(100 * patience, new().wait()).await.expect("it has had its time");
+        // One that lists, and has no such Node.
+        reports.send_modify(|report| Arc::make_mut(report).heard = true);
+        assert!(!there.is_there(true));
+        timeout(4 * patience, new().wait()).await.expect_err("another Node may come");
+        reports.send_modify(|report| Arc::make_mut(report).own_confirmed = true);
+        assert!(there.is_there(false));
+        new().wait().await;
+        reports.send_replace(Arc::default());
+        contacts.send_replace(Contact::Silent { since: std::time::UNIX_EPOCH, reason: String::new() });
+        assert!(there.is_there(false));
+    }
 }

@@ -18,7 +18,7 @@ use crate::state::publish::{Announcer, Publisher};
 use crate::state::run::{Clock, Outputs};
 use crate::state::source::SourceEvent;
 use crate::state::source::dir::DirSource;
-use crate::state::source::kube::{Cluster, KubeSource};
+use crate::state::source::kube::{Cluster, Contact, KubeSource};
 use crate::status::Handle;
 
 /// How often it is said that we still wait, when it is for the same.
@@ -31,6 +31,8 @@ pub(super) struct Feed {
     pub(super) tasks: Vec<JoinHandle<()>>,
     /// Says that packets flow.
     pub(super) ready: watch::Sender<bool>,
+    /// Whether the API server answers, where there is one.
+    pub(super) contact: Option<watch::Receiver<Contact>>,
 }
 
 /// Starts the source, and whoever tells Kubernetes what this node has to say.
@@ -41,6 +43,7 @@ pub(super) fn start(
     clock: Clock,
 ) -> Feed {
     let (ready, is_ready) = watch::channel(false);
+    let mut contact = None;
     let (announcer, tasks) = match &config.source {
         None => (None, Vec::new()), // only with --cleanup, which reads no objects
         Some(SourceSpec::Dir(folder)) => {
@@ -49,6 +52,7 @@ pub(super) fn start(
         }
         Some(SourceSpec::Kube) => {
             let cluster = Cluster::new(config.access.clone(), clock.wall);
+            contact = Some(cluster.contact());
             let services = config.services != ServicesArg::Off;
             let (source, own) = KubeSource::new(cluster.clone(), &config.node, services);
             let (announcement, wanted) = watch::channel(None);
@@ -76,7 +80,7 @@ pub(super) fn start(
             (Some(Announcer::Kubernetes(announcement)), tasks)
         }
     };
-    Feed { announcer, tasks, ready }
+    Feed { announcer, tasks, ready, contact }
 }
 
 /// Waits for the first plan that names pods of ours; says what it waits for. A folder without this node is a mistake.

@@ -13,6 +13,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::AgentError;
+use crate::cni::conflist::NETWORK;
 use crate::config::AgentConfig;
 use crate::io::underlay;
 use crate::status::server;
@@ -150,6 +151,38 @@ impl Drop for ReadyFile {
     }
 }
 
+/// Takes what agents leave in the run directory away, and the directory; not what belongs to `pods` that are there
+/// still. Says what is gone. The directory stays where somebody else's file is in it, or where it is a mount.
+pub(super) fn empty(run_dir: &Path, socket: Option<OwnedSocket>, pods: bool) -> Vec<String> {
+    /// The tables are worth naming; the others nobody would look for.
+    const NAMED: [&str; 2] = ["flows", "affinity"];
+    const OTHERS: [&str; 4] = ["ready", "ready.next", "data-path.next", SUCCESSOR];
+    let mut removed = Vec::new();
+    let file = |name: &str| fs::remove_file(run_dir.join(name)).is_ok();
+    for name in OTHERS {
+        let _ = file(name);
+    }
+    removed.extend(
+        NAMED
+            .into_iter()
+            .filter(|name| file(name))
+            .map(|name| format!("file {}", run_dir.join(name).display())),
+    );
+    let addresses = run_dir.join("ipam").join(NETWORK);
+    if !pods && fs::remove_dir_all(&addresses).is_ok() {
+        removed.push(format!("the record of pods' addresses, {}", addresses.display()));
+    }
+    let _ = fs::remove_dir(run_dir.join("ipam"));
+    if let Some(socket) = socket {
+        let _ = fs::remove_file(socket.path().with_extension("lock")); // as long as it is held
+        drop(socket);
+    }
+    if fs::remove_dir(run_dir).is_ok() {
+        removed.push(format!("directory {}", run_dir.display()));
+    }
+    removed
+}
+
 pub(super) fn make_dir(path: &Path, flag: &'static str) -> Result<(), AgentError> {
     use std::os::unix::fs::DirBuilderExt as _;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| AgentError::Directory {
@@ -209,6 +242,33 @@ mod tests {
         drop(first);
         timeout(Duration::from_secs(5), second).await.unwrap().unwrap().unwrap();
         assert!(!dir.path().join(SUCCESSOR).exists(), "what was asked for was given");
+    }
+
+    #[tokio::test]
+    async fn the_run_directory_goes_with_all_that_is_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().join("run");
+        let write = |name: &str| {
+            let path = run.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        };
+        for (more, pods, gone) in
+            [(None, false, true), (None, true, false), (Some("somebody's"), false, false)]
+        {
+            for name in ["ready", "flows", "affinity", "ipam/warren/10.244.1.2", "ipam/warren/lock"] {
+                write(name);
+            }
+            more.into_iter().for_each(write);
+            let socket = server::bind(&run).unwrap();
+            let removed = empty(&run, Some(socket), pods);
+            assert_eq!(run.exists(), !gone, "{removed:?}");
+            assert_eq!(run.join("ipam/warren/10.244.1.2").exists(), pods);
+            assert!(!run.join("flows").exists() && !run.join("warren.lock").exists());
+            assert_eq!(removed.last().unwrap().contains("directory"), gone, "{removed:?}");
+            let _ = fs::remove_dir_all(&run);
+        }
+        assert_eq!(empty(&run, None, false), [""; 0]);
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub(super) fn handle(config: &AgentConfig, outputs: &Outputs) -> Handle {
             ("services".to_owned(), config.services.name().to_owned()),
             ("location".to_owned(), or(config.location.clone().unwrap_or_default(), "none")),
         ],
+        instance: config.instance.clone(),
         started: clock::now(),
     };
     Handle::new(info, Arc::clone(&outputs.snapshot), Vec::new())

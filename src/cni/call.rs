@@ -75,13 +75,16 @@ impl Call {
 
     /// The variables of SPEC.md, "Parameters". The container's id is checked though we do not need it: a runtime
     /// that sends a bad one should hear of it from whoever is asked first.
-    fn parse(variable: impl Fn(&str) -> Result<Option<String>, CniError>) -> Result<Call, CniError> {
+    pub(super) fn parse(
+        variable: impl Fn(&str) -> Result<Option<String>, CniError>,
+    ) -> Result<Call, CniError> {
         let needed = |name: &str| {
             let value = variable(name)?.filter(|value| !value.is_empty());
             value.ok_or_else(|| wrong(format!("{name} is not set")).with(about()))
         };
         let word = needed("CNI_COMMAND")?;
         let Some(verb) = Verb::ALL.into_iter().find(|verb| verb.name() == word) else {
+            let word: String = word.chars().take(32).collect();
             return Err(wrong(format!("CNI_COMMAND is {word:?}, which is not a verb of CNI")).with(about()));
         };
         let mut call = Call { verb, interface: String::new(), namespace: None, namespace_may_be_ours: false };

@@ -28,6 +28,7 @@ pub mod plugins;
 mod verbs;
 mod version;
 
+use std::collections::BTreeMap;
 use std::io::{self, Read as _, Write as _};
 use std::panic;
 use std::process::ExitCode;
@@ -85,13 +86,48 @@ impl Failure {
     }
 }
 
+/// What is answered as far as nobody has to be asked, neither the kernel nor the agent: for fuzzing. `Err`: an error
+/// object.
+#[doc(hidden)]
+pub fn answer_unasked(variables: &BTreeMap<String, String>, stdin: &[u8]) -> Result<String, String> {
+    let call = Call::parse(|name| Ok(variables.get(name).cloned()));
+    let answer = understand(call, stdin).and_then(|understood| match understood {
+        None => Ok(version::answer()),
+        Some((call, input)) => {
+            let version = input.version;
+            let failure = |error| Failure { version, error };
+            verbs::check_version(&call, &input).map_err(failure)?;
+            match (call.verb, input.previous) {
+                (Verb::Add, Some(previous)) => {
+                    let all: Vec<usize> = (0..previous.interfaces.len()).collect();
+                    Ok(previous.result(version, 1420, &all))
+                }
+                (Verb::Add | Verb::Check, None) => Err(failure(verbs::no_result())),
+                (Verb::Check | Verb::Del | Verb::Status | Verb::Gc | Verb::Version, _) => Ok(Value::Null),
+            }
+        }
+    });
+    answer.map(|answer| answer.to_string()).map_err(|failure| failure.object())
+}
+
 /// One call: what is to be printed, if anything.
 fn run(call: Result<Call, CniError>, stdin: impl io::Read) -> Result<Option<Value>, Failure> {
+    match understand(call, stdin)? {
+        None => Ok(Some(version::answer())),
+        Some((call, input)) => {
+            let version = input.version;
+            verbs::serve(&call, input).map_err(|error| Failure { version, error })
+        }
+    }
+}
+
+/// What is wanted. `None`: our versions, for which nothing else has to be known.
+fn understand(call: Result<Call, CniError>, stdin: impl io::Read) -> Result<Option<(Call, Input)>, Failure> {
     // Before the input is read nobody knows what the runtime speaks.
     let early = |error| Failure { version: SpecVersion::NEWEST, error };
     let call = call.map_err(early)?;
     if call.verb == Verb::Version {
-        return Ok(Some(version::answer()));
+        return Ok(None);
     }
     let mut bytes = Vec::new();
     let read = stdin.take(LARGEST_INPUT + 1).read_to_end(&mut bytes);
@@ -101,8 +137,7 @@ fn run(call: Result<Call, CniError>, stdin: impl io::Read) -> Result<Option<Valu
         return Err(early(CniError::new(Code::Decode, reason)));
     }
     let input = Input::parse(&bytes).map_err(early)?;
-    let version = input.version;
-    verbs::serve(&call, input).map_err(|error| Failure { version, error })
+    Ok(Some((call, input)))
 }
 
 #[cfg(test)]

@@ -17,8 +17,9 @@ use super::SpecVersion;
 /// A plugin answers in milliseconds; a loaded machine may need longer.
 const PATIENCE: Duration = Duration::from_secs(5);
 const MOST_BYTES: u64 = 1 << 16;
-/// What every release of the usual plugins since 2021 speaks (v1.0.0 of containernetworking/plugins).
-const ASSUMED: SpecVersion = SpecVersion::V1_0_0;
+/// What every release of the usual plugins since 2019 speaks (v0.8.0 of containernetworking/plugins), those of Debian 11
+/// and Ubuntu 22.04 no more than that. The next one has no verb that this one lacks.
+const ASSUMED: SpecVersion = SpecVersion::V0_4_0;
 
 /// What became of asking a plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,11 @@ pub async fn ask(folder: &Path, plugin: &str) -> Spoken {
             Some(versions) => Spoken::Versions(versions),
             None => Spoken::Assumed(ASSUMED, "its answer makes no sense".to_owned()),
         },
+        // It was there a moment ago: what is not is the loader that it names.
+        Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound && is_installed(folder, plugin) => {
+            let why = "it needs libraries of the machine, which are not in this container";
+            Spoken::Assumed(ASSUMED, why.to_owned())
+        }
         Ok(Err(error)) => Spoken::Assumed(ASSUMED, format!("it cannot be run here: {error}")),
         Err(_) => Spoken::Assumed(ASSUMED, format!("it did not answer within {} s", PATIENCE.as_secs())),
     }
@@ -112,6 +118,20 @@ mod tests {
         std::fs::write(dir.path().join("bridge"), "no program").unwrap();
         assert!(!is_installed(dir.path(), "bridge"));
         let spoken = ask(dir.path(), "bridge").await;
-        assert!(spoken.has(SpecVersion::V1_0_0) && !spoken.has(SpecVersion::V1_1_0), "{spoken:?}");
+        assert!(spoken.has(SpecVersion::V0_4_0) && !spoken.has(SpecVersion::V1_0_0), "{spoken:?}");
+    }
+
+    /// As a plugin of the machine is in an image that holds nothing else: the kernel does not find its loader.
+    #[tokio::test]
+    async fn a_plugin_whose_libraries_are_not_here_is_guessed_at_and_that_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let plugin = dir.path().join("bridge");
+        std::fs::write(&plugin, "#!/no/such/loader\n").unwrap();
+        std::fs::set_permissions(&plugin, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let Spoken::Assumed(version, why) = ask(dir.path(), "bridge").await else {
+            panic!("it cannot answer")
+        };
+        assert_eq!(version, SpecVersion::V0_4_0);
+        assert!(why.contains("libraries"), "{why}");
     }
 }

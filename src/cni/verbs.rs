@@ -18,17 +18,25 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 pub(super) fn serve(call: &Call, input: Input) -> Result<Option<Value>, CniError> {
-    if input.version < call.verb.since() {
-        let (verb, since) = (call.verb.name(), call.verb.since());
-        let reason = format!("CNI version {} of the configuration has no {verb}, {since} has", input.version);
-        return Err(CniError::new(Code::IncompatibleVersion, reason));
-    }
+    check_version(call, &input)?;
     match call.verb {
         Verb::Add => add(call, input).map(Some),
         Verb::Check => check(call, &input).map(|()| None),
         Verb::Status => status(&input.run_dir).map(|()| None),
         // There is nothing of ours to remove: see the head of this room.
         Verb::Del | Verb::Gc | Verb::Version => Ok(None),
+    }
+}
+
+pub(super) fn check_version(call: &Call, input: &Input) -> Result<(), CniError> {
+    let (verb, since) = (call.verb.name(), call.verb.since());
+    match input.version < since {
+        true => {
+            let reason =
+                format!("CNI version {} of the configuration has no {verb}, {since} has", input.version);
+            Err(CniError::new(Code::IncompatibleVersion, reason))
+        }
+        false => Ok(()),
     }
 }
 
@@ -92,7 +100,7 @@ fn not_ready(health: &Health, code: Code) -> CniError {
         .with("the log of the agent says why: of its pod on this node, or `journalctl -u warren`")
 }
 
-fn no_result() -> CniError {
+pub(super) fn no_result() -> CniError {
     CniError::new(Code::InvalidConfig, "there is no prevResult: warren-cni cannot stand alone").with(
         "it completes what `bridge` or `ptp` makes: put it after one of them in the list of plugins (a .conflist)",
     )

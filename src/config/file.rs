@@ -163,6 +163,7 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         state_dir,
         run_dir,
         standby,
+        instance,
         log,
         no_tun_gso,
         no_udp_gso,

@@ -233,6 +233,10 @@ pub struct AgentArgs {
           require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
           hide_possible_values = true, help_heading = "Host")]
     pub standby: Option<bool>,
+    /// Which agent this is, where several may stand by on one machine: `warren status --ready` with the same answers
+    /// for this one only. In Kubernetes the pod's UID
+    #[arg(long, value_name = "NAME", env = "WARREN_INSTANCE", help_heading = "Host")]
+    pub instance: Option<String>,
     /// Take everything that Warren ever put into this machine's kernel back out, say what, and end
     #[arg(long, help_heading = "Host")]
     pub cleanup: bool,

@@ -45,6 +45,13 @@ impl Target {
 /// Show this node: lanes, peers, drops, offloads, and what is wrong
 #[derive(Args, Clone, Debug)]
 pub struct StatusArgs {
+    /// Say only whether packets flow by this agent, and fail with the reason if not: for probes. In the agent's own pod
+    /// one that stands by, while another agent has the node's network, is not ready
+    #[arg(long, conflicts_with = "json")]
+    pub ready: bool,
+    /// The agent that is meant; any, if not given
+    #[arg(long, value_name = "NAME", env = "WARREN_INSTANCE", hide = true, default_value = "")]
+    pub instance: String,
     /// Which agent to ask
     #[command(flatten)]
     pub target: Target,
@@ -138,6 +145,12 @@ pub enum ClientError {
         /// Its reason.
         reason: String,
     },
+    /// Packets do not flow by the agent that is meant.
+    #[error("not ready: {reason}")]
+    NotReady {
+        /// Why.
+        reason: String,
+    },
     /// The answer could not be printed.
     #[error("cannot print the answer: {0}")]
     Print(#[from] io::Error),
@@ -147,7 +160,22 @@ pub enum ClientError {
 pub fn status(args: &StatusArgs) -> Result<(), ClientError> {
     let socket = args.target.socket();
     let view = block_on(within(PATIENCE, &socket, fetch_view(&socket)))??;
+    if args.ready {
+        return ready(&view, &args.instance).and_then(print);
+    }
     if args.target.json { print_json(&view) } else { print(&render::status(&view)) }
+}
+
+/// A word for a probe.
+fn ready(view: &pb::NodeView, instance: &str) -> Result<&'static str, ClientError> {
+    let reason = match view.ready {
+        _ if !instance.is_empty() && view.instance != instance => {
+            "another agent has this node's network, and this one stands by".to_owned()
+        }
+        true => return Ok("ready\n"),
+        false => render::clean(&view.not_ready_reason),
+    };
+    Err(ClientError::NotReady { reason })
 }
 
 /// Runs `warren peers`.
@@ -312,7 +340,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let target =
             |socket: &Path| Target { run_dir: PathBuf::new(), socket: Some(socket.to_owned()), json: false };
-        let missing = status(&StatusArgs { target: target(&dir.path().join("none.sock")) }).unwrap_err();
+        let nobody = target(&dir.path().join("none.sock"));
+        let missing =
+            status(&StatusArgs { ready: true, instance: String::new(), target: nobody }).unwrap_err();
         assert!(matches!(missing, ClientError::NotRunning { .. }), "{missing}");
 
         // Not an agent: it takes the connection and hangs up.
@@ -327,6 +357,25 @@ mod tests {
         let error = peers(&args).unwrap_err();
         assert!(matches!(error, ClientError::Answer { .. }), "{error}");
         other.join().unwrap();
+    }
+
+    #[test]
+    fn a_probe_hears_of_its_own_agent_only() {
+        let view = |ready, instance: &str| pb::NodeView {
+            ready,
+            instance: instance.to_owned(),
+            not_ready_reason: "no pod range".to_owned(),
+            ..pb::NodeView::default()
+        };
+        assert!(ready(&view(true, "one"), "one").is_ok() && ready(&view(true, ""), "").is_ok());
+        for (agent, instance, word) in [
+            (view(true, "one"), "two", "stands by"),
+            (view(false, "one"), "one", "no pod range"),
+            (view(true, ""), "two", "stands by"),
+        ] {
+            let error = ready(&agent, instance).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
     }
 
     #[tokio::test]

@@ -160,6 +160,7 @@ fn info(started: Instant) -> NodeInfo {
         version: "0.1.0".to_owned(),
         tun: "warren0".to_owned(),
         settings: vec![("encap".to_owned(), "auto".to_owned()), ("port".to_owned(), "51820".to_owned())],
+        instance: "pod-1".to_owned(),
         started,
     }
 }

@@ -30,6 +30,8 @@ pub struct NodeInfo {
     pub tun: String,
     /// Settings worth showing, in the order to show them; no secret may be among them.
     pub settings: Vec<(String, String)>,
+    /// Which agent this is, where several may stand by on one node; empty where that cannot be.
+    pub instance: String,
     /// When the agent started.
     pub started: Instant,
 }
@@ -49,6 +51,8 @@ pub struct Live {
     pub services_elsewhere: String,
     /// Where a change of keys stands; empty when there is none.
     pub keys: String,
+    /// Why the runtime of this node has no list of plugins yet; empty when it has one, or none is wanted.
+    pub cni: String,
     /// What the state line knows; `None` until it has said so.
     pub state: Option<pb::StateView>,
 }

@@ -10,6 +10,8 @@ use super::pb;
 const RANGES_IN_STATUS: usize = 4;
 /// Peers that `warren status` lists; those that need attention first, the others are counted.
 const PEERS_IN_STATUS: usize = 20;
+/// Nodes that one line names.
+const NODES_NAMED: usize = 3;
 
 /// The node at a glance.
 pub fn status(view: &pb::NodeView) -> String {
@@ -127,6 +129,10 @@ fn head(out: &mut String, view: &pb::NodeView) {
         vec!["peers".to_owned(), peer_summary(&view.peers)],
         vec!["offloads".to_owned(), offload_summary(&view.lanes)],
     ];
+    if !view.cni.is_empty() {
+        rows.push(vec!["cni".to_owned(), format!("NO PODS YET: {}", clean(&view.cni))]);
+    }
+    rows.extend(bypassed(&view.peers).map(|text| vec!["bypassed".to_owned(), text]));
     if let Some(state) = &view.state {
         rows.push(vec!["state".to_owned(), state_summary(view, state)]);
         rows.push(vec!["cluster".to_owned(), cluster_summary(state)]);
@@ -155,6 +161,26 @@ fn peer_summary(peers: &[pb::PeerView]) -> String {
         .map(|(count, state)| format!("{count} {state}"))
         .collect();
     format!("{} known: {}", peers.len(), parts.join(", "))
+}
+
+/// Nodes whose own addresses may not be reachable from here, though their pods are.
+fn bypassed(peers: &[pb::PeerView]) -> Option<String> {
+    let mut named = peers.iter().filter(|peer| !peer.bypassed.is_empty());
+    let mut text = String::new();
+    for peer in named.by_ref().take(NODES_NAMED) {
+        let (name, own) = (clean(&peer.name), clean(&peer.bypassed.join(" ")));
+        let comma = if text.is_empty() { "" } else { ", " };
+        let _ = write!(text, "{comma}{name} ({own}, reached at {})", clean(&peer.endpoint));
+    }
+    match named.count() {
+        0 => {}
+        more => {
+            let _ = write!(text, " and {more} more");
+        }
+    }
+    let what = "the tunnel goes to none of the Node's own addresses, so this node may have no way to those: what is \
+                sent to them (the kubelet, another node's node ports) is not carried inside the tunnel";
+    (!text.is_empty()).then(|| format!("{text}: {what}"))
 }
 
 /// How many nodes are known, and on whose word.
@@ -463,6 +489,23 @@ DROPPED  REASON     MEANING
 ";
         let got = status(&fake::view());
         assert_eq!(got, expected, "\n{got}");
+    }
+
+    #[test]
+    fn what_keeps_pods_away_and_what_the_tunnel_does_not_carry_is_said() {
+        let mut view = fake::view();
+        view.cni = "CNI plugins are missing in /opt/cni/bin: bridge".to_owned();
+        for peer in &mut view.peers {
+            peer.bypassed = vec!["10.0.0.5".to_owned()];
+        }
+        view.peers.extend(vec![view.peers[0].clone(); 2]);
+        let got = status(&view);
+        assert!(got.contains("  cni       NO PODS YET: CNI plugins are missing"), "{got}");
+        assert!(
+            got.contains("bypassed  node-b (10.0.0.5, reached at 192.0.2.2:51820), node-c (10.0.0.5,"),
+            "{got}"
+        );
+        assert!(got.contains(" and 2 more: the tunnel goes to none"), "{got}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The view: snapshot, lanes' reports and counters put together. Pure: the clocks are arguments.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
@@ -73,6 +74,8 @@ pub fn build(parts: &Parts<'_>) -> pb::NodeView {
         state: live.state.clone(),
         services_elsewhere: live.services_elsewhere.clone(),
         keys: live.keys.clone(),
+        cni: live.cni.clone(),
+        instance: info.instance.clone(),
     }
 }
 
@@ -262,13 +265,12 @@ fn peer_view(peer: &Peer, sessions: &[Held<'_>], traffic: &PeerTraffic, now: Ins
     let handshake = sessions.iter().filter_map(|(_, s)| s.handshake_age).min();
     let endpoint = match peer.encap {
         Some(Encap::WireGuard) => wireguard_endpoint(peer, sessions),
-        Some(Encap::Vxlan) => {
-            peer.vxlan.as_ref().map(|v| std::net::SocketAddr::new(v.address, v.port).to_string())
-        }
+        Some(Encap::Vxlan) => peer.vxlan.as_ref().map(|v| SocketAddr::new(v.address, v.port).to_string()),
         None => None,
     }
     .unwrap_or_default();
     let (state, why) = peer_state(peer, sessions, received, sent, &endpoint);
+    let bypassed = bypassed(peer, state, &endpoint);
     pb::PeerView {
         id: peer.id.0,
         name: peer.name.clone(),
@@ -292,6 +294,19 @@ fn peer_view(peer: &Peer, sessions: &[Held<'_>], traffic: &PeerTraffic, now: Ins
         tx_packets: traffic.packets_sent,
         last_received_age_ms: received.map(millis),
         last_sent_age_ms: sent.map(millis),
+        bypassed,
+    }
+}
+
+/// The addresses of the peer's Node, if the tunnel stands and goes to none of them.
+fn bypassed(peer: &Peer, state: &str, endpoint: &str) -> Vec<String> {
+    let Ok(endpoint) = endpoint.parse::<SocketAddr>() else { return Vec::new() };
+    // Those on its tunnel device are inside the tunnel.
+    let inside = |ip: &&IpAddr| peer.pod_ranges.iter().any(|range| range.network() == **ip);
+    let outside: Vec<&IpAddr> = peer.addresses.iter().filter(|ip| !inside(ip)).collect();
+    match state == "up" && !outside.contains(&&endpoint.ip().to_canonical()) {
+        true => outside.into_iter().map(ToString::to_string).collect(),
+        false => Vec::new(),
     }
 }
 
@@ -336,7 +351,13 @@ fn peer_state(
         }
         Encap::WireGuard if sessions.iter().any(|(_, s)| is_live(s)) => ("up", String::new()),
         Encap::WireGuard if sessions.iter().any(|(_, s)| !s.established) => {
-            ("connecting", format!("handshakes to {endpoint} have no answer: does UDP get there and back?"))
+            let mut reason = format!("handshakes to {endpoint} have no answer: does UDP get there and back?");
+            let ip = endpoint.parse().map(|endpoint: SocketAddr| endpoint.ip());
+            if ip.is_ok_and(|ip| peer.addresses.contains(&ip)) {
+                reason += " That is its Node's own address; if it is not routable from here, give its agent --endpoint \
+                           or --keepalive 25";
+            }
+            ("connecting", reason)
         }
         Encap::WireGuard if wanted && !sessions.is_empty() => {
             ("silent", format!("it stopped answering handshakes at {endpoint}"))
@@ -438,6 +459,19 @@ mod tests {
             assert!(state == "unusable" && !why.is_empty(), "{state}");
         }
         assert_eq!(peer_state(&peer, &[], None, None, "").0, "unusable");
+    }
+
+    #[test]
+    fn a_node_whose_own_address_is_not_where_the_tunnel_goes_is_named() {
+        let peer = fake::peer(0, "b");
+        let at = |state, endpoint| bypassed(&peer, state, endpoint);
+        assert_eq!(at("up", "192.0.2.2:51820"), [""; 0]);
+        assert_eq!(at("up", "203.0.113.9:40000"), ["192.0.2.2"]);
+        assert_eq!(at("up", "[2001:db8::9]:40000"), ["192.0.2.2"]);
+        assert_eq!(at("connecting", "203.0.113.9:40000"), [""; 0]);
+        assert_eq!(at("idle", ""), [""; 0]);
+        let unknown = Peer { addresses: vec!["10.244.2.0".parse().unwrap()], ..peer };
+        assert_eq!(bypassed(&unknown, "up", "203.0.113.9:1"), [""; 0]);
     }
 
     #[test]

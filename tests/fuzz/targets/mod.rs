@@ -6,6 +6,8 @@ mod annotations;
 mod batch;
 mod build;
 #[cfg(feature = "agent")]
+mod cni;
+#[cfg(feature = "agent")]
 mod objects;
 mod packet;
 mod world;
@@ -26,6 +28,8 @@ pub(crate) const TARGETS: &[Target] = &[
     ("annotations", annotations::run),
     #[cfg(feature = "agent")]
     ("objects", objects::run),
+    #[cfg(feature = "agent")]
+    ("cni", cni::run),
 ];
 
 /// Runs one target.

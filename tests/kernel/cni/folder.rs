@@ -43,6 +43,17 @@ fn the_list_follows_the_node_and_goes_with_a_cleanup() {
     let runtime = Runtime::new(&lab, node);
     let mut agent = runtime.agent(&lab, &[]);
     let list = runtime.configured();
+    // The bridge is there before the list, with an address that no pod's interface changes.
+    let address = || {
+        let link = node.ns.run("ip -o link show warren-br0");
+        link.split_whitespace()
+            .skip_while(|word| *word != "link/ether")
+            .nth(1)
+            .expect("an address")
+            .to_owned()
+    };
+    let first = address();
+    assert!(first.starts_with("02:"), "{first}");
     let bridge = |list: &Value| list["plugins"][0].clone();
     assert_eq!(bridge(&list)["mtu"], json!(agent.pod_mtu()));
     // Kept: somebody removes it, or writes nonsense into it.
@@ -59,13 +70,25 @@ fn the_list_follows_the_node_and_goes_with_a_cleanup() {
     let pod = Netns::new("pod");
     assert!(runtime.add(&pod).addresses()[0].to_string().starts_with("10.244.77."));
     assert_eq!(mtu(&pod, "eth0"), agent.pod_mtu());
+    assert_eq!(address(), first);
     // It stays when the agent ends, and goes with the cleanup, which was not told where it is.
     agent.stop();
     assert_eq!(names(&runtime.conf), [OWN]);
     let said = cleanup(&lab, node);
     assert!(said.contains(OWN), "{said}");
     assert_eq!(names(&runtime.conf), [""; 0]);
-    assert!(!cleanup(&lab, node).contains(OWN));
+    // The pod keeps the bridge, and its address the record that nobody else gets it.
+    assert!(said.contains("kept the bridge warren-br0, on which 1 pods hang"), "{said}");
+    assert_eq!(names(&runtime.run_dir), ["ipam"]);
+    drop(pod);
+    wait_for("the pod's interface is gone", READY, || {
+        let links = node.ns.run("ip -o link show master warren-br0");
+        links.trim().is_empty().then_some(())
+    });
+    let said = cleanup(&lab, node);
+    assert!(said.contains("removed bridge warren-br0") && !said.contains(OWN), "{said}");
+    assert!(!runtime.run_dir.exists(), "{:?}", names(&runtime.run_dir));
+    assert!(cleanup(&lab, node).contains("nothing of Warren's was found"));
 }
 
 #[test]
