@@ -176,24 +176,37 @@ fn no_container_has_more_privilege_than_it_needs() {
 
 #[test]
 fn the_rights_are_these_and_no_more() {
-    let chart = chart("");
-    let rules = |kind: &str| -> BTreeSet<String> {
+    let rules = |values: &str, kind: &str| -> BTreeSet<String> {
+        let chart = chart(values);
         let rules = chart[&(kind.to_owned(), "warren".to_owned())]["rules"].as_array().unwrap();
         let list = |value: &Value| {
             value.as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect::<Vec<_>>().join(",")
         };
         rules.iter().map(|rule| format!("{} {}", list(&rule["resources"]), list(&rule["verbs"]))).collect()
     };
-    let expected = [
-        "nodes list,watch",
-        "nodes patch",
-        "nodes/status patch",
-        "services list,watch",
-        "endpointslices list,watch",
-        "servicecidrs list,watch",
-    ];
-    assert_eq!(rules("ClusterRole"), expected.map(str::to_owned).into());
-    assert_eq!(rules("Role"), ["events create".to_owned()].into());
+    let always = ["nodes list,watch", "nodes patch", "nodes/status patch", "servicecidrs list,watch"];
+    let always = BTreeSet::from(always.map(str::to_owned));
+    let mut with_services = always.clone();
+    with_services.extend(["services list,watch", "endpointslices list,watch"].map(str::to_owned));
+    assert_eq!(rules("", "ClusterRole"), with_services);
+    assert_eq!(rules("", "Role"), ["events create".to_owned()].into());
+    // Without Services only where the API servers are.
+    assert_eq!(rules("services: off", "ClusterRole"), always);
+    let here = ["events create", "endpointslices list,watch"];
+    assert_eq!(rules("services: off", "Role"), here.map(str::to_owned).into());
+}
+
+/// In an update two pods share the node's ports: until it has taken over, a pod is asked by name.
+#[test]
+fn a_pod_that_stands_by_is_not_ready_by_the_word_of_another() {
+    let objects = chart("");
+    let agent = &pod(&objects)["containers"][0];
+    let probe = &agent["startupProbe"];
+    assert_eq!(probe["exec"]["command"], json!(["/warren", "status", "--ready"]));
+    assert_eq!(probe["failureThreshold"], json!(i32::MAX), "nothing ends for waiting");
+    let instance =
+        agent["env"].as_array().unwrap().iter().find(|one| one["name"] == "WARREN_INSTANCE").unwrap();
+    assert_eq!(instance["valueFrom"]["fieldRef"]["fieldPath"], "metadata.uid");
 }
 
 /// The policy is for the account that the pods have, also in another namespace.
