@@ -111,20 +111,23 @@ impl Contestant {
     pub fn version(self) -> String {
         match self {
             Contestant::Bare | Contestant::KernelVxlan => {
-                format!("Linux {}", first_line(Command::new("uname").arg("-r")))
+                format!("Linux {}", kernel())
             }
             Contestant::FlannelUdp => recorded("flannel-udp"),
             Contestant::WireguardGo => recorded("wireguard-go"),
             Contestant::Gotatun => recorded("gotatun"),
             Contestant::Boringtun => recorded("boringtun-cli"),
             Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
-                first_line(Command::new(warren()).arg("--version"))
+                // One version has many builds.
+                let sum = first_line(Command::new("sha256sum").arg(warren()));
+                let version = first_line(Command::new(warren()).arg("--version"));
+                format!("{version}, sha256 {}", sum.get(..12).unwrap_or("unknown"))
             }
         }
     }
 
     /// Brings it up and waits until a packet has gone there and back.
-    pub fn set_up(self, mtu: u32, lanes: u8) -> Running {
+    pub fn set_up(self, mtu: u32, lanes: &str) -> Running {
         let lab = Lab::cable(mtu);
         let running = match self {
             Contestant::Bare => Running::of(lab, None),
@@ -220,9 +223,9 @@ fn wireguard(lab: Lab, program: Program) -> Running {
     Running { _programs: programs, pids, ..Running::of(lab, Some(10)) }
 }
 
-fn agents(lab: Lab, encap: &str, lanes: u8) -> Running {
+fn agents(lab: Lab, encap: &str, lanes: &str) -> Running {
     lab.write_nodes();
-    let arguments = ["--encap", encap, "--lanes", &lanes.to_string()];
+    let arguments = ["--encap", encap, "--lanes", lanes];
     let mut agents: Vec<Agent> = lab.nodes.iter().map(|node| Agent::launch(&lab, node, &arguments)).collect();
     agents.iter_mut().for_each(Agent::wait_ready);
     // The node address, 10.244.N.0: as with the others, no bridge and no pod stands between.
@@ -237,6 +240,12 @@ fn recorded(program: &str) -> String {
     let text = std::fs::read_to_string(folder.join(format!("{program}.version"))).unwrap_or_default();
     // Behind it may stand what else a new build depends on.
     text.split_whitespace().next().unwrap_or("unknown").to_owned()
+}
+
+/// The kernel's version, without what its builder has added.
+pub fn kernel() -> String {
+    let release = first_line(Command::new("uname").arg("-r"));
+    release.split('-').next().unwrap_or_default().to_owned()
 }
 
 /// The first line that a program prints, if it is not empty.

@@ -40,21 +40,21 @@ fn carrier(contestant: Contestant) -> Option<Carrier> {
 }
 
 /// MiB of memory and percent of one processor, over so many seconds.
-pub fn measure(contestant: Contestant, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+pub fn measure(contestant: Contestant, lanes: &str, seconds: u32) -> Result<Vec<Option<f64>>, String> {
     let lab = Lab::cable(1500);
     match carrier(contestant).ok_or("has no program that knows peers")? {
         Carrier::WireGuard(program) => wireguard(&lab, program, seconds),
-        Carrier::Agent(encap) => agent(&lab, encap, seconds),
+        Carrier::Agent(encap) => agent(&lab, encap, lanes, seconds),
     }
 }
 
-fn agent(lab: &Lab, encap: &str, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+fn agent(lab: &Lab, encap: &str, lanes: &str, seconds: u32) -> Result<Vec<Option<f64>>, String> {
     let node = &lab.nodes[0];
     lab.write_node(node, &[]);
     for number in 0..PEERS {
         lab.write_object(&format!("peer{number}.yaml"), &object(number));
     }
-    let agent = Agent::start(lab, node, &["--encap", encap]);
+    let agent = Agent::start(lab, node, &["--encap", encap, "--lanes", lanes]);
     let run = agent.folder().join("run").display().to_string();
     wait_for("the agent knows all peers", Duration::from_secs(20), || {
         let listed = node.ns.run(&format!("{} peers --run-dir {run}", warren()));

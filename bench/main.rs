@@ -25,8 +25,11 @@ pub mod plot;
 pub mod report;
 pub mod results;
 
+use std::ops::RangeInclusive;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::{fs, io};
 
 use clap::Parser;
 use serde_json::json;
@@ -52,9 +55,9 @@ struct Arguments {
     /// MTU of the cable.
     #[arg(long, default_value_t = 1500)]
     mtu: u32,
-    /// Lanes of Warren's agents.
-    #[arg(long, default_value_t = 1)]
-    lanes: u8,
+    /// Lanes of Warren's agents: a number, or `auto`, which is their default.
+    #[arg(long, default_value = "auto")]
+    lanes: String,
     /// Only these contestants.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Contestant>,
@@ -64,6 +67,9 @@ struct Arguments {
     /// Where the results go: NAME.json and NAME.md.
     #[arg(long, default_value = "bench/results/latest")]
     output: PathBuf,
+    /// Adds rounds to those that are there already, of the same build with the same settings.
+    #[arg(long)]
+    append: bool,
     /// Measures nothing: makes tables, plots, bench/RESULTS.md and README's part from these results.
     #[arg(long, value_name = "JSON")]
     render: Option<PathBuf>,
@@ -77,7 +83,7 @@ fn main() -> ExitCode {
     let done = match &arguments.render {
         Some(json) => report::render(json)
             .map(|files| files.iter().map(|file| format!("{}\n", file.display())).collect::<String>()),
-        None => report::write(&measure_all(&arguments), &arguments.output),
+        None => begin(&arguments).and_then(|(results, rounds)| measure_all(&arguments, results, rounds)),
     };
     match done {
         Ok(text) => {
@@ -92,31 +98,59 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure_all(arguments: &Arguments) -> Results {
+/// Results without samples, or with those of the rounds before; and the rounds that are to come.
+fn begin(arguments: &Arguments) -> io::Result<(Results, RangeInclusive<u32>)> {
+    let contestants = or_all(&arguments.only, &Contestant::ALL);
+    let settings = json!({
+        "seconds": arguments.seconds, "underlay_mtu": arguments.mtu, "lanes": arguments.lanes,
+    });
+    let mut results = Results::new(settings, &contestants);
+    if arguments.append {
+        let before = fs::read_to_string(arguments.output.with_extension("json"))?;
+        results.continue_after(Results::read(&before)?)?;
+    }
+    let before = results.rounds();
+    Ok((results, before + 1..=before + arguments.rounds))
+}
+
+/// Writes what there is after each contestant: an hour's work should not be lost with its last minute.
+fn measure_all(
+    arguments: &Arguments,
+    mut results: Results,
+    rounds: RangeInclusive<u32>,
+) -> io::Result<String> {
     let contestants = or_all(&arguments.only, &Contestant::ALL);
     let (idle, works): (Vec<Work>, Vec<Work>) =
         or_all(&arguments.tests, &Work::ALL).into_iter().partition(|work| *work == Work::Idle);
-    let settings = json!({
-        "rounds": arguments.rounds, "seconds": arguments.seconds, "underlay_mtu": arguments.mtu,
-        "lanes": arguments.lanes,
-    });
-    let mut results = Results::new(settings, &contestants);
-    for round in 1..=arguments.rounds {
+    let mut page = String::new();
+    for round in rounds {
         for &contestant in &contestants {
             if !works.is_empty() {
-                let running = contestant.set_up(arguments.mtu, arguments.lanes);
+                let running = caught(|| Ok(contestant.set_up(arguments.mtu, &arguments.lanes)));
                 for &work in &works {
-                    let measured = work.measure(&running, arguments.seconds);
+                    let measured = running.as_ref().map_err(String::clone);
+                    let measured = measured.and_then(|on| caught(|| work.measure(on, arguments.seconds)));
                     add(&mut results, round, contestant, work, measured);
                 }
             }
             if !idle.is_empty() && round <= IDLE_ROUNDS && idle::is_measured(contestant) {
-                let measured = idle::measure(contestant, arguments.seconds * IDLE_TIMES);
+                let seconds = arguments.seconds * IDLE_TIMES;
+                let measured = caught(|| idle::measure(contestant, &arguments.lanes, seconds));
                 add(&mut results, round, contestant, Work::Idle, measured);
             }
+            page = report::write(&results, &arguments.output)?;
         }
     }
-    results
+    Ok(page)
+}
+
+/// What goes wrong costs a sample, not the run: the laboratory panics, as tests do.
+fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Err(text.unwrap_or_else(|| "panicked".to_owned()))
+    })
 }
 
 fn add(

@@ -288,7 +288,7 @@ fn about(out: &mut String, results: &Results, source: &str) {
         "Two namespaces joined by a veth pair, both ends, both agents and the load on the same processors. Each \
          contestant is set up anew in every round, so that what the machine does meanwhile hits all alike: compare \
          rows, not runs. Median of {} rounds of {} s (least to most), interleaved.\n",
-        s("rounds"),
+        results.rounds(),
         s("seconds"),
     );
     if results.is_debug_build() {
@@ -296,7 +296,7 @@ fn about(out: &mut String, results: &Results, source: &str) {
     }
     let _ = writeln!(
         out,
-        "{}, {} processors ({}), Linux {}, veth MTU {}, load before {}. {}. Warren at commit {}, {} lane(s). All \
+        "{}, {} processors ({}), Linux {}, veth MTU {}, load before {}. {}. Warren at commit {}, lanes: {}. All \
          samples: [{source}]({source}). Command:\n\n    bench/run {}",
         a("date"),
         a("processors"),
@@ -395,7 +395,7 @@ fn short(results: &Results) -> String {
         results.about("processor"),
         results.about("kernel"),
         results.setting("underlay_mtu"),
-        results.setting("rounds"),
+        results.rounds(),
     );
     table(&mut out, results, &headline(results), |contestant, figure| {
         results.spread(contestant, figure).map(|spread| figure.show(spread.median))

@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use serde_json::{Map, Value, json};
 
-use crate::contestant::{Contestant, first_line};
+use crate::contestant::{Contestant, first_line, kernel};
 use crate::figure::Figure;
 use crate::lab::agent::warren;
 
@@ -64,7 +64,7 @@ impl Results {
             "date": said("date", &["-u", "+%F %H:%M UTC"]),
             "processors": std::thread::available_parallelism().map_or(0, usize::from),
             "processor": model.map_or("unknown", |(_, name)| name),
-            "kernel": said("uname", &["-r"]),
+            "kernel": kernel(),
             "load_before": load.split_whitespace().next(),
             "iperf3": said("iperf3", &["--version"]),
             "commit": said("git", &["describe", "--always", "--dirty"]),
@@ -80,6 +80,29 @@ impl Results {
     /// One more.
     pub fn add(&mut self, sample: Sample) {
         self.samples.push(sample);
+    }
+
+    /// Takes in the samples of rounds before.
+    pub fn continue_after(&mut self, before: Results) -> io::Result<()> {
+        if before.about["settings"] != self.about["settings"] {
+            return Err(io::Error::other("those rounds had other settings"));
+        }
+        for (name, contestant) in self.contestants.as_object().into_iter().flatten() {
+            let known = &before.contestants[name];
+            if !known.is_null() && known != contestant {
+                return Err(io::Error::other(format!("those rounds had another {name}")));
+            }
+        }
+        if let (Value::Object(ours), Value::Object(theirs)) = (&mut self.contestants, before.contestants) {
+            ours.extend(theirs);
+        }
+        self.samples = before.samples;
+        Ok(())
+    }
+
+    /// How many rounds there are.
+    pub fn rounds(&self) -> u32 {
+        self.samples.iter().map(|sample| sample.round).max().unwrap_or(0)
     }
 
     /// What was said about the machine, as text.
