@@ -52,7 +52,7 @@ pub(super) fn table(config: &HostConfig, pressed: bool) -> NftablesConfig {
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = chains(sets(table, config), config);
         let table = families(config).fold(protected(table), |table, v6| translations(table, config, v6));
-        let table = families(config).fold(table, |table, v6| called_by_peers(table, config, v6));
+        let table = families(config).fold(table, |table, v6| mesh_addresses(table, config, v6));
         let table = families(config).fold(table, |table, v6| strange_sources(table, config, v6));
         let table = if pressed { untracked(table, config) } else { table };
         if config.nodeport_localhost { loopback(table, config) } else { table }
@@ -99,7 +99,7 @@ fn chains(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuil
                 .expr(Expr::Verdict(Verdict::Return))
         });
     match ChainName::new("services") {
-        // What the loop has sent out must not come back into it, but for what `called_by_peers` takes.
+        // What the loop has sent out must not come back into it, but for what `mesh_addresses` takes.
         Ok(services) => table
             .rule("prerouting", |rule| rule.match_iif_not(&config.tun).jump(services.clone()))
             .rule("output", |rule| rule.jump(services)),
@@ -176,16 +176,18 @@ fn translations(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> D
     })
 }
 
-/// The address that this node has inside the mesh has node ports too, and other nodes' pods call it through the
-/// tunnel. The loop never sends anything of its own making there: at a node port no process listens.
-fn called_by_peers(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
+/// The address that this node has inside the mesh has node ports too. Other nodes' pods call it through the
+/// tunnel; the loop never sends anything of its own making there, for at a node port no process listens. The
+/// node's own pods call it through their bridge, where over IPv6 the kernel takes it for a subnet's anycast address
+/// (RFC 4291 section 2.6.1) and not for a local one.
+fn mesh_addresses(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
     let own = |ip: &&IpAddr| ip.is_ipv6() == v6;
     let inside = |ip: &IpAddr| config.nodeport_ranges.iter().any(|range| range.contains(ip));
     let restricted = config.nodeport_ranges.iter().any(|range| range.addr().is_ipv6() == v6);
     let called = config.node_addresses.iter().filter(own).filter(|ip| !restricted || inside(ip));
     called.fold(table, |table, address| {
         table.rule("prerouting", |rule| {
-            let rule = family(rule, v6).match_iif(&config.tun);
+            let rule = family(rule, v6);
             let rule = match address {
                 IpAddr::V4(v4) => rule.match_daddr_v4(*v4, 32),
                 IpAddr::V6(v6) => rule.match_daddr_v6(*v6, 128),
