@@ -33,6 +33,10 @@ enum Step {
     Service { service: usize, spec: Option<Spec> },
     /// A slice of it is so now, or gone.
     Slice { service: usize, number: usize, slice: Option<Slice> },
+    /// Another node port for a Service that has one, which may be another's.
+    NodePort { service: usize, node_port: u16 },
+    /// One endpoint becomes ready, or unready, or leaves.
+    Conditions { service: usize, number: usize, member: usize, conditions: usize },
     /// This node is in another zone, or in none.
     Zone(Option<&'static str>),
     /// A peer does Services, or not.
@@ -108,6 +112,10 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (service(), prop::option::weighted(0.85, spec())).prop_map(|(service, spec)| Step::Service { service, spec }),
         4 => (service(), 0..SLICES, prop::option::weighted(0.85, slice()))
             .prop_map(|(service, number, slice)| Step::Slice { service, number, slice }),
+        2 => (service(), 30_000_u16..30_002)
+            .prop_map(|(service, node_port)| Step::NodePort { service, node_port }),
+        5 => (service(), 0..SLICES, 0..6_usize, 0..CONDITIONS.len())
+            .prop_map(|(service, number, member, conditions)| Step::Conditions { service, number, member, conditions }),
         1 => prop_oneof![Just(Some("a")), Just(Some("b")), Just(None)].prop_map(Step::Zone),
         1 => (0..2_usize, any::<bool>()).prop_map(|(peer, serves)| Step::Serves { peer, serves }),
         1 => (0..1_500_u64).prop_map(Step::Wait),
@@ -171,28 +179,19 @@ impl Run {
 
     fn step(&mut self, step: &Step) {
         match step {
-            Step::Service { service, spec } => {
-                match spec {
-                    Some(spec) => self.cluster.apply(&truth::service_object(*service, spec)),
-                    None => self.cluster.delete(Kind::Service, &format!("s{service}")),
+            Step::Service { service, spec } => self.service(*service, spec.clone()),
+            Step::Slice { service, number, slice } => self.slice(*service, *number, slice.clone()),
+            Step::NodePort { service, node_port } => {
+                if let Some(spec) = self.truth.services[*service].clone() {
+                    self.service(*service, Some(Spec { node_port: *node_port, ..spec }));
                 }
-                self.truth.services[*service] = spec.clone();
-                self.compile();
             }
-            Step::Slice { service, number, slice } => {
-                for v6 in [false, true] {
-                    match slice {
-                        Some(slice) => {
-                            self.cluster.apply(&truth::slice_object(*service, *number, slice, v6));
-                        }
-                        None => {
-                            let name = truth::slice_name(*service, *number, v6);
-                            self.cluster.delete(Kind::EndpointSlice, &name);
-                        }
-                    }
+            Step::Conditions { service, number, member, conditions } => {
+                let mut slice = self.truth.slices[*service][*number].clone();
+                if let Some(member) = slice.as_mut().and_then(|slice| slice.members.get_mut(*member)) {
+                    member.conditions = *conditions;
+                    self.slice(*service, *number, slice);
                 }
-                self.truth.slices[*service][*number] = slice.clone();
-                self.compile();
             }
             Step::Zone(zone) => {
                 self.cluster.apply(&node("here", 9, *zone, true));
@@ -231,6 +230,28 @@ impl Run {
                 }
             }
         }
+    }
+
+    fn service(&mut self, service: usize, spec: Option<Spec>) {
+        match &spec {
+            Some(spec) => self.cluster.apply(&truth::service_object(service, spec)),
+            None => self.cluster.delete(Kind::Service, &format!("s{service}")),
+        }
+        self.truth.services[service] = spec;
+        self.compile();
+    }
+
+    fn slice(&mut self, service: usize, number: usize, slice: Option<Slice>) {
+        for v6 in [false, true] {
+            match &slice {
+                Some(slice) => self.cluster.apply(&truth::slice_object(service, number, slice, v6)),
+                None => {
+                    self.cluster.delete(Kind::EndpointSlice, &truth::slice_name(service, number, v6));
+                }
+            }
+        }
+        self.truth.slices[service][number] = slice;
+        self.compile();
     }
 
     fn compile(&mut self) {
@@ -389,12 +410,27 @@ impl Run {
     }
 }
 
+/// A cluster that is in use already, and what happens to it then.
+fn story() -> impl Strategy<Value = Vec<Step>> {
+    let services = prop::array::uniform3((spec(), slice()));
+    let begin = services.prop_map(|services| {
+        let both = |(service, (spec, slice)): (usize, (Spec, Slice))| {
+            [
+                Step::Service { service, spec: Some(spec) },
+                Step::Slice { service, number: 0, slice: Some(slice) },
+            ]
+        };
+        services.into_iter().enumerate().flat_map(both).collect::<Vec<Step>>()
+    });
+    (begin, prop::collection::vec(step(), 1..80)).prop_map(|(begin, then)| [begin, then].concat())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
 
     #[test]
-    fn objects_become_what_the_model_says(steps in prop::collection::vec(step(), 1..80)) {
-        run(&steps);
+    fn objects_become_what_the_model_says(story in story()) {
+        run(&story);
     }
 }
 

@@ -71,11 +71,12 @@ pub(super) struct Spec {
 }
 
 /// `ready`, `serving`, `terminating`, where they are said at all.
-pub(super) const CONDITIONS: [Option<(bool, bool, bool)>; 6] = [
+pub(super) const CONDITIONS: [Option<(bool, bool, bool)>; 7] = [
     None,
     Some((true, true, false)),
     Some((false, false, false)),
     Some((false, true, true)),
+    Some((false, true, false)),
     Some((false, false, true)),
     Some((true, true, true)),
 ];
