@@ -56,7 +56,7 @@ impl Lane {
     ) -> Result<Passage, DropReason> {
         match self.look_up(now, sighting) {
             Ok(Some(tracked)) => {
-                if self.is_stale(snapshot, &tracked, headers) {
+                if self.is_stale(snapshot, &sighting.key, &tracked, headers) {
                     self.flows.remove(tracked.flow);
                     self.counters.add(Total::StaleFlows, 1);
                     // What has no connection to lose, or only begins one, finds another endpoint.
@@ -114,8 +114,8 @@ impl Lane {
         Ok(Passage { change: Some(to(&rewrite.to)), exit })
     }
 
-    /// Whether a flow's endpoint is no longer one of its Service.
-    fn is_stale(&mut self, snapshot: &Snapshot, tracked: &Tracked, headers: &Headers) -> bool {
+    /// Whether a flow's endpoint is no longer one of its Service, or the Service not what is called.
+    fn is_stale(&self, snapshot: &Snapshot, key: &FlowKey, tracked: &Tracked, headers: &Headers) -> bool {
         let Some(rewrite) = tracked.rewrite else { return false };
         if tracked.direction == Direction::Reply || rewrite.service == 0 {
             return false;
@@ -125,17 +125,20 @@ impl Lane {
         if !snapshot.services.is_complete() {
             return false;
         }
-        match snapshot.services.port(rewrite.service) {
-            Some(port) => {
-                // What only begins may still turn to who takes new ones.
-                let tcp = rewrite.to.protocol == Protocol::Tcp.number();
-                let protocol =
-                    if tcp && opens(headers) { Protocol::Udp.number() } else { rewrite.to.protocol };
-                !port.keeps(protocol, endpoint)
+        let tcp = rewrite.to.protocol == Protocol::Tcp.number();
+        // What only begins may still turn to who takes new ones.
+        let protocol = if tcp && opens(headers) { Protocol::Udp.number() } else { rewrite.to.protocol };
+        match snapshot.services.frontend_of(key).filter(|frontend| frontend.port.id == rewrite.service) {
+            Some(frontend) => !frontend.port.keeps(protocol, endpoint),
+            // Its Service is gone, or another one has its port now. A connection may come to its own end, as it
+            // may under kube-proxy; datagrams go by what is there now.
+            None => {
+                opens(headers)
+                    || snapshot
+                        .services
+                        .port(rewrite.service)
+                        .is_some_and(|port| !port.keeps(protocol, endpoint))
             }
-            // Its Service is gone. A connection may come to its own end, as it may under kube-proxy; datagrams
-            // go by what is there now.
-            None => opens(headers),
         }
     }
 

@@ -1,8 +1,13 @@
 //! Packets through a whole lane: which ways are closed, and what the flow table hears of it. Services have
 //! their own file.
 
+#[cfg(feature = "agent")]
 mod model;
+#[cfg(feature = "agent")]
+mod objects;
 mod services;
+#[cfg(feature = "agent")]
+mod shares;
 
 use super::conntrack::{FlowState, Seed, Sighting};
 use super::*;
@@ -33,6 +38,11 @@ fn outer(peer: u8) -> IpAddr {
 
 /// Pods 10.244.N.0/24 of peers 0 and 1, which speak VXLAN; ours are 10.244.9.0/24.
 fn world() -> World {
+    world_with(1, 1024)
+}
+
+/// The same with other choices, and room for so many flows and clients.
+fn world_with(seed: u64, flows: u32) -> World {
     #[allow(clippy::disallowed_methods)] // where time begins does not matter
     let now = Instant::now();
     let mut mesh = Mesh::default();
@@ -68,11 +78,11 @@ fn world() -> World {
     let lane = Lane::new(LaneConfig {
         id: LaneId(0),
         private: [7; 32],
-        seed: (1, 2),
+        seed: (seed, seed + 1),
         vxlan_sources: 1,
         neighbours: Arc::default(),
-        flows: Arc::new(FlowTable::in_memory(1024, Seed(1, 2)).expect("a table")),
-        affinity: Arc::new(crate::datapath::affinity::Affinity::in_memory(1024)),
+        flows: Arc::new(FlowTable::in_memory(flows, Seed(seed, seed + 1)).expect("a table")),
+        affinity: Arc::new(crate::datapath::affinity::Affinity::in_memory(flows as usize)),
         epoch: (now, 0),
     });
     let snapshot =

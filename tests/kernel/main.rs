@@ -5,7 +5,14 @@
 
 pub mod lab;
 
+/// A few objects for the real kube-proxy, as the measurements beside it have them.
+#[allow(dead_code)]
+#[path = "../../bench/kube_proxy/api.rs"]
+pub mod api;
 mod others;
+#[allow(dead_code)]
+#[path = "../../bench/kube_proxy/proxy.rs"]
+pub mod proxy;
 
 mod bulk;
 mod cni;

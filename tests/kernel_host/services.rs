@@ -515,3 +515,59 @@ fn a_client_that_never_pauses_is_led_the_new_way() {
         assert!(receive(&server).is_some(), "still led into the loop");
     });
 }
+
+#[test]
+fn a_pod_with_too_much_of_a_table_that_is_nearly_full_opens_no_more() {
+    const MAX: usize = 200;
+    let stage = Stage::new(true);
+    let folder = tempfile::tempdir().unwrap();
+    let [count, max] = ["count", "max"].map(|name| folder.path().join(name));
+    let full = |entries: usize| std::fs::write(&count, entries.to_string()).unwrap();
+    full(10);
+    std::fs::write(&max, MAX.to_string()).unwrap();
+    stage.node.run(async {
+        pretend("/proc/sys/net/netfilter/nf_conntrack_count", &count);
+        pretend("/proc/sys/net/netfilter/nf_conntrack_max", &max);
+        // The agent would have a larger one.
+        sh("mount -o remount,bind,ro /proc/sys/net/netfilter/nf_conntrack_max");
+        let mut network = HostNetwork::open(None).unwrap();
+        network.apply(&with_services()).await.unwrap();
+        let (_wanted, mut events) = watched_with(network, with_services());
+        settle(&mut events).await;
+        let into_the_loop = |client: &std::net::UdpSocket, to: &str| {
+            client.send_to(b"request", (ip(to), NODE_PORT)).unwrap();
+            stage.next_in_tunnel(NEVER)
+        };
+        let goes_in = |client: &std::net::UdpSocket, to: &str| into_the_loop(client, to).is_some();
+        // As many as are a quarter, and some.
+        let mut opened = Vec::new();
+        for family in &FAMILIES {
+            for _ in 0..MAX / 4 + 5 {
+                let client = stage.pods[0].udp(family.pods[0], 0);
+                let packet = into_the_loop(&client, family.node).expect("in the loop");
+                // To the kernel a flow is a new one until it is answered.
+                stage.inject(packet.to, packet.from);
+                opened.push((client, family));
+            }
+        }
+        let listed =
+            || ["greedy4", "greedy6"].map(|set| shell(&format!("nft list set inet warren-services {set}")));
+        full(MAX - 10);
+        let both = || listed().iter().zip(&FAMILIES).all(|(set, family)| set.contains(family.pods[0]));
+        until("the greedy pod is known", both, || listed().concat()).await;
+        assert!(!listed().concat().contains(FAMILIES[0].pods[1]));
+        for family in &FAMILIES {
+            let open = |pod: usize| goes_in(&stage.pods[pod].udp(family.pods[pod], 0), family.node);
+            assert!(!open(0), "it opens another one");
+            assert!(open(1), "another pod opens none");
+        }
+        for (client, family) in [&opened[0], &opened[opened.len() - 1]] {
+            assert!(goes_in(client, family.node), "what it has ends");
+        }
+        full(MAX / 2 - 10);
+        until("the pressure is over", || listed().concat().is_empty(), || listed().concat()).await;
+        for family in &FAMILIES {
+            assert!(goes_in(&stage.pods[0].udp(family.pods[0], 0), family.node), "it may open flows again");
+        }
+    });
+}

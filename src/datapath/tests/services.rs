@@ -417,26 +417,6 @@ fn tcp_that_fits_no_state_is_not_translated() {
 }
 
 #[test]
-fn every_endpoint_gets_its_share() {
-    let addresses: Vec<[u8; 4]> = (1..=10).map(|n| [10, 244, n % 2, 10 + n]).collect();
-    let mut world = serving(&service(&addresses));
-    let mut counts = std::collections::BTreeMap::new();
-    let connections = 10_000_u32;
-    for n in 0..connections {
-        let client = ([10, 244, 9, 5 + (n % 50) as u8], 1024 + (n / 50) as u16);
-        let packet = one(world.take_frame(&udp_between(client, (VIP, 80), b"x")).1).1;
-        *counts.entry(ends(&packet).1).or_insert(0_u32) += 1;
-        // The table is small.
-        world.now += std::time::Duration::from_millis(200);
-    }
-    assert_eq!(counts.len(), addresses.len());
-    let expected = f64::from(connections) / addresses.len() as f64;
-    let chi: f64 = counts.values().map(|count| (f64::from(*count) - expected).powi(2) / expected).sum();
-    // 9 degrees of freedom: 27.9 is exceeded once in a thousand.
-    assert!(chi < 27.9, "{chi}: {counts:?}");
-}
-
-#[test]
 fn a_client_with_affinity_comes_back_to_its_endpoint() {
     let endpoints = [PEERS[0], PEERS[1], OTHER, [10, 244, 0, 9], [10, 244, 1, 9]];
     let sticky = Service { affinity: 60, ..service(&endpoints) };

@@ -15,6 +15,7 @@
 mod elements;
 mod error;
 mod foreign;
+mod greedy;
 mod inherited;
 mod legacy;
 mod links;
@@ -236,8 +237,9 @@ pub struct HostNetwork {
     /// The pod bridges and the wanted state at that time.
     bridges: Vec<PodBridge>,
     applied: Option<HostConfig>,
-    /// Whether the kernel's connection table was nearly full at that time.
-    pressed: bool,
+    /// Where the kernel's connection table was nearly full at that time: the pods that had too much of it.
+    pressed: Option<Arc<BTreeSet<IpAddr>>>,
+    counter: greedy::Counter,
     /// How many routes the node had at the last look.
     routes: usize,
     proxy: proxy::Look,
@@ -273,7 +275,8 @@ impl HostNetwork {
             generation: None,
             bridges: Vec::new(),
             applied: None,
-            pressed: false,
+            pressed: None,
+            counter: greedy::Counter::start(),
             routes: 0,
             proxy: proxy::Look::default(),
             forgetter: stale::Forgetter::start(),
@@ -374,14 +377,23 @@ impl HostNetwork {
         bridges: Vec<PodBridge>,
         report: &mut Report,
     ) -> Result<(), HostError> {
-        let pressed = sysctl::conntrack_pressed(self.pressed);
-        if pressed && !self.pressed && config.services {
-            report.changed(
-                "the kernel's connection table is nearly full (nf_conntrack_count, nf_conntrack_max): flows of \
-                 pods to ClusterIPs are kept out of it until it is half empty",
-            );
+        let pressed = self.pressure(config);
+        if let Some(greedy) = &pressed {
+            if self.pressed.is_none() {
+                report.changed(
+                    "the kernel's connection table is nearly full (nf_conntrack_count, nf_conntrack_max): until it \
+                     is half empty, flows of pods to ClusterIPs are kept out of it, and a pod that has a quarter of \
+                     it opens no more",
+                );
+            }
+            for pod in
+                greedy.iter().filter(|pod| !self.pressed.as_ref().is_some_and(|was| was.contains(*pod)))
+            {
+                report.changed(format!("pod {pod} has more than a quarter of the kernel's connection table"));
+            }
         }
-        let same = std::mem::replace(&mut self.pressed, pressed) == pressed;
+        let same = self.pressed == pressed;
+        self.pressed = pressed;
         let seen = same && self.generation == Some(generation) && self.bridges == bridges;
         if seen && self.applied.as_ref() == Some(config) {
             return Ok(());
@@ -430,10 +442,17 @@ impl HostNetwork {
         }
     }
 
-    /// Whether what `table inet warren-services` does under pressure is to begin or to end.
+    /// Where the kernel's connection table is nearly full: the pods that have too much of it, as far as known.
+    fn pressure(&self, config: &HostConfig) -> Option<Arc<BTreeSet<IpAddr>>> {
+        let pressed = config.services && sysctl::conntrack_pressed(self.pressed.is_some());
+        let max = pressed.then(sysctl::conntrack_max).flatten();
+        self.counter.want(max.map(|max| greedy::Census { pods: config.pod_ranges.clone(), max }));
+        pressed.then(|| self.counter.found())
+    }
+
+    /// Whether what `table inet warren-services` does under pressure is to begin, to end, or to be another.
     fn pressure_changes(&self) -> bool {
-        let services = self.applied.as_ref().is_some_and(|applied| applied.services);
-        services && sysctl::conntrack_pressed(self.pressed) != self.pressed
+        self.applied.as_ref().is_some_and(|applied| self.pressure(applied) != self.pressed)
     }
 
     async fn reconcile_services(
@@ -442,7 +461,7 @@ impl HostNetwork {
         report: &mut Report,
     ) -> Result<(), HostError> {
         let doing = || format!("write nft table inet {}", services::NAME);
-        let table = services::table(config, self.pressed);
+        let table = services::table(config, self.pressed.as_deref());
         match nft::apply(&self.nft, &table, report).await {
             Ok(()) => {}
             // Pods and ClusterIPs go on without.

@@ -487,7 +487,8 @@ mod tests {
         for v6 in [false, true] {
             let config = config(v6);
             let config = HostConfig { nodeport_localhost: true, ..config };
-            let services = [false, true].map(|pressed| services::table(&config, pressed));
+            let greedy = ["10.244.1.5", "fd00:1::5"].map(|pod| pod.parse().unwrap()).into();
+            let services = [None, Some(&greedy)].map(|pressed| services::table(&config, pressed));
             let tables = [inet_table(&config), bridge_table(&config, &[bridge()])];
             for table in tables.into_iter().chain(services) {
                 table.validate().unwrap();

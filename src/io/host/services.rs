@@ -8,6 +8,7 @@
 //! | `services` | (both jump there) | exact external addresses first, then node ports on local addresses |
 //! | `postrouting` | nat, srcnat - 5 | clients with an address of the node that the loop does not know for one |
 //! | `untracked` | filter prerouting, raw | while the connection table is nearly full: pods' flows to ClusterIPs stay out of it |
+//! | `greedy` | filter prerouting, mangle | meanwhile: who has more than its share of it opens no flows |
 //! | `loopback` | filter input, filter | 127/8 is answered out of the tunnel, never called (`--nodeport-localhost`) |
 //!
 //! Before dstnat, because within one hook the first chain that binds a destination wins: kube-proxy puts
@@ -18,15 +19,16 @@
 //! A table of its own: its sets hold tens of thousands of elements, and comparing `table inet warren`
 //! must not list them. `elements` fills them.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use nlink::netlink::nftables::config::{DeclaredTableBuilder, NftablesConfig, SetElementMode};
 use nlink::netlink::nftables::{
-    BaseChain, ChainName, CtDirection, Expr, Family, FibFlags, Field, FilterHook, LookupExpr, Match, MetaKey,
-    NFTA_NAT_FAMILY, NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN, NFTA_NAT_REG_PROTO_MAX,
-    NFTA_NAT_REG_PROTO_MIN, NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority, RawExpr, Register, Rule,
-    SetDataType, SetElement, SetKeyType, Verdict,
+    BaseChain, ChainName, CtDirection, CtState, Expr, Family, FibFlags, Field, FilterHook, LookupExpr, Match,
+    MetaKey, NFTA_NAT_FAMILY, NFTA_NAT_FLAGS, NFTA_NAT_REG_ADDR_MAX, NFTA_NAT_REG_ADDR_MIN,
+    NFTA_NAT_REG_PROTO_MAX, NFTA_NAT_REG_PROTO_MIN, NFTA_NAT_TYPE, NatHook, PayloadBase, Policy, Priority,
+    RawExpr, Register, Rule, SetDataType, SetElement, SetKeyType, Verdict,
 };
 use nlink::netlink::types::route::RouteType;
 
@@ -43,18 +45,21 @@ const PROTECTED: &str = "protected";
 /// Its set of node ports.
 pub(super) const NODE_PORTS: &str = "nodeports";
 
-/// `table inet warren-services`, complete, or its absence. `pressed`: the kernel's connection table is
-/// nearly full.
-pub(super) fn table(config: &HostConfig, pressed: bool) -> NftablesConfig {
+/// `table inet warren-services`, complete, or its absence. `pressed`: the kernel's connection table is nearly
+/// full, and these pods have too much of it.
+pub(super) fn table(config: &HostConfig, pressed: Option<&BTreeSet<IpAddr>>) -> NftablesConfig {
     if !config.services {
         return NftablesConfig::new().absent_table(NAME, Family::Inet);
     }
     NftablesConfig::new().table(NAME, Family::Inet, |table| {
         let table = chains(sets(table, config), config);
         let table = families(config).fold(protected(table), |table, v6| translations(table, config, v6));
-        let table = families(config).fold(table, |table, v6| called_by_peers(table, config, v6));
+        let table = families(config).fold(table, |table, v6| mesh_addresses(table, config, v6));
         let table = families(config).fold(table, |table, v6| strange_sources(table, config, v6));
-        let table = if pressed { untracked(table, config) } else { table };
+        let table = match pressed {
+            Some(pods) => greedy(untracked(table, config), config, pods),
+            None => table,
+        };
         if config.nodeport_localhost { loopback(table, config) } else { table }
     })
 }
@@ -99,7 +104,7 @@ fn chains(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuil
                 .expr(Expr::Verdict(Verdict::Return))
         });
     match ChainName::new("services") {
-        // What the loop has sent out must not come back into it, but for what `called_by_peers` takes.
+        // What the loop has sent out must not come back into it, but for what `mesh_addresses` takes.
         Ok(services) => table
             .rule("prerouting", |rule| rule.match_iif_not(&config.tun).jump(services.clone()))
             .rule("output", |rule| rule.jump(services)),
@@ -176,16 +181,18 @@ fn translations(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> D
     })
 }
 
-/// The address that this node has inside the mesh has node ports too, and other nodes' pods call it through the
-/// tunnel. The loop never sends anything of its own making there: at a node port no process listens.
-fn called_by_peers(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
+/// The address that this node has inside the mesh has node ports too. Other nodes' pods call it through the
+/// tunnel; the loop never sends anything of its own making there, for at a node port no process listens. The
+/// node's own pods call it through their bridge, where over IPv6 the kernel takes it for a subnet's anycast address
+/// (RFC 4291 section 2.6.1) and not for a local one.
+fn mesh_addresses(table: DeclaredTableBuilder, config: &HostConfig, v6: bool) -> DeclaredTableBuilder {
     let own = |ip: &&IpAddr| ip.is_ipv6() == v6;
     let inside = |ip: &IpAddr| config.nodeport_ranges.iter().any(|range| range.contains(ip));
     let restricted = config.nodeport_ranges.iter().any(|range| range.addr().is_ipv6() == v6);
     let called = config.node_addresses.iter().filter(own).filter(|ip| !restricted || inside(ip));
     called.fold(table, |table, address| {
         table.rule("prerouting", |rule| {
-            let rule = family(rule, v6).match_iif(&config.tun);
+            let rule = family(rule, v6);
             let rule = match address {
                 IpAddr::V4(v4) => rule.match_daddr_v4(*v4, 32),
                 IpAddr::V6(v6) => rule.match_daddr_v6(*v6, 128),
@@ -265,6 +272,24 @@ fn untracked(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableB
             });
     }
     table
+}
+
+/// Before its address is translated; what it has already goes on.
+fn greedy(table: DeclaredTableBuilder, config: &HostConfig, pods: &BTreeSet<IpAddr>) -> DeclaredTableBuilder {
+    const NAMES: (&str, &str) = ("greedy4", "greedy6");
+    let pods: Vec<IpNet> = pods.iter().copied().map(IpNet::from).collect();
+    let table = address_set(table, NAMES, &pods).chain("greedy", |chain| {
+        let base = BaseChain::filter(FilterHook::Prerouting, Priority::Mangle);
+        chain.base(base.policy(Policy::Accept)).exclusive()
+    });
+    families(config).fold(table, |table, v6| {
+        let (saddr, _) = addresses(v6);
+        table.rule("greedy", |rule| {
+            let rule =
+                rule.match_iif_not(&config.tun).match_in_set(saddr, if v6 { NAMES.1 } else { NAMES.0 });
+            rule.match_ct_state(CtState::NEW).counter().drop()
+        })
+    })
 }
 
 /// With `route_localnet` a packet out of the tunnel could reach what listens on 127.0.0.1 only.

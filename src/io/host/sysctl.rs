@@ -136,11 +136,19 @@ const CONNTRACK_MAX: &str = "net/netfilter/nf_conntrack_max";
 /// Whether the kernel's connection table is so full that what needs no place should have none.
 pub(super) fn conntrack_pressed(before: bool) -> bool {
     const COUNT: &str = "net/netfilter/nf_conntrack_count";
-    let number = |key: &str| read(key)?.parse::<u64>().ok();
-    match (number(COUNT), number(CONNTRACK_MAX)) {
+    match (number(COUNT), conntrack_max()) {
         (Some(count), Some(max)) => is_pressed(before, count, max),
         (_, _) => false,
     }
+}
+
+/// How many entries it may have.
+pub(super) fn conntrack_max() -> Option<u64> {
+    number(CONNTRACK_MAX)
+}
+
+fn number(key: &str) -> Option<u64> {
+    read(key)?.parse().ok()
 }
 
 /// From three quarters on, until it is half empty. The kernel itself begins to throw out closing

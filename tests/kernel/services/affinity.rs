@@ -26,7 +26,13 @@ fn write(mesh: &Mesh, without: &str) {
 
 #[test]
 fn affinity_lasts_as_long_as_its_time_and_its_endpoint() {
-    let mesh = services(2, "vxlan", Underlay::V4);
+    for encap in ["wireguard", "vxlan"] {
+        affinity_lasts_as_long_as_its_time_and_its_endpoint_over(encap);
+    }
+}
+
+fn affinity_lasts_as_long_as_its_time_and_its_endpoint_over(encap: &str) {
+    let mesh = services(2, encap, Underlay::V4);
     let _servers = ALL.map(|(name, node, host)| {
         let node = &mesh.lab.nodes[usize::from(node) - 1];
         Who::start(name, &node.pods[usize::from(host) - 10], &node.inner(host))

@@ -1,68 +1,99 @@
 //! From kube-proxy to Warren on a node that is in use.
 
-use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use warren::io::clock;
 
 use super::hosts::nft;
 use super::meetings::Talk;
 use super::{NODE_PORT, SERVICES, SOON, asked, pods, refused, service, vips};
+use crate::api::Api;
 use crate::lab::agent::Mesh;
 use crate::lab::service::{Over, PORT, Service, TARGET, Who, ask, ask_udp, open, udp};
-use crate::lab::{Lab, Node, Underlay, wait_for};
+use crate::lab::{Lab, Underlay, wait_for};
+use crate::proxy::KubeProxy;
 
 /// How soon the loop has taken over.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// What kube-proxy writes in nftables mode, as far as it matters here: ClusterIPs and node ports, those with
-/// a masquerade by mark.
-fn kube_proxy(node: &Node, services: &[(IpAddr, u16, IpAddr)]) {
-    let mut rules = String::new();
-    for (family, v6) in [("ip", false), ("ip6", true)] {
-        let mut own = String::new();
-        for (vip, node_port, endpoint) in services.iter().filter(|(vip, ..)| vip.is_ipv6() == v6) {
-            let to = SocketAddr::new(*endpoint, TARGET);
-            let _ = writeln!(
-                own,
-                "{family} daddr {vip} meta l4proto {{ tcp, udp }} th dport {PORT} dnat to {to}"
-            );
-            let _ = writeln!(
-                own,
-                "fib daddr type local meta l4proto {{ tcp, udp }} th dport {node_port} mark set mark or 0x4000 \
-                 dnat to {to}"
-            );
-        }
-        let _ = write!(
-            rules,
-            "table {family} kube-proxy {{
-                 chain services {{
-                     {own}
-                 }}
-                 chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
-                 chain nat-output {{ type nat hook output priority -100; jump services; }}
-                 chain nat-postrouting {{
-                     type nat hook postrouting priority srcnat;
-                     mark & 0x4000 != 0 mark set mark xor 0x4000 masquerade
-                 }}
-             }}
-"
-        );
+/// What kube-proxy 1.36.3 wrote in nftables mode, of both families, on a node with address `NODE`, for the Services of
+/// [`known_to_kube_proxy`].
+const RULES: &str = include_str!("kube-proxy-1.36.3.nft");
+
+/// Two Services of one endpoint each.
+fn known_to_kube_proxy(lab: &Lab) -> Vec<Value> {
+    let mut objects = Vec::new();
+    for node in &lab.nodes {
+        let addresses = json!([{"type": "InternalIP", "address": lab.outer(node)}]);
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name}, "status": {"addresses": addresses},
+        }));
     }
-    nft(&node.ns, &rules);
+    for (name, number, node, host) in [("near", 1, &lab.nodes[0], 11), ("far", 2, &lab.nodes[1], 10)] {
+        let port = |protocol: &str| {
+            json!({
+                "name": protocol.to_lowercase(), "protocol": protocol, "port": PORT, "targetPort": TARGET,
+                "nodePort": NODE_PORT + u16::from(number),
+            })
+        };
+        let cluster_ips = vips(number);
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+            "spec": {
+                "type": "NodePort", "clusterIP": cluster_ips[0], "clusterIPs": cluster_ips,
+                "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack", "sessionAffinity": "None",
+                "internalTrafficPolicy": "Cluster", "externalTrafficPolicy": "Cluster",
+                "ports": [port("TCP"), port("UDP")],
+            },
+        }));
+        for (family, address) in ["IPv4", "IPv6"].into_iter().zip(node.inner(host)) {
+            let ports = ["TCP", "UDP"].map(
+                |protocol| json!({"name": protocol.to_lowercase(), "protocol": protocol, "port": TARGET}),
+            );
+            objects.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+                "metadata": {
+                    "name": format!("{name}-{}", family.to_lowercase()), "namespace": "default",
+                    "labels": {"kubernetes.io/service-name": name},
+                },
+                "ports": ports,
+                "endpoints": [{
+                    "addresses": [address], "nodeName": node.name,
+                    "conditions": {"ready": true, "serving": true, "terminating": false},
+                }],
+            }));
+        }
+    }
+    objects
 }
 
-/// On every node, for two Services of one endpoint each.
+/// On every node.
 fn kube_proxies(lab: &Lab) {
-    let [node1, node2] = [&lab.nodes[0], &lab.nodes[1]];
-    let mut known = Vec::new();
-    for family in [0, 1] {
-        for (number, endpoint) in [(1, node1.inner(11)), (2, node2.inner(10))] {
-            known.push((vips(number)[family], NODE_PORT + u16::from(number), endpoint[family]));
-        }
+    for node in &lab.nodes {
+        nft(&node.ns, &RULES.replace("NODE", &lab.outer(node).to_string()));
     }
-    lab.nodes.iter().for_each(|node| kube_proxy(node, &known));
+}
+
+#[test]
+#[ignore = "writes down what kube-proxy writes; needs `tests/peers.sh kube-proxy`"]
+fn kube_proxy_writes_its_rules() {
+    let lab = Lab::new(2, Underlay::V4, 1500);
+    let node = &lab.nodes[0];
+    let _api = Api::start(&node.ns, known_to_kube_proxy(&lab));
+    let mut proxy = KubeProxy::start(&node.ns, &node.name, lab.path().join("kube-proxy.log"));
+    let list = || ["ip", "ip6"].map(|family| node.ns.run(&format!("nft -s list table {family} kube-proxy")));
+    let endpoints = [node.inner(11), lab.nodes[1].inner(10)].concat();
+    let written = wait_for("kube-proxy's rules", Duration::from_secs(30), || {
+        proxy.assert_running();
+        let tables = node.ns.run("nft list tables");
+        let rules = (tables.matches("kube-proxy").count() == 2).then(list)?.concat();
+        let led = |endpoint: &IpAddr| rules.contains(&format!("map {{ 0 : {endpoint} . {TARGET} }}"));
+        endpoints.iter().all(led).then_some(rules)
+    });
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernel/services/kube-proxy-1.36.3.nft");
+    std::fs::write(file, written.replace(&lab.outer(node).to_string(), "NODE")).expect("write it down");
 }
 
 #[test]

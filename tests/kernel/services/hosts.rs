@@ -231,8 +231,14 @@ fn fragments_in_any_order_both_ways() {
 
 #[test]
 fn loopback_has_node_ports_where_it_may() {
+    for encap in ["wireguard", "vxlan"] {
+        loopback_has_node_ports_where_it_may_over(encap);
+    }
+}
+
+fn loopback_has_node_ports_where_it_may_over(encap: &str) {
     for (flags, works) in [(&["--nodeport-localhost"][..], true), (&[], false)] {
-        let mesh = services_with(2, "wireguard", Underlay::V4, flags);
+        let mesh = services_with(2, encap, Underlay::V4, flags);
         let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
         let _servers = [
             Who::start("near", &node1.pods[1], &node1.inner(11)),
@@ -267,7 +273,13 @@ fn loopback_has_node_ports_where_it_may() {
 
 #[test]
 fn node_ports_on_chosen_addresses_only() {
-    let mesh = services_with(2, "vxlan", Underlay::V4, &["--nodeport-addresses", "10.99.7.0/24"]);
+    for encap in ["wireguard", "vxlan"] {
+        node_ports_on_chosen_addresses_only_over(encap);
+    }
+}
+
+fn node_ports_on_chosen_addresses_only_over(encap: &str) {
+    let mesh = services_with(2, encap, Underlay::V4, &["--nodeport-addresses", "10.99.7.0/24"]);
     let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
     node1.ns.run_all("ip addr add 10.99.7.1/32 dev eth0\n ip addr add fd00:77::1/128 dev eth0 nodad");
     mesh.lab.switch.run_all(

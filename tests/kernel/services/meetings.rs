@@ -119,7 +119,13 @@ fn one_client_port_to_one_endpoint_by_three_ways() {
 
 #[test]
 fn one_client_port_to_one_endpoint_of_the_same_node() {
-    let mesh = services(2, "wireguard", Underlay::V4);
+    for encap in ["wireguard", "vxlan"] {
+        one_client_port_to_one_endpoint_of_the_same_node_over(encap);
+    }
+}
+
+fn one_client_port_to_one_endpoint_of_the_same_node_over(encap: &str) {
+    let mesh = services(2, encap, Underlay::V4);
     let node1 = &mesh.lab.nodes[0];
     let _server = Who::start("near", &node1.pods[1], &node1.inner(11));
     service("one", 1, pods(&mesh, &[(1, 11)])).write(&mesh.lab);
