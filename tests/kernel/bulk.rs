@@ -8,7 +8,8 @@
 //! What reorders packets is simulated (`tests/sim`): not every kernel has a queue that does.
 
 use std::net::SocketAddr;
-use std::time::Instant;
+
+use warren::io::clock;
 
 use crate::lab::agent::Mesh;
 use crate::lab::traffic::{Echo, tcp_bulk};
@@ -42,7 +43,7 @@ fn through_losses(encap: &str, lanes: &str) {
     let mesh = Mesh::start(Lab::two(), &["--encap", encap, "--lanes", lanes]);
     mesh.lab.nodes.iter().for_each(lose);
     let echo = Echo::start(mesh.pod(1));
-    let began = Instant::now();
+    let began = clock::now();
     // Each way, in each of two connections of each family.
     let bytes = (megabytes << 20) / 8;
     std::thread::scope(|scope| {
@@ -55,7 +56,7 @@ fn through_losses(encap: &str, lanes: &str) {
     let lost: Vec<u64> = mesh.lab.nodes.iter().map(losses).collect();
     println!(
         "{encap}, lanes {lanes}: {megabytes} MB in {:.1} s, lost {lost:?}",
-        began.elapsed().as_secs_f64()
+        clock::now().duration_since(began).as_secs_f64()
     );
     assert!(lost.iter().all(|lost| *lost > 0), "nothing was lost: this shows nothing");
 }

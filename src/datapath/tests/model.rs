@@ -143,14 +143,17 @@ struct Flow {
     answered: bool,
 }
 
+/// A client at a Service, by protocol and family too.
+type Record = (usize, bool, bool, [u8; 4]);
+
 /// What was seen so far, and what must follow from it.
 struct Run {
     cluster: Cluster,
     truth: Truth,
     flows: HashMap<Key, Flow>,
     order: Vec<Key>,
-    /// The last endpoint of a client at a Service, by protocol and family too, and when it was given to it.
-    last: HashMap<(usize, bool, bool, [u8; 4]), (End, u64)>,
+    /// The last endpoint of a client at a Service, and when it was given to it.
+    last: HashMap<Record, (End, u64)>,
     ms: u64,
 }
 
