@@ -5,14 +5,15 @@
 
 pub mod lab;
 
-/// A few objects for the real kube-proxy, as the measurements beside it have them.
-#[allow(dead_code)]
+/// What the real kube-proxy needs to run, as the measurements beside it have it.
+#[allow(dead_code)] // the measurements use the rest of it
 #[path = "../../bench/kube_proxy/api.rs"]
 pub mod api;
-mod others;
-#[allow(dead_code)]
+#[allow(dead_code)] // as above
 #[path = "../../bench/kube_proxy/proxy.rs"]
 pub mod proxy;
+
+mod others;
 
 mod bulk;
 mod cni;
