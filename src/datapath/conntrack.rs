@@ -346,12 +346,8 @@ impl FlowTable {
         } else {
             // A translated flow without its translation is worse than none: a flow that was replaced since it
             // was matched must not send these packets to a stranger.
-            let record = self.record(hit.flow).ok_or_else(|| self.busy())?;
-            let (service, endpoint) = record.target.unwrap_or_default();
-            let to = match hit.direction {
-                Direction::Original => record.reply.reversed(),
-                Direction::Reply => record.original.reversed(),
-            };
+            let found = entry::translation(entry, hit.flow, hit.direction);
+            let (to, service, endpoint) = found.ok_or_else(|| self.busy())?;
             Some(Rewrite { to, service, endpoint })
         };
         let peer = unpack_peer(entry[entry::REPLY_PORTS].load(Ordering::Relaxed));

@@ -47,7 +47,7 @@ use affinity::Affinity;
 use conntrack::FlowTable;
 use fragments::Fragments;
 use route::RouteCache;
-use service::Passage;
+use service::{Kept, Passage};
 
 /// Bytes that a batch of outgoing datagrams may hold: eight super-packets with their overhead.
 const TX_BYTES: usize = 1 << 20;
@@ -195,6 +195,7 @@ pub struct Lane {
     icmp: IcmpLimiter,
     flows: Arc<FlowTable>,
     affinity: Arc<Affinity>,
+    kept: Option<Kept>,
     fragments: Fragments<Passage>,
     traffic: Vec<PeerTraffic>,
     mesh: Option<Arc<Mesh>>,
@@ -222,6 +223,7 @@ impl Lane {
             icmp: IcmpLimiter::new(IcmpRates::default(), config.seed.0, config.epoch.0),
             flows: config.flows,
             affinity: config.affinity,
+            kept: None,
             fragments: Fragments::default(),
             traffic: Vec::new(),
             mesh: None,

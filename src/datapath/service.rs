@@ -12,17 +12,20 @@
 
 use std::hash::Hasher as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use siphasher::sip::SipHasher13;
 
-use super::conntrack::{Direction, FlowKey, Sighting, Tracked, Translation, Untracked};
+use super::conntrack::{self, Direction, FlowKey, FlowRef, Sighting, Tracked, Translation, Untracked};
 use super::odd::answers_a_stranger;
 use super::route::{self, Entrance, Exit};
 use super::{Lane, Output, Total};
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
 use crate::packet::{DropReason, Headers, L4, Rewrite, parse};
-use crate::snapshot::service::{Endpoint, Frontend, Listen, Protocol, Refusal, Way, loop_address};
+use crate::snapshot::service::{
+    Endpoint, Frontend, Listen, Protocol, Refusal, ServiceTable, Way, loop_address,
+};
 use crate::snapshot::{Owner, Snapshot};
 
 /// What becomes of a packet: how it is changed, and where it goes then.
@@ -43,6 +46,14 @@ const BUSY_TRIES: usize = 4;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
+/// A flow of a Service that keeps its endpoint.
+pub(super) struct Kept {
+    services: Arc<ServiceTable>,
+    flow: FlowRef,
+    /// Whether the packet was one that opens.
+    opens: bool,
+}
+
 impl Lane {
     /// Decides about a packet from the TUN that shows its ports.
     pub(super) fn passage(
@@ -56,7 +67,7 @@ impl Lane {
     ) -> Result<Passage, DropReason> {
         match self.look_up(now, sighting) {
             Ok(Some(tracked)) => {
-                if self.is_stale(snapshot, &sighting.key, &tracked, headers) {
+                if !self.keeps_endpoint(snapshot, &sighting.key, &tracked, headers) {
                     self.flows.remove(tracked.flow);
                     self.counters.add(Total::StaleFlows, 1);
                     // What has no connection to lose, or only begins one, finds another endpoint.
@@ -114,32 +125,29 @@ impl Lane {
         Ok(Passage { change: Some(to(&rewrite.to)), exit })
     }
 
-    /// Whether a flow's endpoint is no longer one of its Service, or the Service not what is called.
-    fn is_stale(&self, snapshot: &Snapshot, key: &FlowKey, tracked: &Tracked, headers: &Headers) -> bool {
-        let Some(rewrite) = tracked.rewrite else { return false };
+    /// Whether a flow goes on with its endpoint. Bursts of one flow follow each other: what was just found of it
+    /// holds as long as the Services are the same.
+    fn keeps_endpoint(
+        &mut self,
+        snapshot: &Snapshot,
+        key: &FlowKey,
+        tracked: &Tracked,
+        headers: &Headers,
+    ) -> bool {
+        let Some(rewrite) = tracked.rewrite else { return true };
         if tracked.direction == Direction::Reply || rewrite.service == 0 {
-            return false;
+            return true;
         }
-        let endpoint = Endpoint { address: rewrite.to.destination, port: rewrite.to.destination_port };
-        // What was saved before a restart may be older than the flow.
-        if !snapshot.services.is_complete() {
-            return false;
+        let opens = opens(headers);
+        let just = self.kept.as_ref().filter(|kept| kept.flow == tracked.flow && kept.opens == opens);
+        if just.is_some_and(|kept| Arc::ptr_eq(&kept.services, &snapshot.services)) {
+            return true;
         }
-        let tcp = rewrite.to.protocol == Protocol::Tcp.number();
-        // What only begins may still turn to who takes new ones.
-        let protocol = if tcp && opens(headers) { Protocol::Udp.number() } else { rewrite.to.protocol };
-        match snapshot.services.frontend_of(key).filter(|frontend| frontend.port.id == rewrite.service) {
-            Some(frontend) => !frontend.port.keeps(protocol, endpoint),
-            // Its Service is gone, or another one has its port now. A connection may come to its own end, as it
-            // may under kube-proxy; datagrams go by what is there now.
-            None => {
-                opens(headers)
-                    || snapshot
-                        .services
-                        .port(rewrite.service)
-                        .is_some_and(|port| !port.keeps(protocol, endpoint))
-            }
+        let keeps = !is_stale(snapshot, key, &rewrite, opens);
+        if keeps {
+            self.kept = Some(Kept { services: Arc::clone(&snapshot.services), flow: tracked.flow, opens });
         }
+        keeps
     }
 
     // --- new flows -------------------------------------------------------------------------------
@@ -382,6 +390,27 @@ impl Lane {
         {
             self.counters.add(Total::ResetsSent, 1);
             self.answer_into_tun(&room[..len], &headers, out);
+        }
+    }
+}
+
+/// Whether a flow's endpoint is no longer one of its Service, or the Service not what is called.
+fn is_stale(snapshot: &Snapshot, key: &FlowKey, rewrite: &conntrack::Rewrite, opens: bool) -> bool {
+    let endpoint = Endpoint { address: rewrite.to.destination, port: rewrite.to.destination_port };
+    // What was saved before a restart may be older than the flow.
+    if !snapshot.services.is_complete() {
+        return false;
+    }
+    let tcp = rewrite.to.protocol == Protocol::Tcp.number();
+    // What only begins may still turn to who takes new ones.
+    let protocol = if tcp && opens { Protocol::Udp.number() } else { rewrite.to.protocol };
+    match snapshot.services.frontend_of(key).filter(|frontend| frontend.port.id == rewrite.service) {
+        Some(frontend) => !frontend.port.keeps(protocol, endpoint),
+        // Its Service is gone, or another one has its port now. A connection may come to its own end, as it
+        // may under kube-proxy; datagrams go by what is there now.
+        None => {
+            opens
+                || snapshot.services.port(rewrite.service).is_some_and(|port| !port.keeps(protocol, endpoint))
         }
     }
 }

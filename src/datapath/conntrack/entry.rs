@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::key::{PackedKey, TAIL_MASK, protocol};
 use super::memory::{self, ENTRY, Entry};
-use super::{Direction, FlowRecord, FlowRef, FlowState, Sighting, Translation};
+use super::{Direction, FlowKey, FlowRecord, FlowRef, FlowState, Sighting, Translation};
 use crate::snapshot::PeerId;
 
 // --- places of the words -------------------------------------------------------------------------
@@ -168,6 +168,19 @@ pub(super) fn exchange(word: &AtomicU64, old: u64, new: u64) -> Result<(), u64> 
         return Ok(());
     }
     word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed).map(|_| ())
+}
+
+/// Where packets of a translated flow go, by which Service and to which endpoint; `None` if the entry is that flow's
+/// no longer. A part of [`record`], for every burst.
+pub(super) fn translation(entry: &Entry, flow: FlowRef, direction: Direction) -> Option<(FlowKey, u32, u32)> {
+    let (key, target) = memory::read_entry(entry, |entry, sequence| {
+        let key = match direction {
+            Direction::Original => reply_key(entry),
+            Direction::Reply => original_key(entry),
+        };
+        (sequence == flow.sequence).then(|| (key, entry[TARGET].load(Ordering::Relaxed)))
+    })??;
+    Some((key.reversed().unpack()?, (target >> 32) as u32, target as u32))
 }
 
 /// Reads a whole entry; `expires` is still the time at which it was seen last. `None` if it is free, damaged, or
