@@ -404,15 +404,11 @@ fn is_stale(snapshot: &Snapshot, key: &FlowKey, rewrite: &conntrack::Rewrite, op
     let tcp = rewrite.to.protocol == Protocol::Tcp.number();
     // What only begins may still turn to who takes new ones.
     let protocol = if tcp && opens { Protocol::Udp.number() } else { rewrite.to.protocol };
-    match snapshot.services.frontend_of(key).filter(|frontend| frontend.port.id == rewrite.service) {
-        Some(frontend) => !frontend.port.keeps(protocol, endpoint),
-        // Its Service is gone, or another one has its port now. A connection may come to its own end, as it
-        // may under kube-proxy; datagrams go by what is there now.
-        None => {
-            opens
-                || snapshot.services.port(rewrite.service).is_some_and(|port| !port.keeps(protocol, endpoint))
-        }
-    }
+    // Its Service is gone, or another one has its port now: a connection may come to its own end, as it may
+    // under kube-proxy; datagrams, and who begins anew, go by what is there now.
+    let Some(port) = snapshot.services.port(rewrite.service) else { return opens };
+    let theirs = || snapshot.services.frontend_of(key).is_some_and(|now| now.port.id == rewrite.service);
+    !port.keeps(protocol, endpoint) || opens && !theirs()
 }
 
 /// Whether the packet may begin something: for TCP that is a SYN alone.

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use warren::io::clock;
@@ -54,6 +55,15 @@ fn datagram(n: u64) -> (u8, Vec<u8>) {
     )
 }
 
+/// Ends the flood, also when a test fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// What is flooded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Door {
@@ -78,6 +88,9 @@ fn a_pods_flood_at_external_addresses_costs_itself() {
 }
 
 fn a_flood_costs_the_pod(door: Door) {
+    // Two floods at once would show how fast the machine is.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mesh = services(2, "vxlan", Underlay::V4);
     let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
     let _servers = [
@@ -118,6 +131,7 @@ fn a_flood_costs_the_pod(door: Door) {
     let asked = std::thread::scope(|scope| {
         let raw = Raw::new(&node1.pods[0], node1.inner(10)[0], 17);
         let (stop, sent) = (&stop, &sent);
+        let _end = End(stop);
         scope.spawn(move || {
             let mut n = 0;
             while !stop.load(Ordering::Relaxed) {
@@ -160,7 +174,6 @@ fn a_flood_costs_the_pod(door: Door) {
             }
             assert!(clock::now().duration_since(began) < Duration::from_secs(120), "only {n} datagrams");
         }
-        stop.store(true, Ordering::Relaxed);
         answered
     });
     let (sent, fullest) = (sent.into_inner(), fullest.into_inner());
