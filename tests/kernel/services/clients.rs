@@ -191,6 +191,10 @@ fn a_client_from_outside_may_come_by_another_node_when_it_is_done_with_the_first
         stream.set_read_timeout(Some(SOON)).expect("a timeout");
         let answer = ask_again(&mut stream, 10).expect("an answer");
         assert_eq!(answer.client, stranger, "by {}", node.name);
+        drop(stream);
+        wait_for("the server is done with it too", SOON, || {
+            node2.pods[0].run("ss -Htn dst 10.99.0.254").trim().is_empty().then_some(())
+        });
     }
 }
 
