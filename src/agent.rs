@@ -43,7 +43,7 @@ pub use error::AgentError;
 use crate::cni::conflist::BRIDGE;
 use crate::config::{AgentConfig, Masquerade, ServicesArg, UnderlayMtu};
 use crate::datapath::conntrack::FlowTable;
-use crate::io::fleet::{Fleet, FleetConfig};
+use crate::io::fleet::{Fleet, FleetConfig, FleetError, LaneSockets, Ports};
 use crate::io::host::{self, HostConfig, HostError, HostEvent, HostNetwork, HostState, TunnelRoute};
 use crate::io::lane::LaneOffloads;
 use crate::io::{clock, flows};
@@ -297,13 +297,18 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
         AgentError::Io { what: "cannot open the table of session affinity in the run directory", source }
     })?;
     let (ended, lane_ends) = mpsc::unbounded_channel();
+    let (offloads, lane_keys) = (lane_offloads(&config), keys.lane_keys());
+    let vxlan = config.encap.encaps().vxlan.then_some(config.vxlan_port);
+    let ports = Ports { wireguard: config.port, vxlan, share_vxlan: true };
+    // Ports first: one that is taken must not leave an interface behind.
+    let sockets =
+        LaneSockets::open(lane_keys.len(), ports, offloads.udp_receive).map_err(FleetError::from)?;
     let fleet = Fleet::start(
         FleetConfig {
             tun: config.tun_name.clone(),
-            port: config.port,
-            vxlan_port: config.encap.encaps().vxlan.then_some(config.vxlan_port),
-            keys: keys.lane_keys(),
-            offloads: lane_offloads(&config),
+            keys: lane_keys,
+            sockets,
+            offloads,
             flows: Arc::clone(&table),
             affinity: Arc::new(affinity),
             snapshot: Arc::clone(&outputs.snapshot),

@@ -57,6 +57,7 @@
 //! | `cni` | `warren-cni`, the plugin that runtimes call for every pod, and the lists it stands in |
 //! | `status` | gRPC, the UAPI socket, and the commands that ask |
 //! | `demo` | `warren demo` |
+//! | `measure` | `warren bench`: what the way between two nodes or pods carries, and what a tunnel of our lanes would |
 //! | `config`, `agent` | settings, and what puts the rooms together |
 //!
 //! The simulated mesh (`tests/sim`) runs whole lanes in virtual time with feature `sim`, which stops
@@ -77,6 +78,8 @@ pub mod config;
 pub mod demo;
 #[cfg(feature = "agent")]
 pub mod io;
+#[cfg(feature = "agent")]
+pub mod measure;
 #[cfg(feature = "agent")]
 pub mod state;
 #[cfg(feature = "agent")]

@@ -8,7 +8,8 @@ use clap::Parser;
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 use warren::config::{AgentConfig, Cli, Command, environment_warnings};
-use warren::{agent, cni, demo, status};
+use warren::measure::MeasureError;
+use warren::{agent, cni, demo, measure, status};
 
 /// How clap ends for a command line that makes no sense, and so do we.
 const USAGE: u8 = 2;
@@ -29,6 +30,14 @@ fn main() -> ExitCode {
             Err(error) => Err(error.into()),
         },
         Command::Demo(args) => return demo::run(args).unwrap_or_else(|error| fail(&error)),
+        Command::Bench(args) => match measure::run(&args) {
+            Ok(code) => return code,
+            Err(error @ MeasureError::Usage(_)) => {
+                fail(&error);
+                return ExitCode::from(USAGE);
+            }
+            Err(error) => Err(error.into()),
+        },
         Command::Status(args) => status::client::status(&args).map_err(Into::into),
         Command::Peers(args) => status::client::peers(&args).map_err(Into::into),
         Command::Keys(args) => status::client::keys(&args).map_err(Into::into),

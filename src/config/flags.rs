@@ -11,6 +11,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cni::install::{EXAMPLES as INSTALL_EXAMPLES, InstallArgs};
 use crate::demo::DemoArgs;
+use crate::measure::BenchArgs;
 use crate::snapshot::MAX_LANES;
 use crate::state::annotations;
 use crate::state::compile::EncapPolicy;
@@ -25,6 +26,7 @@ Examples:
   warren agent --source kube                       this node joins the pod network of its Kubernetes cluster
   warren agent --source dir:/etc/warren/objects    this machine joins the mesh that the folder describes
   warren status                                    what the agent on this machine is doing
+  warren bench 192.168.1.12 --token TOKEN          how fast it is to where `warren bench serve` waits
   warren agent --cleanup                           take everything back out of the kernel";
 
 const AGENT_EXAMPLES: &str = "\
@@ -69,6 +71,8 @@ pub enum Command {
     Peers(PeersArgs),
     /// Change this node's WireGuard keys, or show them
     Keys(KeysArgs),
+    /// Measure throughput, latency and processor time between two nodes or pods
+    Bench(Box<BenchArgs>),
     /// Put the CNI plugin where this machine's container runtime looks for it
     #[command(after_help = INSTALL_EXAMPLES)]
     InstallCni(InstallArgs),

@@ -47,12 +47,10 @@ pub enum FleetError {
 pub struct FleetConfig {
     /// The interface.
     pub tun: String,
-    /// UDP port of lane 0; lane i has the one `i` above.
-    pub port: u16,
-    /// UDP port of VXLAN, shared by all lanes; `None` when the node does not speak it.
-    pub vxlan_port: Option<u16>,
     /// The lanes' keys.
     pub keys: Vec<Keys>,
+    /// The lanes' sockets, as many as keys.
+    pub sockets: Vec<LaneSockets>,
     /// Offloads that may be used.
     pub offloads: LaneOffloads,
     /// The flow table.
@@ -61,6 +59,58 @@ pub struct FleetConfig {
     pub affinity: Arc<Affinity>,
     /// What the lanes read.
     pub snapshot: Arc<ArcSwap<Snapshot>>,
+}
+
+/// Which UDP ports the lanes have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// WireGuard's, of lane 0; lane i has the one `i` above. 0 is any.
+    pub wireguard: u16,
+    /// VXLAN's; `None` when the node does not speak it.
+    pub vxlan: Option<u16>,
+    /// Whether several sockets may have VXLAN's: all lanes of an agent do, and the next agent's too.
+    pub share_vxlan: bool,
+}
+
+/// The sockets of one lane. A socket stays in the network namespace where it was opened, so the lane's thread and
+/// its TUN may be in another.
+#[derive(Debug)]
+pub struct LaneSockets {
+    wireguard: UdpSocket,
+    vxlan: Option<UdpSocket>,
+    vxlan_sources: Vec<UdpSocket>,
+}
+
+impl LaneSockets {
+    /// Opens those of all lanes.
+    pub fn open(lanes: usize, ports: Ports, receive_offload: bool) -> Result<Vec<LaneSockets>, UdpError> {
+        (0..lanes).map(|lane| LaneSockets::open_one(lane, ports, receive_offload)).collect()
+    }
+
+    fn open_one(lane: usize, ports: Ports, receive_offload: bool) -> Result<LaneSockets, UdpError> {
+        let wireguard = match ports.wireguard {
+            0 => 0,
+            first => u16::try_from(lane).ok().and_then(|lane| first.checked_add(lane)).unwrap_or(first),
+        };
+        let options = |port, share_port| UdpOptions { port, share_port, receive_offload, send_only: false };
+        let wireguard = UdpSocket::bind(options(wireguard, false))?;
+        let vxlan = ports.vxlan.map(|port| UdpSocket::bind(options(port, ports.share_vxlan))).transpose()?;
+        let source = UdpOptions { send_only: true, ..UdpOptions::default() };
+        let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 })
+            .map(|_| UdpSocket::bind(source))
+            .collect::<Result<_, _>>()?;
+        Ok(LaneSockets { wireguard, vxlan, vxlan_sources })
+    }
+
+    /// WireGuard's port.
+    pub fn wireguard_port(&self) -> u16 {
+        self.wireguard.port()
+    }
+
+    /// VXLAN's port.
+    pub fn vxlan_port(&self) -> Option<u16> {
+        self.vxlan.as_ref().map(UdpSocket::port)
+    }
 }
 
 /// One running lane, from the outside.
@@ -92,22 +142,23 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Opens everything, then starts the threads. `ended` is called with the reason when a lane fails: the
+    /// Opens the TUN's queues, then starts the threads. `ended` is called with the reason when a lane fails: the
     /// data path is broken then, and the process should end.
     pub fn start(
-        config: FleetConfig,
+        mut config: FleetConfig,
         ended: impl Fn(LaneId, String) + Clone + Send + 'static,
     ) -> Result<Fleet, FleetError> {
+        let sockets = std::mem::take(&mut config.sockets);
         let stop = Arc::new(AtomicBool::new(false));
         let mut fleet = Fleet { lanes: Vec::new(), stop: Arc::clone(&stop) };
         let shared = Shared { snapshot: Arc::clone(&config.snapshot), stop };
         let epoch = (clock::now(), clock::since_boot_ms());
         let neighbours = Arc::default();
-        // Everything is opened before anything runs: a taken port must not leave half a data path.
+        // Everything is opened before anything runs: what is refused must not leave half a data path.
         let mut ready = Vec::new();
-        for (index, key) in config.keys.iter().enumerate() {
+        for (index, (key, sockets)) in config.keys.iter().zip(sockets).enumerate() {
             let id = LaneId(index as u8);
-            let (kernel, offloads) = open_kernel(&config, id)?;
+            let (kernel, offloads) = open_kernel(&config, id, sockets)?;
             let mut lane = Lane::new(LaneConfig {
                 id,
                 private: key.current.to_bytes(),
@@ -188,22 +239,13 @@ impl Drop for Fleet {
     }
 }
 
-fn open_kernel(config: &FleetConfig, id: LaneId) -> Result<(Linux, LaneOffloads), FleetError> {
+fn open_kernel(
+    config: &FleetConfig,
+    id: LaneId,
+    sockets: LaneSockets,
+) -> Result<(Linux, LaneOffloads), FleetError> {
+    let LaneSockets { wireguard, vxlan, vxlan_sources } = sockets;
     let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
-    let receive_offload = config.offloads.udp_receive;
-    let port = config.port.checked_add(u16::from(id.0)).unwrap_or(config.port);
-    // Ports first: a port that is taken must not leave an interface behind.
-    let wireguard = UdpSocket::bind(UdpOptions { port, receive_offload, ..UdpOptions::default() })?;
-    let vxlan = config
-        .vxlan_port
-        .map(|port| {
-            UdpSocket::bind(UdpOptions { port, share_port: true, receive_offload, ..UdpOptions::default() })
-        })
-        .transpose()?;
-    let source = UdpOptions { send_only: true, ..UdpOptions::default() };
-    let vxlan_sources = (0..if vxlan.is_some() { VXLAN_SOURCES } else { 0 })
-        .map(|_| UdpSocket::bind(source))
-        .collect::<Result<_, _>>()?;
     let tun = TunQueue::open(&config.tun, wanted)?;
     let offloads = LaneOffloads {
         tun_tcp: tun.offloads().tcp,

@@ -1,6 +1,8 @@
 //! What the node has under the tunnels: its addresses there, and the MTU.
 
+use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::Nla as _;
@@ -75,6 +77,20 @@ pub async fn look(handle: &Handle, announced: &[IpAddr], skip: &str) -> Result<U
     let mut addresses: Vec<IpAddr> = held.into_iter().map(|(_, ip)| ip).collect();
     addresses.sort();
     Ok(Underlay { addresses, mtu: mtu.unwrap_or(DEFAULT_MTU) })
+}
+
+/// The MTU of the way to whom a socket is connected with, as the kernel knows it now.
+pub fn path_mtu(socket: &impl AsRawFd, v6: bool) -> io::Result<u16> {
+    let (level, name) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_MTU) } else { (libc::IPPROTO_IP, libc::IP_MTU) };
+    let (mut mtu, mut len) = (0 as libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the kernel writes one int and its length, both on our stack.
+    let got =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut mtu).cast(), &raw mut len) };
+    match got {
+        0 => Ok(u16::try_from(mtu).unwrap_or(u16::MAX)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A multi-queue TUN device.

@@ -13,7 +13,7 @@ use source::{Named, Token};
 /// `snapshot` stands first but one, because it is the plain data that the packet line reads.
 const ROOMS: [&str; 13] = [
     "packet", "snapshot", "tunnel", "datapath", // pure: the packet line
-    "state", "io", "cni", "status", "demo", "bench", "config", "agent", "main", // the world
+    "state", "io", "cni", "status", "demo", "measure", "config", "agent", "main", // the world
 ];
 /// How many of [`ROOMS`] are pure: no sockets, no files, no threads, no clock.
 const CORE: usize = 4;

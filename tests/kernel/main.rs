@@ -15,6 +15,7 @@ pub mod proxy;
 
 mod others;
 
+mod bench;
 mod bulk;
 mod cni;
 mod folder;
