@@ -279,8 +279,13 @@ fn admit(
     if !door.token.is_known_to(Prover::Asker, theirs, ours, proof) {
         return refuse(&mut stream, "wrong token".to_owned());
     }
-    if door.busy.swap(true, Ordering::Relaxed) {
-        return refuse(&mut stream, "busy with another measurement: try again later".to_owned());
+    // The last asker may be about to go, or lost and soon noticed.
+    let until = clock::now() + SILENCE;
+    while door.busy.swap(true, Ordering::Relaxed) {
+        if clock::now() >= until {
+            return refuse(&mut stream, "busy with another measurement: try again later".to_owned());
+        }
+        thread::sleep(LOOK_EVERY);
     }
     match door.sessions.try_send(Guest { stream, peer, nonce: (theirs, ours) }) {
         Ok(()) => Ok(()),

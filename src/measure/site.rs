@@ -154,21 +154,21 @@ impl Site<'_> {
                 Protocol::Tcp => {
                     let stream = self.connect(ticket)?;
                     let pinged = streams::ping(&stream, self.main, self.long, watcher);
-                    // Open until the other side has counted.
+                    let pinged = pinged.and_then(|pinged| self.beside.check().map(|()| pinged));
+                    // Open until the other side has counted; it is closed there, and so is what is beside it.
                     finish();
                     pinged
                 }
                 Protocol::Udp => {
                     let socket = self.socket(ticket)?;
                     let pinged = datagrams::ping(&socket, ticket, self.main, self.long, watcher);
+                    let pinged = pinged.and_then(|pinged| self.beside.check().map(|()| pinged));
                     finish();
                     pinged
                 }
             });
-            let broken = self.beside.check();
             self.beside.stop();
             let (trips, count) = pinged?;
-            broken?;
             let summary = trips.summary().ok_or("no request came back")?;
             Ok((count, Some(summary)))
         })
