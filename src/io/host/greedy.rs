@@ -1,10 +1,11 @@
 //! Pods that have more than their share of the kernel's connection table, while it is nearly full.
 //!
 //! What a pod sends to node ports and external addresses needs an entry there, for the kernel itself
-//! translates it; so does what goes past Services. To count them in the packets' way (`ct count`) costs every new flow a walk
-//! through all others of that pod, which is more than the flood (on kernel 6.18, 40 us a flow at 4,096). So the table is
-//! counted from outside, and only while it is nearly full: whoever has more than a quarter, as much as a pod
-//! has of the loop's own table, opens no more until he has less.
+//! translates it; so does what goes past Services. To count them in the packets' way (`ct count`) makes each
+//! new flow walk through the others of its pod, which costs more than the flood: on Linux 6.18 a flow takes 8 us
+//! without, 52 at a limit of 1,024, 76 at 4,096. So the table is counted from outside, and only while it is
+//! nearly full: whoever has more than a quarter, as much as a pod has of the loop's own table, opens no
+//! more until he has less.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
