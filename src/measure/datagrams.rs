@@ -295,7 +295,7 @@ mod tests {
             let socket = &asker;
             scope.spawn(move || push(socket, TICKET, 1372, out));
             let count = meter::count(into, LONG, &mut |_| {}).expect("datagrams came");
-            assert!(count.bytes >= 1372 && count.bytes % 1372 == 0, "{count:?}");
+            assert!(count.bytes >= 1372 && count.bytes.is_multiple_of(1372), "{count:?}");
             assert!(out.life().beats() > 0, "the receiver says that it is there");
             assert!(into.life().beats() > 0);
             out.stop();
