@@ -1,11 +1,9 @@
-//! Much data through an underlay that loses packets, by each encapsulation, on one lane and on two: every byte
-//! arrives, once and in its place.
+//! Much data through an underlay that loses packets and lets others overtake them, by each encapsulation, on one
+//! lane and on two: every byte arrives, once and in its place.
 //!
 //! ```text
 //! WARREN=target/release/warren WARREN_BULK_MB=10240 cargo test --test kernel bulk -- --nocapture
 //! ```
-//!
-//! What reorders packets is simulated (`tests/sim`): not every kernel has a queue that does.
 
 use std::net::SocketAddr;
 
@@ -17,31 +15,38 @@ use crate::lab::{Lab, Node};
 
 /// Of what a node receives for a tunnel, one in so many is lost: datagrams, or runs of them where the kernel joins.
 const LOST: u32 = 100;
+/// Of what a node sends into a tunnel, one in so many is late: it takes a slow lane that cuts joined datagrams apart.
+const LATE: u32 = 50;
+/// The ports of both encapsulations, as nft has them.
+const TUNNELS: &str = "udp dport { 8472, 51820-51829 }";
 
 #[test]
 fn wireguard() {
-    through_losses("wireguard", "1");
+    through_trouble("wireguard", "1");
 }
 
 #[test]
 fn wireguard_on_two_lanes() {
-    through_losses("wireguard", "2");
+    through_trouble("wireguard", "2");
 }
 
 #[test]
 fn vxlan() {
-    through_losses("vxlan", "1");
+    through_trouble("vxlan", "1");
 }
 
 #[test]
 fn vxlan_on_two_lanes() {
-    through_losses("vxlan", "2");
+    through_trouble("vxlan", "2");
 }
 
-fn through_losses(encap: &str, lanes: &str) {
+fn through_trouble(encap: &str, lanes: &str) {
     let megabytes: u64 = std::env::var("WARREN_BULK_MB").map_or(64, |text| text.parse().expect("a number"));
     let mesh = Mesh::start(Lab::two(), &["--encap", encap, "--lanes", lanes]);
-    mesh.lab.nodes.iter().for_each(lose);
+    for node in &mesh.lab.nodes {
+        lose(node);
+        delay(node);
+    }
     let echo = Echo::start(mesh.pod(1));
     let began = clock::now();
     // Each way, in each of two connections of each family.
@@ -53,28 +58,39 @@ fn through_losses(encap: &str, lanes: &str) {
             scope.spawn(move || tcp_bulk(from.ns, from.addresses[family], target, bytes));
         }
     });
-    let lost: Vec<u64> = mesh.lab.nodes.iter().map(losses).collect();
+    let lost: Vec<u64> = mesh.lab.nodes.iter().map(|node| counted(node, "losses")).collect();
+    let late: Vec<u64> = mesh.lab.nodes.iter().map(|node| counted(node, "delays")).collect();
     println!(
-        "{encap}, lanes {lanes}: {megabytes} MB in {:.1} s, lost {lost:?}",
+        "{encap}, lanes {lanes}: {megabytes} MB in {:.1} s, lost {lost:?}, late {late:?}",
         clock::now().duration_since(began).as_secs_f64()
     );
     assert!(lost.iter().all(|lost| *lost > 0), "nothing was lost: this shows nothing");
+    assert!(late.iter().all(|late| *late > 0), "nothing was late: this shows nothing");
 }
 
 fn lose(node: &Node) {
-    for command in [
-        "nft add table inet losses",
-        "nft add chain inet losses some { type filter hook prerouting priority -400 ; }",
-        &format!(
-            "nft add rule inet losses some udp dport {{ 8472, 51820-51829 }} numgen random mod {LOST} < 1 counter drop"
-        ),
-    ] {
-        node.ns.run(command);
-    }
+    node.ns.run_all(&format!(
+        "nft add table inet losses
+         nft add chain inet losses some {{ type filter hook prerouting priority -400 ; }}
+         nft add rule inet losses some {TUNNELS} numgen random mod {LOST} < 1 counter drop"
+    ));
 }
 
-fn losses(node: &Node) -> u64 {
-    let rules = node.ns.run("nft list table inet losses");
+/// A datagram at 400 Mbit/s is overtaken by those on the way beside it, and the next of the slow lane the more so.
+fn delay(node: &Node) {
+    node.ns.run_all(&format!(
+        "tc qdisc add dev eth0 root handle 1: htb default 0
+         tc class add dev eth0 parent 1: classid 1:1 htb rate 10gbit quantum 60000
+         tc qdisc add dev eth0 parent 1:1 handle 11: tbf rate 400mbit burst 3000 latency 20ms
+         nft add table inet delays
+         nft add chain inet delays some {{ type filter hook postrouting priority 400 ; }}
+         nft add rule inet delays some oifname eth0 {TUNNELS} numgen random mod {LATE} < 1 counter meta priority set 1:1"
+    ));
+}
+
+/// What a table's only rule has counted.
+fn counted(node: &Node, table: &str) -> u64 {
+    let rules = node.ns.run(&format!("nft list table inet {table}"));
     let count = rules.split("counter packets ").nth(1).and_then(|rest| rest.split(' ').next());
     count.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no counter in {rules}"))
 }

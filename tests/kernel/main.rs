@@ -24,6 +24,7 @@ mod keys;
 mod mesh;
 mod mtu;
 mod nat;
+mod order;
 mod refusals;
 mod rekey;
 mod repair;

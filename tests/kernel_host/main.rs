@@ -318,6 +318,35 @@ fn a_new_mtu_for_thousands_of_peers_is_no_matter_of_minutes() {
 }
 
 #[test]
+fn among_hundreds_of_routes_one_that_goes_or_is_taken_is_back_at_once() {
+    const PEERS: u8 = 250;
+    let node = Node::new();
+    node.run(async {
+        let mut wanted = config_v4();
+        let like = wanted.tunnel_routes[0].clone();
+        wanted.tunnel_routes = (0..PEERS)
+            .map(|number| {
+                let mut route = like.clone();
+                route.range = format!("10.100.{number}.0/24").parse().unwrap();
+                route
+            })
+            .collect();
+        let (_config, mut events) = watched_with(HostNetwork::open(None).unwrap(), wanted);
+        let ours = || sh("ip route show proto 87").matches("10.100.").count();
+        until("all routes", || ours() == usize::from(PEERS), || ours().to_string()).await;
+        settle(&mut events).await;
+        for harm in [
+            "ip route del 10.100.7.0/24",
+            "ip route replace 10.100.7.0/24 dev lo proto static; sleep 0.3; ip route del 10.100.7.0/24",
+        ] {
+            sh(harm);
+            until(&format!("repair of `{harm}`"), || ours() == usize::from(PEERS), || ours().to_string())
+                .await;
+        }
+    });
+}
+
+#[test]
 fn a_route_of_somebody_else_is_named_and_left_alone() {
     let node = Node::new();
     node.run(async {

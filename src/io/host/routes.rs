@@ -179,10 +179,23 @@ async fn read_routes(handle: &Handle) -> Result<(usize, Vec<(Route, RouteMessage
     let total = all.len();
     let ours = all
         .into_iter()
-        .filter(|message| message.header.protocol == RouteProtocol::Other(PROTOCOL))
+        .filter(is_ours)
         .filter_map(|message| Some((Route::parse(&message)?, message)))
         .collect();
     Ok((total, ours))
+}
+
+/// Whether we added it.
+pub(super) fn is_ours(message: &RouteMessage) -> bool {
+    message.header.protocol == RouteProtocol::Other(PROTOCOL)
+}
+
+/// Where it leads; nothing for a default route.
+pub(super) fn destination(message: &RouteMessage) -> Option<IpNet> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(to) => IpNet::new(ip(to)?, message.header.destination_prefix_length).ok(),
+        _ => None,
+    })
 }
 
 async fn dump(handle: &Handle, filter: RouteMessage) -> Result<Vec<RouteMessage>, HostError> {

@@ -1,9 +1,11 @@
 //! Keeping it so: the kernel's notifications, and a look every second for what they miss.
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use ipnet::IpNet;
 use nlink::OwnedEventStream;
 use nlink::netlink::{Connection, Nftables};
 use rtnetlink::MulticastGroup;
@@ -12,7 +14,7 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, Sleep};
 
-use super::{HostConfig, HostError, HostNetwork, Report};
+use super::{HostConfig, HostError, HostNetwork, Report, routes};
 
 /// Changes come in bursts (a restarted firewall, a new pod); one look serves the whole burst.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -21,9 +23,9 @@ const POLL: Duration = Duration::from_secs(1);
 /// How often it is looked whether the kernel's connection table fills up: one pod's flood must not fill the last
 /// quarter of the smallest between two looks, and no loop takes 300,000 flows a second.
 const PRESSURE: Duration = Duration::from_millis(100);
-/// Above this many routes (a node that speaks BGP) listing them all costs too much for every look;
-/// then a notification about a route of ours, or every tenth look, decides.
-const MANY_ROUTES: usize = 5_000;
+/// Above this many routes (a large cluster, a node that speaks BGP) listing them all costs too much for every
+/// look; then a notification about a route of ours or in the place of one, or every tenth look, decides.
+const MANY_ROUTES: usize = 200;
 const MANY_ROUTES_TICKS: u32 = 10;
 
 /// What [`HostNetwork::watch`] tells the agent.
@@ -53,7 +55,7 @@ impl HostNetwork {
         mut config: watch::Receiver<HostConfig>,
         events: mpsc::Sender<HostEvent>,
     ) -> Result<(), HostError> {
-        let mut notifications = Notifications::open().await?;
+        let mut notifications = Notifications::open(places(&config.borrow())).await?;
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pressure = tokio::time::interval(PRESSURE);
@@ -62,13 +64,13 @@ impl HostNetwork {
         let mut ticks = 0_u32;
         let mut burst = None;
         loop {
-            let (mut routes, mut asked) = (false, false);
+            let (mut look_at_routes, mut asked) = (false, false);
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    (routes, asked) = (true, true);
+                    (look_at_routes, asked) = (true, true);
                 }
                 kind = notifications.next(), if burst.is_none() => {
                     burst = Some((kind, Box::pin(tokio::time::sleep(SETTLE))));
@@ -81,15 +83,18 @@ impl HostNetwork {
                     if kind.max(more) == Kind::Nft && self.knows_generation().await {
                         continue;
                     }
-                    routes = true;
+                    look_at_routes = true;
                 }
                 _ = poll.tick() => {
                     ticks = ticks.wrapping_add(1);
                     if notifications.lost {
-                        notifications = Notifications::open().await.unwrap_or(notifications);
+                        let places = places(&config.borrow());
+                        notifications = Notifications::open(places).await.unwrap_or(notifications);
                         self.generation = None;
+                        look_at_routes = true;
                     }
-                    routes |= self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
+                    look_at_routes |=
+                        self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
                 }
                 _ = pressure.tick() => {
                     if !self.pressure_changes() {
@@ -99,11 +104,14 @@ impl HostNetwork {
                 () = events.closed() => return Ok(()),
             }
             let wanted = config.borrow_and_update().clone();
+            if asked {
+                notifications.places = places(&wanted);
+            }
             // Services come and go all the time: where it is only that, nothing else waits to be looked at.
             if self.change_elements(&wanted).await && asked {
                 continue;
             }
-            let outcome = self.reconcile(&wanted, routes).await;
+            let outcome = self.reconcile(&wanted, look_at_routes).await;
             let event = match quiet.event(outcome) {
                 Some(HostEvent::Repaired(report)) if asked => HostEvent::Changed(report),
                 Some(event) => event,
@@ -174,10 +182,12 @@ struct Notifications {
     /// A stream has ended (the kernel had more to say than its buffer holds): only the poll looks
     /// until both are opened again.
     lost: bool,
+    /// Where our routes lead: another in the place of one is the end of ours.
+    places: HashSet<IpNet>,
 }
 
 impl Notifications {
-    async fn open() -> Result<Self, HostError> {
+    async fn open(places: HashSet<IpNet>) -> Result<Self, HostError> {
         let (connection, _, messages) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
@@ -199,7 +209,7 @@ impl Notifications {
             .boxed();
         let nft = Connection::<Nftables>::new().map_err(|_| HostError::NoNftables)?;
         nft.subscribe_all().map_err(|e| HostError::nft("listen for nft changes", e))?;
-        Ok(Self { route, nft: nft.into_events().await, lost: false })
+        Ok(Self { route, nft: nft.into_events().await, lost: false, places })
     }
 
     /// Waits until something that may concern us has changed.
@@ -207,7 +217,7 @@ impl Notifications {
         while !self.lost {
             tokio::select! {
                 message = self.route.next() => match message {
-                    Some(message) if concerns_us(&message) => return Kind::Route,
+                    Some(message) if concerns_us(&message, &self.places) => return Kind::Route,
                     Some(_) => {}
                     None => self.lost = true,
                 },
@@ -232,14 +242,19 @@ impl Notifications {
 }
 
 /// Route changes of a routing daemon must not cost us a look each.
-fn concerns_us(message: &RouteNetlinkMessage) -> bool {
-    use rtnetlink::packet_route::route::RouteProtocol;
+fn concerns_us(message: &RouteNetlinkMessage, places: &HashSet<IpNet>) -> bool {
     match message {
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
-            route.header.protocol == RouteProtocol::Other(super::PROTOCOL)
+            routes::is_ours(route) || routes::destination(route).is_some_and(|to| places.contains(&to))
         }
         _ => true,
     }
+}
+
+/// Where the wanted routes lead.
+fn places(config: &HostConfig) -> HashSet<IpNet> {
+    let routes = config.tunnel_routes.iter().chain(&config.service_routes);
+    routes.map(|route| route.range.trunc()).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,163 @@
+//! Packets of one flow come out of the tunnel in the order in which they went in, whatever the lanes do: numbered
+//! datagrams both ways, alone and many to a segmented send, as fast as the machine can.
+//!
+//! ```text
+//! WARREN=target/release/warren WARREN_BULK_MB=10240 cargo test --test kernel order -- --nocapture
+//! ```
+
+use std::io::IoSlice;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use warren::io::clock;
+
+use crate::lab::Lab;
+use crate::lab::agent::Mesh;
+use crate::lab::netns::Netns;
+use crate::lab::traffic::udp_socket;
+
+/// Flows, of each family as many.
+const FLOWS: usize = 8;
+/// Of a datagram; fits every path here.
+const PAYLOAD: usize = 1200;
+/// Datagrams of one segmented send.
+const SEGMENTS: usize = 16;
+/// Nothing may come for so long before a flow counts as dead.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[test]
+fn wireguard() {
+    keeps_order("wireguard", ["1", "1"]);
+}
+
+#[test]
+fn wireguard_on_several_lanes() {
+    keeps_order("wireguard", ["2", "3"]);
+}
+
+#[test]
+fn vxlan() {
+    keeps_order("vxlan", ["1", "1"]);
+}
+
+#[test]
+fn vxlan_on_several_lanes() {
+    keeps_order("vxlan", ["3", "2"]);
+}
+
+fn keeps_order(encap: &str, lanes: [&str; 2]) {
+    let megabytes: u64 = std::env::var("WARREN_BULK_MB").map_or(256, |text| text.parse().expect("a number"));
+    let mesh =
+        Mesh::start_each(Lab::two(), |node| vec!["--encap", encap, "--lanes", lanes[usize::from(node) - 1]]);
+    steer(&mesh);
+    let ends: Vec<[UdpSocket; 2]> = (0..FLOWS).map(|flow| join(&mesh, flow)).collect();
+    let began = clock::now();
+    let stop = AtomicBool::new(false);
+    let received = AtomicU64::new(0);
+    let swapped: u64 = std::thread::scope(|scope| {
+        for side in [0, 1] {
+            let (ends, stop) = (&ends, &stop);
+            scope.spawn(move || send(ends.iter().map(|pair| &pair[side]), stop));
+        }
+        let listeners: Vec<_> = ends
+            .iter()
+            .flatten()
+            .map(|socket| scope.spawn(|| out_of_order(socket, &stop, &received, megabytes << 20)))
+            .collect();
+        listeners.into_iter().map(|listener| listener.join().expect("a listener that ends")).sum()
+    });
+    let datagrams = received.load(Ordering::Relaxed) / PAYLOAD as u64;
+    println!(
+        "{encap}, lanes {lanes:?}: {datagrams} datagrams in {:.1} s, {swapped} out of order",
+        clock::now().duration_since(began).as_secs_f64()
+    );
+    assert_eq!(
+        swapped, 0,
+        "{encap}, lanes {lanes:?}: of {datagrams} datagrams so many came after a later one"
+    );
+}
+
+/// A veth hands packets to the processor on which their sender happens to run, and one that changes processors
+/// would be overtaken by itself: each flow gets one processor, everywhere but in the agents.
+fn steer(mesh: &Mesh) {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from).min(31);
+    let all = format!("{:x}", (1_u32 << processors) - 1);
+    let nodes = mesh.lab.nodes.iter();
+    let places: Vec<&Netns> =
+        nodes.flat_map(|node| [&node.ns, &node.pods[0]]).chain([&mesh.lab.switch]).collect();
+    for place in places {
+        let script = format!(
+            "mount -t sysfs none /sys && for d in /sys/class/net/*; do \
+             case ${{d##*/}} in eth*|veth*|port*) echo {all} > $d/queues/rx-0/rps_cpus || exit 1;; esac; done"
+        );
+        let output = place.command("sh").args(["-c", &script]).output().expect("start sh");
+        assert!(output.status.success(), "{}: {}", place.name(), String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+/// Two ends of a flow from pod to pod.
+fn join(mesh: &Mesh, flow: usize) -> [UdpSocket; 2] {
+    let (a, b) = (mesh.pod(0), mesh.pod(1));
+    let family = flow % 2;
+    let far = SocketAddr::new(b.addresses[family], 40_000 + flow as u16);
+    let near = udp_socket(a.ns, a.addresses[family], far);
+    let other = b.ns.enter(|| UdpSocket::bind(far).unwrap_or_else(|e| panic!("bind {far}: {e}")));
+    other.connect(near.local_addr().expect("an address")).expect("answer where it came from");
+    [near, other]
+}
+
+/// Sends numbered datagrams on all flows until told to stop: on every other flow many at once.
+fn send<'a>(flows: impl Iterator<Item = &'a UdpSocket>, stop: &AtomicBool) {
+    let mut flows: Vec<(&UdpSocket, u64)> = flows.map(|socket| (socket, 0)).collect();
+    let size = PAYLOAD as u16;
+    let mut bytes = vec![0; SEGMENTS * PAYLOAD];
+    while !stop.load(Ordering::Relaxed) {
+        for (index, (socket, next)) in flows.iter_mut().enumerate() {
+            for datagram in bytes.chunks_mut(PAYLOAD) {
+                *next += 1;
+                datagram[..8].copy_from_slice(&next.to_be_bytes());
+            }
+            // Full queues are what this is about; what is not sent is not missed.
+            if index / 2 % 2 == 0 {
+                let together = [ControlMessage::UdpGsoSegments(&size)];
+                let _ = sendmsg::<()>(
+                    socket.as_raw_fd(),
+                    &[IoSlice::new(&bytes)],
+                    &together,
+                    MsgFlags::empty(),
+                    None,
+                );
+            } else {
+                for datagram in bytes.chunks(PAYLOAD) {
+                    let _ = socket.send(datagram);
+                }
+            }
+        }
+    }
+}
+
+/// Counts datagrams that came after a later one of their flow, or twice, until all flows together have the bytes.
+fn out_of_order(socket: &UdpSocket, stop: &AtomicBool, received: &AtomicU64, wanted: u64) -> u64 {
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    let (mut last, mut swapped) = (0, 0);
+    let mut bytes = [0; PAYLOAD + 1];
+    while !stop.load(Ordering::Relaxed) {
+        let read = socket.recv(&mut bytes);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let length = read.unwrap_or_else(|e| panic!("a flow is dead: {e}"));
+        assert_eq!(length, PAYLOAD, "a datagram of another length");
+        let number = u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"));
+        swapped += u64::from(number <= last);
+        last = last.max(number);
+        if received.fetch_add(PAYLOAD as u64, Ordering::Relaxed) + PAYLOAD as u64 >= wanted {
+            stop.store(true, Ordering::Relaxed);
+        }
+    }
+    assert!(last > 0, "a flow without a datagram shows nothing");
+    swapped
+}
