@@ -55,7 +55,8 @@ impl HostNetwork {
         mut config: watch::Receiver<HostConfig>,
         events: mpsc::Sender<HostEvent>,
     ) -> Result<(), HostError> {
-        let mut notifications = Notifications::open(places(&config.borrow())).await?;
+        let wanted = places(&config.borrow());
+        let mut notifications = Notifications::open(wanted).await?;
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pressure = tokio::time::interval(PRESSURE);
@@ -88,8 +89,8 @@ impl HostNetwork {
                 _ = poll.tick() => {
                     ticks = ticks.wrapping_add(1);
                     if notifications.lost {
-                        let places = places(&config.borrow());
-                        notifications = Notifications::open(places).await.unwrap_or(notifications);
+                        let wanted = places(&config.borrow());
+                        notifications = Notifications::open(wanted).await.unwrap_or(notifications);
                         self.generation = None;
                         look_at_routes = true;
                     }
