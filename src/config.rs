@@ -338,6 +338,7 @@ impl AgentConfig {
             encap: self.encap,
             announcement: Announcement {
                 lanes: lanes.collect(),
+                ordinary: false,
                 also: Vec::new(),
                 endpoints: self.endpoints.clone(),
                 location: self.location.clone(),

@@ -4,7 +4,8 @@
 //!
 //! # The packet line
 //!
-//! No async, no clock, no lock that a packet waits on, no allocation per packet.
+//! No async, no clock, no lock that a packet waits on. No allocation for a packet that goes straight through; what
+//! has to wait (for a session, for its first fragment) or to change lanes is copied into memory of its own, bounded.
 //!
 //! ```text
 //! pod -> TUN -> parse -> decide -> translate -> fit -> encapsulate -> UDP         datapath/outbound.rs
@@ -18,10 +19,17 @@
 //!    the Services (`datapath/service.rs`) and the routes of the [`snapshot`] it is given
 //! 4. [`tunnel`]: WireGuard ([`tunnel::wireguard`], the only file that names boringtun) and VXLAN wrap it
 //!
-//! A payload is copied once by us in each direction at most: outbound, a super-packet's segments are
-//! written with their headers (VXLAN straight into the send buffer; WireGuard through a scratch segment that
-//! stays in the first-level cache, because boringtun copies before it seals); inbound, WireGuard decrypts
-//! into a buffer of ours and VXLAN stays where the kernel put it, and the TUN gathers from there.
+//! How often a payload is copied, and why not less:
+//!
+//! | | outbound | inbound |
+//! |---|---|---|
+//! | the kernel | read from the TUN; send | receive; write to the TUN |
+//! | we | a super-packet's segments get headers in between: VXLAN into the send buffer, WireGuard into a scratch segment that stays in the first-level cache | none: VXLAN stays where it was received, and the TUN gathers from there |
+//! | boringtun | from the scratch segment into the send buffer, where it seals | into a buffer of ours, where it opens |
+//!
+//! A lane is a thread with its own queue of the TUN, sockets and key. The TUN's kernel leads what is sent to the queue
+//! that was written to last, so each flow is written to the queue that its addresses and ports say, by whichever
+//! lane receives it (`datapath/inbound.rs`): one lane sends a flow, and the same as long as it is active.
 //!
 //! # The state line
 //!

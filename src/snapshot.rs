@@ -98,6 +98,8 @@ pub struct Peer {
     pub encap: Option<Encap>,
     /// Its lanes, lane 0 first; empty when it has not announced a key yet.
     pub lanes: Vec<PeerLane>,
+    /// Whether it knows lane 0 of ours only: an ordinary WireGuard peer, to which a person has given one key of ours.
+    pub ordinary: bool,
     /// Where it may be reached for WireGuard, best first: lane 0's address and port. Lane i of the
     /// peer listens on the same address at `lanes[i].port`.
     pub endpoints: Vec<SocketAddr>,

@@ -166,6 +166,7 @@ fn peer(id: u32, key: [u8; 32], endpoint: &str, allowed: &[&str], addresses: &[&
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         mtu: 1420,
         keepalive: if id == 0 { 25 } else { 0 },
+        ordinary: false,
         takes_strangers: true,
         also: Vec::new(),
     }))

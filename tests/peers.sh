@@ -3,7 +3,7 @@
 #
 #     tests/peers.sh              build what is missing, print the folder
 #     tests/peers.sh bench        build Flannel's userspace back end too, which only bench/run needs
-#     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/connections and bench/rules need
+#     tests/peers.sh kube-proxy   build kube-proxy too, which only bench/kube-proxy needs
 #     tests/peers.sh deploy       build helm and kustomize too, which render the manifests for the section `deploy`
 #     tests/peers.sh --path       print the folder only
 #

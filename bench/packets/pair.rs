@@ -291,6 +291,7 @@ pub fn peer(node: usize, encap: Encap) -> Peer {
         addresses: vec![address],
         mtu: mtu(encap),
         keepalive: 0,
+        ordinary: false,
         takes_strangers: true,
         also: Vec::new(),
     }
@@ -299,6 +300,7 @@ pub fn peer(node: usize, encap: Encap) -> Peer {
 fn lane(number: usize, now: Instant) -> Lane {
     Lane::new(LaneConfig {
         id: LaneId(0),
+        lanes: 1,
         private: PRIVATE[number],
         seed: (1, 2),
         vxlan_sources: 1,

@@ -403,6 +403,19 @@ impl Lane {
         }
     }
 
+    /// Which queue of the TUN a flow's packets are written to, where there are several. The kernel leads what is sent
+    /// the other way to the queue that was written to last, and so to that lane: were it each time the lane that
+    /// happens to receive, the two nodes could chase a flow from lane to lane for ever. An ordinary WireGuard peer
+    /// is lane 0's.
+    fn queue(&self, peer: PeerId, headers: &Headers) -> Option<u8> {
+        if self.lanes < 2 {
+            return None;
+        }
+        let peer = self.mesh.as_ref().and_then(|mesh| mesh.peer(peer));
+        let ordinary = peer.is_some_and(|peer| peer.ordinary && peer.encap == Some(Encap::WireGuard));
+        Some(if ordinary { 0 } else { (headers.flow_number() % u32::from(self.lanes)) as u8 })
+    }
+
     /// Ends the TUN batch: tracks and translates each frame's flow and completes the joined headers.
     pub fn finish_tun(&mut self, now: Instant, receive: &mut [u8], out: &mut Output) {
         for index in 0..out.tun.count() {
@@ -414,6 +427,7 @@ impl Lane {
             let (piece, packets) = (head.piece, usize::from(head.packets));
             let mut headers = Headers { total_len: head.bytes, ..*head.headers };
             let (peer, known) = (PeerId((head.tag & !MUST_TRANSLATE) - 1), head.tag & MUST_TRANSLATE != 0);
+            let queue = self.queue(peer, &headers);
             let changed = match self.track_from_peer(now, &headers, packets, peer, known) {
                 Ok(None) => Ok(()),
                 Ok(Some(change)) => {
@@ -425,9 +439,13 @@ impl Lane {
                 }
                 Err(reason) => Err(reason),
             };
-            if let Err(reason) = changed {
-                out.tun.discard(index);
-                self.counters.count_drops(reason, packets);
+            match (changed, queue) {
+                (Ok(()), Some(queue)) => out.tun.lead(index, queue),
+                (Ok(()), None) => {}
+                (Err(reason), _) => {
+                    out.tun.discard(index);
+                    self.counters.count_drops(reason, packets);
+                }
             }
         }
         out.tun.finish(&mut Memory { receive, plain: &mut out.plain });

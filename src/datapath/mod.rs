@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
-//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter.
+//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter. Lanes share a table of flows and
+//! nothing else; only what an ordinary WireGuard peer is sent may change lanes, as a [`Parcel`].
 
 pub mod affinity;
 pub mod conntrack;
@@ -20,6 +21,7 @@ mod fragments;
 mod inbound;
 mod odd;
 mod outbound;
+mod parcel;
 pub mod route;
 mod service;
 #[cfg(test)]
@@ -33,13 +35,14 @@ use std::time::Instant;
 use x25519_dalek::StaticSecret;
 
 pub use counters::{Counters, Total};
+pub use parcel::Parcel;
 pub use route::Exit;
 
 use crate::packet::coalesce::{Memory, Offloads, Piece, Region, TunBatch};
 use crate::packet::icmp::{IcmpLimiter, IcmpRates};
 use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, Headers, parse};
-use crate::snapshot::{Encap, LaneId, Mesh, PeerId, Snapshot};
+use crate::snapshot::{Encap, LaneId, Mesh, Peer, PeerId, Snapshot};
 use crate::tunnel::vxlan_link::{Neighbours, VxlanLink};
 use crate::tunnel::wireguard::{Keys, WireGuard};
 use crate::tunnel::{Segments, TxBatch};
@@ -68,6 +71,8 @@ pub struct Output {
     pub tx: TxBatch,
     /// Frames for the TUN, as lists of pieces of the receive buffer and of `plain`.
     pub tun: TunBatch,
+    /// What only lane 0 can send.
+    pub parcels: Vec<Parcel>,
     /// Decrypted packets and packets of our own making.
     pub plain: Box<[u8]>,
     plain_used: usize,
@@ -87,6 +92,7 @@ impl Output {
         Output {
             tx: TxBatch::new(TX_BYTES),
             tun,
+            parcels: Vec::new(),
             plain: vec![0; PLAIN_BYTES].into_boxed_slice(),
             plain_used: 0,
         }
@@ -170,6 +176,8 @@ pub struct PeerTraffic {
 pub struct LaneConfig {
     /// Which lane.
     pub id: LaneId,
+    /// How many there are.
+    pub lanes: u8,
     /// Its WireGuard key.
     pub private: [u8; 32],
     /// Randomness for the keyed hashes.
@@ -189,6 +197,7 @@ pub struct LaneConfig {
 /// One packet line.
 pub struct Lane {
     id: LaneId,
+    lanes: u8,
     wireguard: WireGuard,
     vxlan: VxlanLink,
     routes: RouteCache,
@@ -217,6 +226,7 @@ impl Lane {
     pub fn new(config: LaneConfig) -> Lane {
         Lane {
             id: config.id,
+            lanes: config.lanes,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
             vxlan: VxlanLink::new(config.vxlan_sources, config.neighbours),
             routes: RouteCache::default(),
@@ -258,12 +268,32 @@ impl Lane {
     /// Starts a session with a peer that was active before a restart.
     pub fn initiate(&mut self, now: Instant, snapshot: &Snapshot, peer: PeerId, out: &mut Output) {
         self.follow(&snapshot.mesh);
-        let Some(peer) = snapshot.mesh.peer(peer) else { return };
+        let Some(peer) = snapshot.mesh.peer(peer).filter(|peer| !self.is_unknown_to(peer)) else { return };
         if peer.encap == Some(Encap::WireGuard)
             && let Err(reason) = self.wireguard.initiate(now, peer, &mut out.tx)
         {
             self.counters.count_drop(reason);
         }
+    }
+
+    /// Whether the peer would not know this lane's key.
+    fn is_unknown_to(&self, peer: &Peer) -> bool {
+        peer.ordinary && self.id != LaneId(0)
+    }
+
+    /// Sends what another lane has put aside for this one.
+    pub fn take_parcel(&mut self, now: Instant, snapshot: &Snapshot, parcel: &Parcel, out: &mut Output) {
+        self.follow(&snapshot.mesh);
+        let peer = snapshot.mesh.peer(parcel.peer);
+        let peer = peer.filter(|peer| peer.lanes.first().is_some_and(|lane| lane.key == parcel.key));
+        let result = match peer {
+            Some(peer) => self.seal_for_wireguard(now, peer, parcel, out),
+            None => Err(DropReason::NoRoute),
+        };
+        if let Err(reason) = result {
+            self.counters.count_drop(reason);
+        }
+        self.count_waited(now);
     }
 
     /// Changes its WireGuard keys.

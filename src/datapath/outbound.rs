@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::fragments::Datagram;
 use super::service::Passage;
-use super::{Exit, Lane, Output, Total};
+use super::{Exit, Lane, Output, Total, parcel};
 use crate::packet::coalesce::MAX_SEGMENTS;
 use crate::packet::icmp::{self, IcmpError, MAX_ANSWER};
 use crate::packet::parse::parse_any_address;
@@ -14,7 +14,7 @@ use crate::packet::vnet::{GSO_NONE, GSO_UDP_L4, VnetHdr};
 use crate::packet::{DropReason, Fragment, Headers, L4, parse};
 use crate::snapshot::service::loop_address;
 use crate::snapshot::{Encap, Peer, PeerId, Snapshot};
-use crate::tunnel::Segments;
+use crate::tunnel::{Sealed, Segments};
 
 /// IPv4 header and TCP header, without options: what an MSS leaves out (RFC 6691).
 const TCP_V4: u16 = 40;
@@ -228,14 +228,39 @@ impl Lane {
         packets: &impl Segments,
         out: &mut Output,
     ) -> Result<(), DropReason> {
-        let sealed = match encap {
-            Encap::WireGuard => self.wireguard.seal(now, peer, packets, &mut out.tx),
+        match encap {
+            Encap::WireGuard if self.is_unknown_to(peer) => {
+                let put = parcel::put(&mut out.parcels, peer, packets);
+                put.inspect_err(|reason| self.counters.count_drops(*reason, packets.count() - 1))
+            }
+            Encap::WireGuard => self.seal_for_wireguard(now, peer, packets, out),
             Encap::Vxlan => {
                 let flow = headers.flow_hash(self.seed);
-                let local = &snapshot.local;
-                self.vxlan.seal(now, local, peer, flow, headers.destination, packets, &mut out.tx)
+                let (local, target) = (&snapshot.local, headers.destination);
+                let sealed = self.vxlan.seal(now, local, peer, flow, target, packets, &mut out.tx);
+                self.count_sealed(now, peer, packets, &sealed)
             }
-        };
+        }
+    }
+
+    pub(super) fn seal_for_wireguard(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        packets: &impl Segments,
+        out: &mut Output,
+    ) -> Result<(), DropReason> {
+        let sealed = self.wireguard.seal(now, peer, packets, &mut out.tx);
+        self.count_sealed(now, peer, packets, &sealed)
+    }
+
+    fn count_sealed(
+        &mut self,
+        now: Instant,
+        peer: &Peer,
+        packets: &impl Segments,
+        sealed: &Sealed,
+    ) -> Result<(), DropReason> {
         let bytes = (0..sealed.sent).map(|i| packets.len(i)).sum();
         self.count_sent(now, peer.id, sealed.sent, bytes);
         let Some(reason) = sealed.refused else { return Ok(()) };

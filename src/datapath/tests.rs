@@ -1,6 +1,7 @@
 //! Packets through a whole lane: which ways are closed, and what the flow table hears of it. Services have
 //! their own file.
 
+mod lanes;
 #[cfg(feature = "agent")]
 mod model;
 #[cfg(feature = "agent")]
@@ -64,6 +65,7 @@ fn world_with(seed: u64, flows: u32) -> World {
             addresses: Vec::new(),
             mtu: 1450,
             keepalive: 0,
+            ordinary: false,
             takes_strangers: true,
             also: Vec::new(),
         })));
@@ -77,6 +79,7 @@ fn world_with(seed: u64, flows: u32) -> World {
     };
     let lane = Lane::new(LaneConfig {
         id: LaneId(0),
+        lanes: 1,
         private: [7; 32],
         seed: (seed, seed + 1),
         vxlan_sources: 1,

@@ -15,8 +15,8 @@ use tracing::{info, warn};
 
 use super::clock;
 use super::kernel::{self, Linux};
-use super::lane::{Command, LaneLoop, LaneOffloads, Shared};
-use super::tun::{TunError, TunOffloads, TunQueue};
+use super::lane::{Command, Desk, LaneLoop, LaneOffloads, Shared};
+use super::tun::{TunError, TunOffloads, TunQueue, TunQueues};
 use super::udp::{self, UdpError, UdpOptions, UdpSocket};
 use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::FlowTable;
@@ -28,6 +28,8 @@ use crate::tunnel::wireguard::Keys;
 const VXLAN_SOURCES: u8 = 4;
 /// Commands that may wait for a lane.
 const COMMANDS: usize = 64;
+/// Parcels that may wait for lane 0: at most 16 MiB.
+const PARCELS: usize = 256;
 
 /// Why the lanes cannot be started.
 #[derive(Debug, Error)]
@@ -154,13 +156,18 @@ impl Fleet {
         let shared = Shared { snapshot: Arc::clone(&config.snapshot), stop };
         let epoch = (clock::now(), clock::since_boot_ms());
         let neighbours = Arc::default();
+        let lanes = config.keys.len().min(sockets.len());
+        let queues = Arc::new(TunQueues::new(lanes));
+        let (put, take) = sync_channel(PARCELS);
+        let mut take = Some(take);
         // Everything is opened before anything runs: what is refused must not leave half a data path.
         let mut ready = Vec::new();
         for (index, (key, sockets)) in config.keys.iter().zip(sockets).enumerate() {
             let id = LaneId(index as u8);
-            let (kernel, offloads) = open_kernel(&config, id, sockets)?;
+            let (kernel, offloads) = open_kernel(&config, id, sockets, &queues)?;
             let mut lane = Lane::new(LaneConfig {
                 id,
+                lanes: lanes as u8,
                 private: key.current.to_bytes(),
                 seed: random_seed()?,
                 vxlan_sources: VXLAN_SOURCES,
@@ -181,12 +188,15 @@ impl Fleet {
                 offloads,
                 thread: None,
             });
-            ready.push((kernel, lane, orders, offloads));
+            let first = fleet.lanes.first().filter(|first| first.id != id);
+            let putting = first.map(|first| (put.clone(), Arc::clone(&first.bell)));
+            let desk = Desk { taking: take.take(), putting };
+            ready.push((kernel, lane, orders, desk, offloads));
         }
-        for (running, (kernel, lane, orders, offloads)) in fleet.lanes.iter_mut().zip(ready) {
+        for (running, (kernel, lane, orders, desk, offloads)) in fleet.lanes.iter_mut().zip(ready) {
             let (id, ended, shared) = (running.id, ended.clone(), shared.clone());
             let thread = std::thread::Builder::new().name(format!("lane-{}", id.0)).spawn(move || {
-                let lane = LaneLoop::new(kernel, lane, shared, orders, offloads);
+                let lane = LaneLoop::new(kernel, lane, shared, orders, desk, offloads);
                 if let Err(reason) = run_lane(lane) {
                     ended(id, reason);
                 }
@@ -243,10 +253,12 @@ fn open_kernel(
     config: &FleetConfig,
     id: LaneId,
     sockets: LaneSockets,
+    queues: &Arc<TunQueues>,
 ) -> Result<(Linux, LaneOffloads), FleetError> {
     let LaneSockets { wireguard, vxlan, vxlan_sources } = sockets;
     let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
-    let tun = TunQueue::open(&config.tun, wanted)?;
+    let tun = Arc::new(TunQueue::open(&config.tun, wanted)?);
+    queues.set(id.0, Arc::clone(&tun));
     let offloads = LaneOffloads {
         tun_tcp: tun.offloads().tcp,
         tun_udp: tun.offloads().udp,
@@ -260,7 +272,9 @@ fn open_kernel(
     }
     let kernel = Linux {
         name: config.tun.clone(),
+        lane: id.0,
         tun,
+        queues: Arc::clone(queues),
         wireguard,
         vxlan,
         vxlan_sources,

@@ -3,13 +3,14 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::EventFd;
 use tracing::warn;
 
-use super::tun::{TunOffloads, TunQueue};
+use super::tun::{TunOffloads, TunQueue, TunQueues};
 use super::udp::{Received, Receiver, Sender, UdpSocket};
 use crate::snapshot::Encap;
 use crate::tunnel::batch::Run;
@@ -21,8 +22,8 @@ pub trait Kernel {
     fn now(&self) -> Instant;
     /// Reads one frame from the TUN without waiting.
     fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-    /// Writes one frame to the TUN from pieces.
-    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Writes one frame to the TUN from pieces, to a lane's queue or to our own.
+    fn write_tun(&mut self, queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
     /// Opens the TUN again after somebody removed it; which of the wanted offloads it has.
     fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads>;
     /// Uses only these TUN offloads from now on.
@@ -53,8 +54,12 @@ pub enum Watch {
 pub struct Linux {
     /// The interface.
     pub name: String,
+    /// Which lane it is.
+    pub lane: u8,
     /// The lane's TUN queue.
-    pub tun: TunQueue,
+    pub tun: Arc<TunQueue>,
+    /// All lanes' queues.
+    pub queues: Arc<TunQueues>,
     /// The lane's WireGuard socket.
     pub wireguard: UdpSocket,
     /// VXLAN's receiving socket, if the node speaks it.
@@ -62,7 +67,7 @@ pub struct Linux {
     /// VXLAN's sending sockets.
     pub vxlan_sources: Vec<UdpSocket>,
     /// Rung to wake the lane.
-    pub bell: std::sync::Arc<EventFd>,
+    pub bell: Arc<EventFd>,
     /// Reused by every receive.
     pub receiver: Receiver,
     /// Reused by every send.
@@ -78,12 +83,16 @@ impl Kernel for Linux {
         self.tun.read(buffer)
     }
 
-    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.tun.write(pieces)
+    fn write_tun(&mut self, queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let other = queue.filter(|queue| *queue != self.lane);
+        let written = other.and_then(|queue| self.queues.write(queue, pieces));
+        written.unwrap_or_else(|| self.tun.write(pieces))
     }
 
     fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads> {
-        self.tun = TunQueue::open(&self.name, wanted).map_err(|e| io::Error::other(e.to_string()))?;
+        let queue = TunQueue::open(&self.name, wanted).map_err(|e| io::Error::other(e.to_string()))?;
+        self.tun = Arc::new(queue);
+        self.queues.set(self.lane, Arc::clone(&self.tun));
         warn!("somebody removed the interface {}: it was made again", self.name);
         Ok(self.tun.offloads())
     }
@@ -120,7 +129,7 @@ impl Kernel for Linux {
         let wireguard = borrow(&self.wireguard);
         let vxlan = self.vxlan.as_ref().map_or(bell, |s| borrow(s));
         let mut fds = match watch {
-            Watch::Everything => [bell, wireguard, vxlan, borrow(&self.tun)].map(reading),
+            Watch::Everything => [bell, wireguard, vxlan, borrow(&*self.tun)].map(reading),
             Watch::AllButTun(via) => {
                 let full =
                     self.socket(via).map_or(reading(bell), |s| PollFd::new(borrow(s), PollFlags::POLLOUT));

@@ -2,7 +2,7 @@
 //!
 //! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full
 //! 2. datagrams -> packet line -> TUN, one receive call's worth per encapsulation
-//! 3. commands and timers
+//! 3. commands, timers, and what lanes hand over to each other
 //! 4. nothing to do: yield for a while, then sleep
 //!
 //! Each turn is bounded and waits for nothing; the snapshot is loaded once per turn. While a socket is full,
@@ -12,17 +12,18 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use nix::sys::eventfd::EventFd;
 use tracing::warn;
 
 use super::kernel::{Kernel, Watch};
 use super::outbox::Outbox;
 use super::tun::{READ_BYTES, TunOffloads};
 use super::udp::{Received, SLOT, SLOTS};
-use crate::datapath::{Arrival, Lane, Output, PeerTraffic, Total};
+use crate::datapath::{Arrival, Lane, Output, Parcel, PeerTraffic, Total};
 use crate::packet::DropReason;
 use crate::packet::coalesce::{Frame, MAX_SEGMENTS, Memory, Offloads, Region};
 use crate::packet::parse;
@@ -36,6 +37,8 @@ const TUN_FRAMES: usize = 16;
 /// How long an idle lane keeps looking before it sleeps: waking up is most of the latency, and 100 us of
 /// looking with a yield in between brings it below that of kernel VXLAN.
 const SPIN: Duration = Duration::from_micros(100);
+/// Parcels that lane 0 takes in one turn.
+const PARCELS: usize = 64;
 /// Sessions begun in one turn: each costs three scalar multiplications, about 0.1 ms.
 const INITIATIONS: usize = 16;
 /// How long a lane tries to open the TUN again after somebody removed it, and how often.
@@ -109,12 +112,22 @@ pub struct Shared {
     pub stop: Arc<AtomicBool>,
 }
 
+/// Where parcels change hands.
+#[derive(Debug, Default)]
+pub struct Desk {
+    /// Of lane 0: what the others have put there.
+    pub taking: Option<Receiver<Parcel>>,
+    /// Of the others: to lane 0, and its bell.
+    pub putting: Option<(SyncSender<Parcel>, Arc<EventFd>)>,
+}
+
 /// A lane and everything it drives.
 pub struct LaneLoop<K> {
     kernel: K,
     lane: Lane,
     shared: Shared,
     commands: Receiver<Command>,
+    desk: Desk,
     offloads: LaneOffloads,
     out: Output,
     frame: Box<[u8]>,
@@ -138,6 +151,7 @@ impl<K: Kernel> LaneLoop<K> {
         lane: Lane,
         shared: Shared,
         commands: Receiver<Command>,
+        desk: Desk,
         offloads: LaneOffloads,
     ) -> LaneLoop<K> {
         LaneLoop {
@@ -145,6 +159,7 @@ impl<K: Kernel> LaneLoop<K> {
             lane,
             shared,
             commands,
+            desk,
             offloads,
             out: Output::new(batch_offloads(&offloads)),
             frame: vec![0; READ_BYTES].into_boxed_slice(),
@@ -181,7 +196,6 @@ impl<K: Kernel> LaneLoop<K> {
             let next = timers.into_iter().flatten().min();
             let watch = self.outbox.full().map_or(Watch::Everything, Watch::AllButTun);
             self.kernel.wait(next.map(|at| at.saturating_duration_since(now)), watch)?;
-            last_work = self.kernel.now();
         }
         Ok(())
     }
@@ -219,6 +233,8 @@ impl<K: Kernel> LaneLoop<K> {
         }
         worked |= self.commands(now, &snapshot);
         worked |= self.initiate(now, &snapshot);
+        worked |= self.take_parcels(now, &snapshot);
+        self.put_parcels();
         if self.lane.poll_timeout().is_some_and(|at| at <= now) {
             self.lane.handle_timeout(now, &snapshot, &mut self.out);
         }
@@ -297,6 +313,34 @@ impl<K: Kernel> LaneLoop<K> {
             self.lane.initiate(now, snapshot, peer, &mut self.out);
         }
         count > 0
+    }
+
+    /// Puts down what only lane 0 can send.
+    fn put_parcels(&mut self) {
+        let Some((first, bell)) = self.desk.putting.as_ref().filter(|_| !self.out.parcels.is_empty()) else {
+            return;
+        };
+        for parcel in self.out.parcels.drain(..) {
+            if let Err(TrySendError::Full(parcel) | TrySendError::Disconnected(parcel)) =
+                first.try_send(parcel)
+            {
+                self.lane.counters().count_drops(DropReason::HandOver, parcel.packets());
+            }
+        }
+        // Full is rung already.
+        let _ = bell.write(1);
+    }
+
+    /// Sends what the other lanes have put down.
+    fn take_parcels(&mut self, now: Instant, snapshot: &Snapshot) -> bool {
+        let Some(parcels) = &self.desk.taking else { return false };
+        let mut taken = 0;
+        while taken < PARCELS && self.outbox.full().is_none() && self.out.has_room() {
+            let Ok(parcel) = parcels.try_recv() else { break };
+            self.lane.take_parcel(now, snapshot, &parcel, &mut self.out);
+            taken += 1;
+        }
+        taken > 0
     }
 
     fn report(&self, now: Instant) -> LaneReport {
@@ -381,7 +425,7 @@ fn write_frame<K: Kernel>(
         slices[count] = IoSlice::new(&from[at..at + piece.len as usize]);
         count += 1;
     }
-    kernel.write_tun(&slices[..count])
+    kernel.write_tun(frame.queue, &slices[..count])
 }
 
 /// Cuts a joined frame again and writes its packets one by one; returns how many were lost.
@@ -397,7 +441,7 @@ fn write_apart<K: Kernel>(kernel: &mut K, frame: &Frame<'_>, memory: &Memory<'_>
     for i in 0..segments.count() {
         let len = segments.write(i, &mut packet);
         let slices = [IoSlice::new(&header), IoSlice::new(&packet[..len])];
-        lost += usize::from(kernel.write_tun(&slices).is_err());
+        lost += usize::from(kernel.write_tun(frame.queue, &slices).is_err());
     }
     lost
 }

@@ -54,7 +54,7 @@ impl Kernel for Fake {
         Ok(frame.len())
     }
 
-    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+    fn write_tun(&mut self, _queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         let frame: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
         if let Some(error) = self.refuse_joined.filter(|_| frame[1] != 0) {
             return Err(io::Error::from_raw_os_error(error));
@@ -149,6 +149,7 @@ fn snapshot_of(peers: u8) -> Snapshot {
             addresses: Vec::new(),
             mtu: 1450,
             keepalive: 0,
+            ordinary: false,
             takes_strangers: true,
             also: Vec::new(),
         })));
@@ -166,6 +167,7 @@ fn snapshot_of(peers: u8) -> Snapshot {
 fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
     let lane = Lane::new(LaneConfig {
         id: LaneId(0),
+        lanes: 1,
         private: [7; 32],
         seed: (1, 2),
         vxlan_sources: 1,
@@ -180,7 +182,8 @@ fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
         stop: Arc::new(AtomicBool::new(false)),
     };
     let (_, orders) = sync_channel(1);
-    (LaneLoop::new(kernel, lane, shared, orders, LaneOffloads::default()), counters)
+    let desk = Desk::default();
+    (LaneLoop::new(kernel, lane, shared, orders, desk, LaneOffloads::default()), counters)
 }
 
 /// TCP segments of one flow, back to back; the last is short.

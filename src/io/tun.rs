@@ -6,7 +6,9 @@ use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
 
+use arc_swap::ArcSwapOption;
 use thiserror::Error;
 
 /// Largest read: a virtio header and a super-packet of 64 KiB with IPv6 header.
@@ -109,14 +111,14 @@ impl TunQueue {
         Ok(TunQueue { device, offloads })
     }
 
-    /// What this queue does.
+    /// What this queue did when it was opened.
     pub fn offloads(&self) -> TunOffloads {
         self.offloads
     }
 
-    /// Gives up offloads that turned out not to work.
-    pub fn limit_offloads(&mut self, wanted: TunOffloads) {
-        self.offloads = set_offloads(self.as_raw_fd(), wanted);
+    /// Gives up offloads that turned out not to work, for the whole device.
+    pub fn limit_offloads(&self, wanted: TunOffloads) {
+        set_offloads(self.as_raw_fd(), wanted);
     }
 
     /// Reads one frame: virtio header and packet.
@@ -136,6 +138,33 @@ impl TunQueue {
             )
         };
         if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+    }
+}
+
+/// The queues of all lanes: each reads its own, and writes to that of the lane which has a flow.
+#[derive(Debug)]
+pub struct TunQueues(Vec<ArcSwapOption<TunQueue>>);
+
+impl TunQueues {
+    /// Places for so many.
+    pub fn new(lanes: usize) -> TunQueues {
+        TunQueues((0..lanes).map(|_| ArcSwapOption::empty()).collect())
+    }
+
+    /// A lane has another one.
+    pub fn set(&self, lane: u8, queue: Arc<TunQueue>) {
+        if let Some(place) = self.0.get(usize::from(lane)) {
+            place.store(Some(queue));
+        }
+    }
+
+    /// Writes to a lane's queue; `None` if it has none that can be written to.
+    pub fn write(&self, lane: u8, pieces: &[IoSlice<'_>]) -> Option<io::Result<usize>> {
+        let queue = self.0.get(usize::from(lane))?.load();
+        let written = queue.as_ref()?.write(pieces);
+        // Of a device that is gone: its lane has not noticed yet.
+        let gone = written.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD));
+        (!gone).then_some(written)
     }
 }
 

@@ -332,6 +332,7 @@ fn snapshot(end: End, mac: [u8; 6], theirs: &Offer, at: IpAddr) -> Snapshot {
         addresses: vec![inside],
         mtu: theirs.mtu,
         keepalive: 0,
+        ordinary: false,
         takes_strangers: false,
         also: Vec::new(),
     };

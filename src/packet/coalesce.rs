@@ -91,6 +91,8 @@ pub struct Frame<'a> {
     pub pieces: &'a [Piece],
     /// How many packets it is made of.
     pub packets: u16,
+    /// Which queue of the TUN it is for, where that is not the writer's own ([`TunBatch::lead`]).
+    pub queue: Option<u8>,
 }
 
 impl Frame<'_> {
@@ -292,6 +294,13 @@ impl TunBatch {
         Some(Head { index, piece, headers, packets: *packets, bytes: *bytes, tag: *tag })
     }
 
+    /// Says to which queue of the TUN a frame goes.
+    pub fn lead(&mut self, index: usize, queue: u8) {
+        if let Some(frame) = self.frames.get_mut(index) {
+            frame.queue = Some(queue);
+        }
+    }
+
     /// Takes a frame out of the batch.
     pub fn discard(&mut self, index: usize) {
         if let Some(frame) = self.frames.get_mut(index) {
@@ -325,7 +334,8 @@ impl TunBatch {
     pub fn frames(&self) -> impl Iterator<Item = Frame<'_>> {
         self.frames.iter().filter(|frame| frame.kind != Kind::Discarded).filter_map(|frame| {
             let pieces = self.pieces.get(frame.pieces.0 as usize..frame.pieces.1 as usize)?;
-            let frame = Frame { vnet: frame.vnet.encode(), pieces, packets: frame.packets };
+            let Building { vnet, packets, queue, .. } = frame;
+            let frame = Frame { vnet: vnet.encode(), pieces, packets: *packets, queue: *queue };
             (!pieces.is_empty()).then_some(frame)
         })
     }

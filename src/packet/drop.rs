@@ -88,6 +88,8 @@ drop_reasons! {
     FlowQuota => "flow-quota",
     /// Another lane kept the flow's place in the table for too long.
     FlowTableBusy => "flow-table-busy",
+    /// Lane 0 has no room for more packets that other lanes hand over for peers that know its key alone.
+    HandOver => "hand-over",
     /// Every source port that was tried is in use towards the same endpoint.
     NoSourcePort => "no-source-port",
     /// A fragment whose first one did not come.

@@ -92,6 +92,8 @@ impl fmt::Display for Encaps {
 pub struct Announcement {
     /// Its lanes, lane 0 first; empty when it has announced no key.
     pub lanes: Vec<PeerLane>,
+    /// Whether a person described it, by one key of an ordinary WireGuard peer.
+    pub ordinary: bool,
     /// A second key of each lane, while its keys change; empty otherwise.
     pub also: Vec<PublicKey>,
     /// Where lane 0 may be reached, best first.
@@ -130,6 +132,7 @@ pub fn parse(annotations: &BTreeMap<String, String>) -> (Announcement, Vec<Annot
     }
     let mut announcement = Announcement {
         lanes: reader.value(LANES, lanes).unwrap_or_default(),
+        ordinary: false,
         also: Vec::new(),
         endpoints: reader.value(ENDPOINTS, endpoints).unwrap_or_default(),
         location: reader.value(LOCATION, location),
@@ -254,6 +257,7 @@ impl Reader<'_> {
             if announcement.lanes.is_empty() {
                 let port = announcement.endpoints.first().map_or(DEFAULT_PORT, SocketAddr::port);
                 announcement.lanes.push(PeerLane { key, port });
+                announcement.ordinary = true;
             } else {
                 self.report(PUBLIC_KEY, format!("not used, because {LANES} is given too"));
             }
@@ -524,7 +528,7 @@ mod tests {
             let second = |lane: &PeerLane| lane.key.map(|byte| byte ^ 0x55);
             let also = if changing { lanes.iter().map(second).collect() } else { Vec::new() };
             Announcement {
-                lanes, also, endpoints: endpoints.filter(plain).collect(), location, encaps,
+                lanes, ordinary: false, also, endpoints: endpoints.filter(plain).collect(), location, encaps,
                 vxlan_mac: mac.map(|mut mac| { mac[0] = mac[0] & 0xfe | 2; mac }), keepalive, services,
             }
         }

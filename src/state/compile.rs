@@ -369,6 +369,7 @@ impl Compiler {
             name: info.name.clone(),
             encap,
             lanes: grant.lanes.clone(),
+            ordinary: info.announcement.ordinary,
             endpoints: grant.endpoints.clone(),
             vxlan,
             pod_ranges: grant.ranges.clone(),

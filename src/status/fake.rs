@@ -45,6 +45,7 @@ pub(super) fn peer(id: u32, name: &str) -> Peer {
         ],
         mtu: 1420,
         keepalive: 25,
+        ordinary: false,
         takes_strangers: true,
         also: Vec::new(),
     }

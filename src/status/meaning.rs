@@ -48,6 +48,9 @@ pub const fn of_drop(reason: DropReason) -> &'static str {
         DropReason::FlowTableFull => "no room for another translated flow: a flood from one pod?",
         DropReason::FlowQuota => "a pod of this node has a quarter of the flow table: is it flooding?",
         DropReason::FlowTableBusy => "another lane kept the flow's place in the table for too long",
+        DropReason::HandOver => {
+            "lane 0, the only one whose key an ordinary WireGuard peer knows, could not keep up with the others"
+        }
         DropReason::NoSourcePort => "every source port tried is in use towards the same endpoint",
         DropReason::AwaitingFragment => "a fragment whose first one, with the ports, did not come",
         DropReason::NotTunnel => "a datagram that is neither WireGuard nor VXLAN: a scanner?",

@@ -415,6 +415,7 @@ mod tests {
                 addresses: ["192.0.2.2", "10.244.2.0", "fd00:2::"].map(ip).to_vec(),
                 mtu: 1450,
                 keepalive: 0,
+                ordinary: false,
                 takes_strangers: true,
                 also: Vec::new(),
             };

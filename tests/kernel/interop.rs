@@ -23,26 +23,33 @@ enum Sums {
 
 #[test]
 fn wireguard_go() {
-    wireguard(Program::WireguardGo, Begins::Warren, Underlay::V4);
-    wireguard(Program::WireguardGo, Begins::Other, Underlay::V4);
+    wireguard(Program::WireguardGo, Begins::Warren, Underlay::V4, "1");
+    wireguard(Program::WireguardGo, Begins::Other, Underlay::V4, "1");
 }
 
 #[test]
 fn boringtun() {
-    wireguard(Program::Boringtun, Begins::Warren, Underlay::V4);
-    wireguard(Program::Boringtun, Begins::Other, Underlay::V4);
+    wireguard(Program::Boringtun, Begins::Warren, Underlay::V4, "1");
+    wireguard(Program::Boringtun, Begins::Other, Underlay::V4, "1");
 }
 
 #[test]
 fn gotatun() {
-    wireguard(Program::Gotatun, Begins::Warren, Underlay::V4);
-    wireguard(Program::Gotatun, Begins::Other, Underlay::V4);
+    wireguard(Program::Gotatun, Begins::Warren, Underlay::V4, "1");
+    wireguard(Program::Gotatun, Begins::Other, Underlay::V4, "1");
 }
 
 #[test]
 fn wireguard_go_over_ipv6() {
-    wireguard(Program::WireguardGo, Begins::Warren, Underlay::V6);
-    wireguard(Program::WireguardGo, Begins::Other, Underlay::V6);
+    wireguard(Program::WireguardGo, Begins::Warren, Underlay::V6, "1");
+    wireguard(Program::WireguardGo, Begins::Other, Underlay::V6, "1");
+}
+
+/// The other program knows lane 0's key; flows begin on every lane.
+#[test]
+fn one_key_is_enough_for_several_lanes() {
+    wireguard(Program::WireguardGo, Begins::Warren, Underlay::V4, "3");
+    wireguard(Program::WireguardGo, Begins::Other, Underlay::V4, "3");
 }
 
 #[test]
@@ -88,8 +95,8 @@ fn kernel_vxlan_with_a_pod_behind_it() {
     exchange(warren.pod(), behind);
 }
 
-fn wireguard(program: Program, begins: Begins, underlay: Underlay) {
-    eprintln!("{program:?}, {begins:?} begins, underlay {underlay:?}");
+fn wireguard(program: Program, begins: Begins, underlay: Underlay, lanes: &str) {
+    eprintln!("{program:?}, {begins:?} begins, underlay {underlay:?}, lanes {lanes}");
     let mut lab = Lab::new(2, underlay, 1500);
     lab.nodes[0].add_pod(1500);
     let [warren, other] = [&lab.nodes[0], &lab.nodes[1]];
@@ -97,7 +104,7 @@ fn wireguard(program: Program, begins: Begins, underlay: Underlay) {
     let endpoint = std::net::SocketAddr::new(lab.outer(other), PORT).to_string();
     lab.write_node(warren, &[]);
     lab.write_node(other, &[("warren.dev/public-key", &peer.public_key), ("warren.dev/endpoint", &endpoint)]);
-    let agent = Agent::start(&lab, warren, &["--encap", "wireguard"]);
+    let agent = Agent::start(&lab, warren, &["--encap", "wireguard", "--lanes", lanes]);
     warren.set_pod_mtu(agent.pod_mtu());
     let (key, port) = lane_zero(&lab);
     // The other program knows no endpoint when Warren begins: it must learn it from the handshake.

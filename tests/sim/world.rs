@@ -208,6 +208,7 @@ impl World {
             .map(|(i, (key, seed))| {
                 Lane::new(LaneConfig {
                     id: LaneId(i as u8),
+                    lanes: node.keys.len() as u8,
                     private: *key,
                     seed,
                     vxlan_sources: 4,
@@ -296,6 +297,7 @@ impl World {
             addresses: vec![node_v4(id).into(), node_v6(id).into()],
             mtu: self.mtu,
             keepalive: node.spec.keepalive,
+            ordinary: false,
             takes_strangers: true,
             also: node.also.iter().map(public).collect(),
         }
@@ -541,6 +543,9 @@ impl World {
             }
         }
         self.transmit(id, lane);
+        for parcel in std::mem::take(&mut self.out.parcels) {
+            self.drive(id, 0, |lane, now, snapshot, _, out| lane.take_parcel(now, snapshot, &parcel, out));
+        }
     }
 
     fn transmit(&mut self, id: Host, lane: usize) {

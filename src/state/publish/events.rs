@@ -435,6 +435,7 @@ mod tests {
             addresses: Vec::new(),
             mtu: 1400,
             keepalive: 0,
+            ordinary: false,
             takes_strangers: false,
             also: Vec::new(),
         }

@@ -141,6 +141,7 @@ impl World {
         let (ours, theirs) = (secret(1), secret(2));
         let lane = Lane::new(LaneConfig {
             id: LaneId(0),
+            lanes: 1,
             private: ours.to_bytes(),
             seed: (1, 2),
             vxlan_sources: 4,
@@ -391,6 +392,7 @@ fn peer(number: u8, encap: Option<Encap>) -> Peer {
         addresses: vec![address(number)],
         mtu: if number == 2 { 1280 } else { 1420 },
         keepalive: if number == 1 { 25 } else { 0 },
+        ordinary: false,
         takes_strangers: true,
         also: Vec::new(),
     }

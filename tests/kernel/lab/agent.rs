@@ -151,8 +151,13 @@ pub fn command(lab: &Lab, node: &Node, arguments: &[&str]) -> Command {
     let folder = folder(lab, node);
     fs::create_dir_all(&folder).expect("make the agent's folder");
     let mut command = node.ns.command(warren());
-    command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments).env("WARREN_LANES", "1");
+    command.arg("agent").args(ordinary(lab, node, &folder)).args(arguments).env("WARREN_LANES", lanes());
     command
+}
+
+/// How many lanes an agent has unless a test says otherwise: one, wherever it runs, or what WARREN_TEST_LANES says.
+fn lanes() -> String {
+    std::env::var("WARREN_TEST_LANES").unwrap_or_else(|_| "1".to_owned())
 }
 
 fn folder(lab: &Lab, node: &Node) -> PathBuf {
@@ -167,8 +172,7 @@ fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
         .args(ordinary(lab, node, folder))
         .args(arguments)
         .env("RUST_BACKTRACE", "1")
-        // Unless a test says otherwise, wherever it runs.
-        .env("WARREN_LANES", "1")
+        .env("WARREN_LANES", lanes())
         // A log that is read by people and by tests needs no colours.
         .env("NO_COLOR", "1")
         .stdout(log.try_clone().expect("duplicate the log"))

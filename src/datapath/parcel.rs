@@ -1,0 +1,75 @@
+//! Packets that only lane 0 can send, on their way there from another lane.
+//!
+//! An ordinary WireGuard peer knows one key of ours, lane 0's: what another lane reads from the TUN for it goes by
+//! lane 0's session. That is the beginning of a flow, or all of one that is never answered: what the peer sends is
+//! written to lane 0's queue of the TUN ([`super::inbound`]), and the kernel leads a flow to the queue that was
+//! written to.
+
+use crate::packet::DropReason;
+use crate::snapshot::{Peer, PeerId, PublicKey};
+use crate::tunnel::Segments;
+
+/// Parcels that may wait in one lane's output: more than the smallest pieces of one packet.
+const MOST: usize = 256;
+
+/// Packets to one peer, whole and ready to be sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parcel {
+    /// To whom.
+    pub(super) peer: PeerId,
+    /// And to which key: a number may be another node's by the time it arrives.
+    pub(super) key: PublicKey,
+    bytes: Vec<u8>,
+    /// Where each packet ends.
+    ends: Vec<usize>,
+}
+
+impl Parcel {
+    fn of(peer: &Peer, key: PublicKey, packets: &impl Segments) -> Parcel {
+        let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(packets.count()));
+        for index in 0..packets.count() {
+            let start = bytes.len();
+            bytes.resize(start + packets.len(index), 0);
+            let len = packets.write(index, &mut bytes[start..]);
+            bytes.truncate(start + len);
+            ends.push(bytes.len());
+        }
+        Parcel { peer: peer.id, key, bytes, ends }
+    }
+
+    /// How many packets are in it.
+    pub fn packets(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn packet(&self, index: usize) -> &[u8] {
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.bytes[start..self.ends[index]]
+    }
+}
+
+impl Segments for Parcel {
+    fn count(&self) -> usize {
+        self.packets()
+    }
+
+    fn len(&self, index: usize) -> usize {
+        self.packet(index).len()
+    }
+
+    fn write(&self, index: usize, out: &mut [u8]) -> usize {
+        let packet = self.packet(index);
+        out[..packet.len()].copy_from_slice(packet);
+        packet.len()
+    }
+}
+
+/// Puts packets aside for lane 0.
+pub(super) fn put(parcels: &mut Vec<Parcel>, peer: &Peer, packets: &impl Segments) -> Result<(), DropReason> {
+    let first = peer.lanes.first().ok_or(DropReason::NoEndpoint)?;
+    if parcels.len() >= MOST {
+        return Err(DropReason::HandOver);
+    }
+    parcels.push(Parcel::of(peer, first.key, packets));
+    Ok(())
+}
