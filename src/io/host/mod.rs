@@ -444,10 +444,14 @@ impl HostNetwork {
 
     /// Where the kernel's connection table is nearly full: the pods that have too much of it, as far as known.
     fn pressure(&self, config: &HostConfig) -> Option<Arc<BTreeSet<IpAddr>>> {
-        let pressed = config.services && sysctl::conntrack_pressed(self.pressed.is_some());
-        let max = pressed.then(sysctl::conntrack_max).flatten();
-        self.counter.want(max.map(|max| greedy::Census { pods: config.pod_ranges.clone(), max }));
-        pressed.then(|| self.counter.found())
+        let fullness = config.services.then(sysctl::Fullness::read).flatten();
+        let pressed = fullness.filter(|fullness| fullness.is_pressed(self.pressed.is_some()));
+        let census = |fullness: sysctl::Fullness| greedy::Census {
+            pods: config.pod_ranges.clone(),
+            max: fullness.max,
+        };
+        self.counter.want(pressed.map(census));
+        pressed.map(|_| self.counter.found())
     }
 
     /// Whether what `table inet warren-services` does under pressure is to begin, to end, or to be another.

@@ -133,18 +133,30 @@ fn answer_nodes(saved: &mut Saved, report: &mut Report) {
 
 const CONNTRACK_MAX: &str = "net/netfilter/nf_conntrack_max";
 
-/// Whether the kernel's connection table is so full that what needs no place should have none.
-pub(super) fn conntrack_pressed(before: bool) -> bool {
-    const COUNT: &str = "net/netfilter/nf_conntrack_count";
-    match (number(COUNT), conntrack_max()) {
-        (Some(count), Some(max)) => is_pressed(before, count, max),
-        (_, _) => false,
-    }
+/// How full the kernel's connection table is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fullness {
+    count: u64,
+    /// How many entries it may have.
+    pub(super) max: u64,
 }
 
-/// How many entries it may have.
-pub(super) fn conntrack_max() -> Option<u64> {
-    number(CONNTRACK_MAX)
+impl Fullness {
+    /// `None` where there is no such table.
+    pub(super) fn read() -> Option<Fullness> {
+        const COUNT: &str = "net/netfilter/nf_conntrack_count";
+        Some(Fullness { count: number(COUNT)?, max: number(CONNTRACK_MAX)? })
+    }
+
+    /// Whether it is so full that what needs no place should have none.
+    pub(super) fn is_pressed(self, before: bool) -> bool {
+        is_pressed(before, self.count, self.max)
+    }
+
+    /// Whether even the fastest flood needs a while to fill it.
+    pub(super) fn is_calm(self) -> bool {
+        self.count < self.max / 4
+    }
 }
 
 fn number(key: &str) -> Option<u64> {

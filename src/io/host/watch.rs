@@ -12,8 +12,9 @@ use rtnetlink::MulticastGroup;
 use rtnetlink::packet_core::NetlinkPayload;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, Sleep};
+use tokio::time::{Instant, MissedTickBehavior, Sleep};
 
+use super::sysctl::Fullness;
 use super::{HostConfig, HostError, HostNetwork, Report, routes};
 
 /// Changes come in bursts (a restarted firewall, a new pod); one look serves the whole burst.
@@ -23,6 +24,8 @@ const POLL: Duration = Duration::from_secs(1);
 /// How often it is looked whether the kernel's connection table fills up: one pod's flood must not fill the last
 /// quarter of the smallest between two looks, and no loop takes 300,000 flows a second.
 const PRESSURE: Duration = Duration::from_millis(100);
+/// The same while three quarters of it are free.
+const NO_PRESSURE: Duration = Duration::from_millis(500);
 /// Above this many routes (a large cluster, a node that speaks BGP) listing them all costs too much for every
 /// look; then a notification about a route of ours or in the place of one, or every tenth look, decides.
 const MANY_ROUTES: usize = 200;
@@ -59,8 +62,7 @@ impl HostNetwork {
         let mut notifications = Notifications::open(wanted).await?;
         let mut poll = tokio::time::interval(POLL);
         poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut pressure = tokio::time::interval(PRESSURE);
-        pressure.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pressure = Box::pin(tokio::time::sleep(PRESSURE));
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
         let mut burst = None;
@@ -97,8 +99,10 @@ impl HostNetwork {
                     look_at_routes |=
                         self.routes < MANY_ROUTES || ticks.is_multiple_of(MANY_ROUTES_TICKS);
                 }
-                _ = pressure.tick() => {
-                    if !self.pressure_changes() {
+                () = &mut pressure => {
+                    let calm = Fullness::read().is_none_or(Fullness::is_calm);
+                    pressure.as_mut().reset(Instant::now() + if calm { NO_PRESSURE } else { PRESSURE });
+                    if (calm && self.pressed.is_none()) || !self.pressure_changes() {
                         continue;
                     }
                 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use inotify::{EventMask, EventStream, Inotify, WatchMask};
 use tokio::sync::mpsc;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::SourceEvent;
 use super::folder::Folder;
@@ -25,8 +25,11 @@ use crate::state::problem::{Problem, ProblemKind};
 const QUIET: Duration = Duration::from_millis(40);
 /// Most news in one burst; a writer that never pauses is not waited for longer.
 const BURST: usize = 256;
-/// How often everything is looked at whether or not inotify spoke.
+/// How often everything is looked at whether or not inotify spoke: a large folder seldom, as such a look may take
+/// [`RESCAN_SHARE`] of a processor.
 const RESCAN: Duration = Duration::from_secs(5);
+const RESCAN_SHARE: u32 = 2000;
+const RESCAN_LONGEST: Duration = Duration::from_secs(60);
 /// How often everything is looked at where inotify cannot be had.
 const POLL: Duration = Duration::from_secs(1);
 /// How often a missing folder is looked for.
@@ -94,6 +97,7 @@ impl DirSource {
             Err(error) => return Err(error),
         };
 
+        let mut pause = RESCAN;
         // Only now, with the watch in place, is the first look complete: nothing falls in between.
         let first = work(folder, |folder| folder.scan(true)).await?;
         let problems = complaint.into_iter().collect();
@@ -104,7 +108,7 @@ impl DirSource {
         loop {
             let look = News { rescan: Some(false), ..News::default() };
             let news = match &mut stream {
-                Some(stream) => timeout(RESCAN, burst(stream)).await.unwrap_or(Ok(look))?,
+                Some(stream) => timeout(pause, burst(stream)).await.unwrap_or(Ok(look))?,
                 None => {
                     sleep(POLL).await;
                     look
@@ -125,13 +129,20 @@ impl DirSource {
                 return Ok(Watch::Closed);
             }
             if let Some(settled) = rescan {
+                let began = Instant::now();
                 let told = work(folder, move |folder| folder.scan(settled)).await?;
+                pause = rescan_after(Instant::now().duration_since(began));
                 if !send(events, told).await {
                     return Ok(Watch::Closed);
                 }
             }
         }
     }
+}
+
+/// How long to wait after a look that took so long.
+fn rescan_after(took: Duration) -> Duration {
+    (took * RESCAN_SHARE).clamp(RESCAN, RESCAN_LONGEST)
 }
 
 enum Watch {
@@ -253,6 +264,13 @@ mod tests {
 
     fn complains(event: &SourceEvent, text: &str) -> bool {
         matches!(event, SourceEvent::Problems { problems, .. } if problems.iter().any(|p| p.to_string().contains(text)))
+    }
+
+    #[test]
+    fn a_large_folder_is_looked_at_seldom() {
+        for (took, pause) in [(0, 5_000), (2, 5_000), (10, 20_000), (1_000, 60_000)] {
+            assert_eq!(rescan_after(Duration::from_millis(took)), Duration::from_millis(pause));
+        }
     }
 
     #[tokio::test]
