@@ -20,7 +20,7 @@ use crate::lab::netns::Netns;
 use crate::lab::traffic::udp_socket;
 
 /// Flows, of each family as many.
-const FLOWS: usize = 8;
+const FLOWS: usize = 24;
 /// Of a datagram; fits every path here.
 const PAYLOAD: usize = 1200;
 /// Datagrams of one segmented send.
@@ -54,6 +54,7 @@ fn keeps_order(encap: &str, lanes: [&str; 2]) {
         Mesh::start_each(Lab::two(), |node| vec!["--encap", encap, "--lanes", lanes[usize::from(node) - 1]]);
     steer(&mesh);
     let ends: Vec<[UdpSocket; 2]> = (0..FLOWS).map(|flow| join(&mesh, flow)).collect();
+    ends.iter().for_each(greet);
     let began = clock::now();
     let stop = AtomicBool::new(false);
     let received = AtomicU64::new(0);
@@ -90,7 +91,7 @@ fn steer(mesh: &Mesh) {
         nodes.flat_map(|node| [&node.ns, &node.pods[0]]).chain([&mesh.lab.switch]).collect();
     for place in places {
         let script = format!(
-            "mount -t sysfs none /sys && for d in /sys/class/net/*; do \
+            "for d in /sys/class/net/*; do \
              case ${{d##*/}} in eth*|veth*|port*) echo {all} > $d/queues/rx-0/rps_cpus || exit 1;; esac; done"
         );
         let output = place.command("sh").args(["-c", &script]).output().expect("start sh");
@@ -107,6 +108,16 @@ fn join(mesh: &Mesh, flow: usize) -> [UdpSocket; 2] {
     let other = b.ns.enter(|| UdpSocket::bind(far).unwrap_or_else(|e| panic!("bind {far}: {e}")));
     other.connect(near.local_addr().expect("an address")).expect("answer where it came from");
     [near, other]
+}
+
+/// Twice there and back: which lane a flow has is settled by its first answer.
+fn greet([near, other]: &[UdpSocket; 2]) {
+    for (from, to) in [(near, other), (other, near), (near, other), (other, near)] {
+        to.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        from.send(&[0; PAYLOAD]).expect("send a greeting");
+        let length = to.recv(&mut [0; PAYLOAD + 1]).expect("a greeting arrives");
+        assert_eq!(length, PAYLOAD, "a greeting of another length");
+    }
 }
 
 /// Sends numbered datagrams on all flows until told to stop: on every other flow many at once.
