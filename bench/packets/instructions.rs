@@ -25,6 +25,8 @@ const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/bench/instructions.json
 const TOLERANCE: f64 = 3.0;
 /// The same where the compiler is not the one that the figures were made with.
 const TOLERANCE_OTHER_COMPILER: f64 = 10.0;
+/// Percent that a Service may add to a burst from pod to pod.
+const SERVICE_MORE: f64 = 3.0;
 /// Bursts of one count.
 const BURSTS: u64 = 50;
 
@@ -124,6 +126,12 @@ fn renew(counts: &BTreeMap<String, u64>) -> ExitCode {
     }
 }
 
+/// Bursts from pod to pod, and the same ones through a Service.
+fn pairs(counts: &BTreeMap<String, u64>) -> Vec<(String, String)> {
+    let services = counts.keys().filter(|name| name.contains("-service-"));
+    services.map(|name| (name.replace("-service-", "-bulk-"), name.clone())).collect()
+}
+
 fn compare(counts: &BTreeMap<String, u64>) -> ExitCode {
     let text = std::fs::read_to_string(Path::new(FILE)).unwrap_or_else(|e| panic!("{FILE}: {e}"));
     let committed: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{FILE}: {e}"));
@@ -148,6 +156,15 @@ fn compare(counts: &BTreeMap<String, u64>) -> ExitCode {
         }
     }
     println!("allowed: {allowed} % more");
+    // Whatever the processor: both are counted here and now.
+    for (plain, service) in pairs(counts) {
+        let more = (counts[&service] as f64 / counts[&plain] as f64 - 1.0) * 100.0;
+        println!("{service}: {more:+.2} % to {plain}, allowed {SERVICE_MORE} %");
+        if more > SERVICE_MORE {
+            println!("FAILED: a Service costs too much");
+            return ExitCode::FAILURE;
+        }
+    }
     if !same_compiler {
         let (theirs, ours) = (&committed["compiler"], compiler());
         println!("WARNING: the figures were made with {theirs}, this is {ours}: {allowed} % are allowed");

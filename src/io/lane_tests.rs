@@ -38,6 +38,10 @@ struct Fake {
     refuse_joined: Option<i32>,
     /// Errors for the next sends, whatever they are.
     next_sends: VecDeque<i32>,
+    /// Most datagrams and most bytes of one run.
+    largest_run: (usize, usize),
+    /// How often it yielded before it slept, and after.
+    yields: [usize; 2],
 }
 
 impl Kernel for Fake {
@@ -96,6 +100,8 @@ impl Kernel for Fake {
         }
         let mut sent = 0;
         for run in runs {
+            let (count, bytes) = self.largest_run;
+            self.largest_run = (count.max(run.count), bytes.max(batch.bytes(run).len()));
             match self.refuse_runs {
                 Some(_) if run.count > 1 && sent > 0 => return Ok(sent),
                 Some(error) if run.count > 1 => {
@@ -121,7 +127,9 @@ impl Kernel for Fake {
         Ok(())
     }
 
-    fn yield_now(&mut self) {}
+    fn yield_now(&mut self) {
+        self.yields[usize::from(!self.waits.is_empty())] += 1;
+    }
 }
 
 fn snapshot() -> Snapshot {
@@ -384,6 +392,94 @@ fn joined_packets_that_the_tun_refuses_are_written_apart() {
     assert_eq!(lane.kernel.tun_limits, [TunOffloads { tcp: false, udp: true }]);
     assert_eq!(counters.total(Total::OffloadFallbacks), 1);
     assert_eq!(counters.dropped(DropReason::TunWriteFailed), 0);
+}
+
+/// UDP datagrams of one flow, all but the last of one size.
+fn updates(from: &str, to: &str, count: usize) -> Vec<Vec<u8>> {
+    let ip = |text: &str| text.parse::<std::net::Ipv4Addr>().expect("address").octets();
+    (0..count)
+        .map(|i| {
+            let builder = etherparse::PacketBuilder::ipv4(ip(from), ip(to), 64).udp(40_000, 80);
+            let mut packet = Vec::new();
+            let size = if i + 1 == count { 100 } else { 1000 };
+            builder.write(&mut packet, &vec![i as u8; size]).expect("a packet");
+            packet
+        })
+        .collect()
+}
+
+#[test]
+fn joined_datagrams_that_the_tun_refuses_are_written_apart() {
+    let packets = updates("10.244.1.2", "10.244.0.2", 6);
+    let fake = Fake {
+        datagrams: [datagrams(&packets)].into(),
+        refuse_joined: Some(libc::EINVAL),
+        ..Fake::default()
+    };
+    let (mut lane, counters) = lane_on(fake);
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.written.len(), packets.len());
+    for (written, packet) in lane.kernel.written.iter().zip(&packets) {
+        assert_eq!(written[VNET_HDR_LEN + 20..], packet[20..], "transport and payload untouched");
+    }
+    assert!(lane.offloads.tun_tcp && !lane.offloads.tun_udp);
+    assert_eq!(lane.kernel.tun_limits, [TunOffloads { tcp: true, udp: false }]);
+    assert_eq!(counters.total(Total::OffloadFallbacks), 1);
+    assert_eq!(counters.dropped(DropReason::TunWriteFailed), 0);
+    // And what comes next is not joined in the first place.
+    lane.kernel.datagrams = [datagrams(&packets)].into();
+    lane.kernel.written.clear();
+    lane.turn(now()).expect("a turn");
+    assert_eq!(lane.kernel.written.len(), packets.len());
+    assert_eq!(counters.total(Total::OffloadFallbacks), 1);
+}
+
+/// One frame of the TUN in which a sender with this MSS has put so many bytes.
+fn super_frame(mss: u16, bytes: usize) -> Vec<u8> {
+    let payload: Vec<u8> = (0..bytes).map(|i| (i / 7) as u8).collect();
+    let builder =
+        etherparse::PacketBuilder::ipv4([10, 244, 0, 2], [10, 244, 1, 2], 64).tcp(40_000, 80, 1, 4096).ack(1);
+    let mut packet = Vec::new();
+    builder.write(&mut packet, &payload).expect("a packet");
+    packet[6] |= 0x40;
+    packet[10..12].fill(0);
+    let sum = crate::packet::checksum::checksum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    // include/uapi/linux/virtio_net.h: NEEDS_CSUM, TCPv4, header length, segment size, where the sum starts and is.
+    let vnet = [1, 1, 40, 0, mss as u8, (mss >> 8) as u8, 20, 0, 16, 0];
+    [&vnet[..], &packet].concat()
+}
+
+#[test]
+fn a_frame_of_very_many_segments_leaves_in_runs_that_the_kernel_takes() {
+    for mss in [88, 89, 536, 1379] {
+        let bytes = 64_000;
+        let fake = Fake { frames: (0..3).map(|_| super_frame(mss, bytes)).collect(), ..Fake::default() };
+        let (mut lane, counters) = lane_on(fake);
+        while lane.turn(now()).expect("a turn") {}
+        let count = bytes.div_ceil(usize::from(mss));
+        assert_eq!(lane.kernel.sent.len(), 3 * count, "MSS {mss}");
+        let (count_most, bytes_most) = lane.kernel.largest_run;
+        assert!(
+            count_most <= 64 && bytes_most <= 65_507,
+            "MSS {mss}: {count_most} datagrams, {bytes_most} bytes"
+        );
+        for whole in lane.kernel.sent.chunks(count) {
+            let payload: Vec<u8> = whole.iter().flat_map(|d| d[vxlan::HEADER + 40..].to_vec()).collect();
+            assert!(payload.iter().enumerate().all(|(i, byte)| *byte == (i / 7) as u8), "MSS {mss}");
+        }
+        assert_eq!(DropReason::ALL.iter().map(|reason| counters.dropped(*reason)).sum::<u64>(), 0);
+    }
+}
+
+#[test]
+fn an_idle_lane_looks_for_a_while_and_a_timer_does_not_begin_it_again() {
+    let (mut lane, _) = lane_on(Fake::default());
+    lane.kernel.stop_after = Some((3, Arc::clone(&lane.shared.stop)));
+    lane.run().expect("told to stop");
+    assert_eq!(lane.kernel.waits, [Watch::Everything; 3]);
+    let [before, after] = lane.kernel.yields;
+    assert!(before > 0 && after == 0, "yields before the first sleep {before}, between sleeps {after}");
 }
 
 #[test]

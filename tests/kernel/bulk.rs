@@ -6,6 +6,8 @@
 //! ```
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use warren::io::clock;
 
@@ -17,6 +19,9 @@ use crate::lab::{Lab, Node};
 const LOST: u32 = 100;
 /// Of what a node sends into a tunnel, one in so many is late: it takes a slow lane that cuts joined datagrams apart.
 const LATE: u32 = 50;
+/// How often the card changes its mind, and how fast.
+const TURNS: usize = 6;
+const TURN: Duration = Duration::from_millis(150);
 /// The ports of both encapsulations, as nft has them.
 const TUNNELS: &str = "udp dport { 8472, 51820-51829 }";
 
@@ -38,6 +43,50 @@ fn vxlan() {
 #[test]
 fn vxlan_on_two_lanes() {
     through_trouble("vxlan", "2");
+}
+
+#[test]
+fn wireguard_while_the_card_loses_its_offloads() {
+    while_offloads_change("wireguard");
+}
+
+#[test]
+fn vxlan_while_the_card_loses_its_offloads() {
+    while_offloads_change("vxlan");
+}
+
+/// What the card did for runs of datagrams it does no more, then again: in the middle of connections.
+fn while_offloads_change(encap: &str) {
+    let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+    let echo = Echo::start(mesh.pod(1));
+    let going = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        for family in [0, 1] {
+            let (from, to, going) = (mesh.pod(0), mesh.pod(1), &going);
+            let target = SocketAddr::new(to.addresses[family], echo.port);
+            scope.spawn(move || {
+                // As long as it takes to see every change.
+                let mut rounds = 0;
+                while rounds == 0 || going.load(Ordering::Relaxed) {
+                    tcp_bulk(from.ns, from.addresses[family], target, 4 << 20);
+                    rounds += 1;
+                }
+            });
+        }
+        for turn in 0..TURNS {
+            std::thread::sleep(TURN);
+            let to = if turn % 2 == 0 { "off" } else { "on" };
+            for node in &mesh.lab.nodes {
+                // Some of them follow others, so that one alone may be refused.
+                for offload in ["tx-udp-segmentation", "gso", "gro", "tx"] {
+                    node.ns.attempt(&format!("ethtool -K eth0 {offload} {to}"));
+                }
+                let state = node.ns.run("ethtool -k eth0");
+                assert!(state.contains(&format!("tx-udp-segmentation: {to}")), "{state}");
+            }
+        }
+        going.store(false, Ordering::Relaxed);
+    });
 }
 
 fn through_trouble(encap: &str, lanes: &str) {

@@ -12,6 +12,7 @@ mod path;
 mod policies;
 mod sctp;
 mod trouble;
+mod unsummed;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
