@@ -1,4 +1,4 @@
-//! kube-proxy of Kubernetes, in nftables mode, in a namespace.
+//! kube-proxy of Kubernetes, in nftables mode unless told otherwise, in a namespace.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -34,12 +34,18 @@ impl KubeProxy {
 
     /// Starts it beside an API server.
     pub fn start(ns: &Netns, node: &str, log: PathBuf) -> KubeProxy {
+        KubeProxy::start_with(ns, node, log, &[])
+    }
+
+    /// The same with more arguments; of two that say the same the last one counts.
+    pub fn start_with(ns: &Netns, node: &str, log: PathBuf, more: &[&str]) -> KubeProxy {
         let out = File::create(&log).expect("make a log");
         let child = ns
             .command(binary("kube-proxy"))
             .arg(format!("--master=http://127.0.0.1:{}", api::PORT))
             .arg(format!("--hostname-override={node}"))
             .args(KubeProxy::ARGUMENTS)
+            .args(more)
             .stdout(out.try_clone().expect("duplicate the log"))
             .stderr(out)
             .stdin(Stdio::null())

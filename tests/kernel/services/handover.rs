@@ -11,16 +11,77 @@ use super::meetings::Talk;
 use super::{NODE_PORT, SERVICES, SOON, asked, pods, refused, service, vips};
 use crate::api::Api;
 use crate::lab::agent::Mesh;
+use crate::lab::netns::Netns;
 use crate::lab::service::{Over, PORT, Service, TARGET, Who, ask, ask_udp, open, udp};
-use crate::lab::{Lab, Underlay, wait_for};
+use crate::lab::{Lab, Node, Underlay, wait_for};
 use crate::proxy::KubeProxy;
 
 /// How soon the loop has taken over.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
-/// What kube-proxy 1.36.3 wrote in nftables mode, of both families, on a node with address `NODE`, for the Services of
-/// [`known_to_kube_proxy`].
-const RULES: &str = include_str!("kube-proxy-1.36.3.nft");
+/// What kube-proxy 1.36.3 wrote, of both families, on a node with address `NODE`, for the Services of
+/// [`known_to_kube_proxy`]: in nftables mode, and in iptables mode, which kubeadm and k3s choose.
+const NFTABLES: &str = include_str!("kube-proxy-1.36.3.nft");
+const IPTABLES: &str = include_str!("kube-proxy-1.36.3.iptables");
+/// Between the two families' rules.
+const NEXT_FAMILY: &str = "# ip6tables\n";
+
+/// How kube-proxy does it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Nftables,
+    Iptables,
+}
+
+impl Mode {
+    /// Puts its rules on every node.
+    fn begin(self, lab: &Lab) {
+        for node in &lab.nodes {
+            let address = lab.outer(node).to_string();
+            match self {
+                Mode::Nftables => nft(&node.ns, &NFTABLES.replace("NODE", &address)),
+                Mode::Iptables => {
+                    let rules = IPTABLES.replace("NODE", &address);
+                    let (four, six) = rules.split_once(NEXT_FAMILY).expect("rules of both families");
+                    for (tool, rules) in [("iptables", four), ("ip6tables", six)] {
+                        let file = lab.path().join(format!("{}.{tool}", node.name));
+                        std::fs::write(&file, rules).expect("write the rules");
+                        sh(&node.ns, &format!("{tool}-restore --noflush < {}", file.display()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes them away, as `kube-proxy --cleanup` does.
+    fn end(self, node: &Node) {
+        match self {
+            Mode::Nftables => {
+                node.ns.run_all("nft delete table ip kube-proxy\n nft delete table ip6 kube-proxy");
+            }
+            Mode::Iptables => {
+                for tool in ["iptables", "ip6tables"] {
+                    sh(&node.ns, &format!("{tool}-save | grep -v KUBE- | {tool}-restore"));
+                }
+            }
+        }
+    }
+
+    /// Where Warren finds it.
+    fn place(self) -> &'static str {
+        match self {
+            Mode::Nftables => "nft table ip kube-proxy",
+            Mode::Iptables => "chain KUBE-SERVICES of nft table ip nat",
+        }
+    }
+}
+
+fn sh(ns: &Netns, script: &str) -> String {
+    let output = ns.command("sh").args(["-c", script]).output().expect("start sh");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "in {}: `{script}`: {said}", ns.name());
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
 
 /// Two Services of one endpoint each.
 fn known_to_kube_proxy(lab: &Lab) -> Vec<Value> {
@@ -69,42 +130,56 @@ fn known_to_kube_proxy(lab: &Lab) -> Vec<Value> {
     objects
 }
 
-/// On every node.
-fn kube_proxies(lab: &Lab) {
-    for node in &lab.nodes {
-        nft(&node.ns, &RULES.replace("NODE", &lab.outer(node).to_string()));
+#[test]
+#[ignore = "no test: writes kube-proxy-1.36.3.nft and .iptables anew; needs `tests/peers.sh kube-proxy`"]
+fn kube_proxy_writes_its_rules() {
+    const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernel/services/kube-proxy-1.36.3");
+    for mode in [Mode::Nftables, Mode::Iptables] {
+        let lab = Lab::new(2, Underlay::V4, 1500);
+        let node = &lab.nodes[0];
+        let _api = Api::start(&node.ns, known_to_kube_proxy(&lab));
+        let (more, list, led): (&[&str], _, fn(&IpAddr) -> String) = match mode {
+            Mode::Nftables => (
+                &[],
+                "nft -s list table ip kube-proxy && nft -s list table ip6 kube-proxy".to_owned(),
+                |endpoint| format!("map {{ 0 : {endpoint} . {TARGET} }}"),
+            ),
+            Mode::Iptables => (
+                &["--proxy-mode=iptables"],
+                format!("iptables-save && printf '{}' && ip6tables-save", NEXT_FAMILY.replace('\n', "\\n")),
+                |endpoint| format!("--to-destination {}", SocketAddr::new(*endpoint, TARGET)),
+            ),
+        };
+        let mut proxy = KubeProxy::start_with(&node.ns, &node.name, lab.path().join("kube-proxy.log"), more);
+        let endpoints = [node.inner(11), lab.nodes[1].inner(10)].concat();
+        let written = wait_for("kube-proxy's rules", Duration::from_secs(30), || {
+            proxy.assert_running();
+            let output = node.ns.command("sh").args(["-c", &list]).output().expect("start sh");
+            let rules = String::from_utf8_lossy(&output.stdout).into_owned();
+            endpoints.iter().all(|endpoint| rules.contains(&led(endpoint))).then_some(rules)
+        });
+        let file = match mode {
+            Mode::Nftables => format!("{FILES}.nft"),
+            Mode::Iptables => format!("{FILES}.iptables"),
+        };
+        std::fs::write(file, written.replace(&lab.outer(node).to_string(), "NODE")).expect("write it down");
     }
 }
 
 #[test]
-#[ignore = "no test: writes kube-proxy-1.36.3.nft anew; needs `tests/peers.sh kube-proxy`"]
-fn kube_proxy_writes_its_rules() {
-    let lab = Lab::new(2, Underlay::V4, 1500);
-    let node = &lab.nodes[0];
-    let _api = Api::start(&node.ns, known_to_kube_proxy(&lab));
-    let mut proxy = KubeProxy::start(&node.ns, &node.name, lab.path().join("kube-proxy.log"));
-    let list = || ["ip", "ip6"].map(|family| node.ns.run(&format!("nft -s list table {family} kube-proxy")));
-    let endpoints = [node.inner(11), lab.nodes[1].inner(10)].concat();
-    let written = wait_for("kube-proxy's rules", Duration::from_secs(30), || {
-        proxy.assert_running();
-        let tables = node.ns.run("nft list tables");
-        let rules = (tables.matches("kube-proxy").count() == 2).then(list)?.concat();
-        let led = |endpoint: &IpAddr| rules.contains(&format!("map {{ 0 : {endpoint} . {TARGET} }}"));
-        endpoints.iter().all(led).then_some(rules)
-    });
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernel/services/kube-proxy-1.36.3.nft");
-    std::fs::write(file, written.replace(&lab.outer(node).to_string(), "NODE")).expect("write it down");
-}
-
-#[test]
 fn kube_proxy_hands_over() {
-    for encap in ["wireguard", "vxlan"] {
+    for (encap, mode) in [
+        ("wireguard", Mode::Nftables),
+        ("vxlan", Mode::Nftables),
+        ("wireguard", Mode::Iptables),
+        ("vxlan", Mode::Iptables),
+    ] {
         let mut lab = Lab::new(2, Underlay::V4, 1500);
         for node in &mut lab.nodes {
             node.add_pod(1500);
             node.add_pod(1500);
         }
-        kube_proxies(&lab);
+        mode.begin(&lab);
         let mesh = Mesh::start(lab, &["--encap", encap, "--services", "auto", "--service-cidr", SERVICES]);
         let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
         let _servers = [
@@ -119,7 +194,7 @@ fn kube_proxy_hands_over() {
         service("new", 3, pods(&mesh, &[(2, 10)])).write(&mesh.lab);
         for agent in &mesh.agents {
             let log = agent.log();
-            assert!(log.contains("kube-proxy has its rules here (nft table ip kube-proxy)"), "{log}");
+            assert!(log.contains(&format!("kube-proxy has its rules here ({})", mode.place())), "{log}");
         }
         let at = |number: u8, family: usize| SocketAddr::new(vips(number)[family], PORT);
         let here = |number| SocketAddr::new(mesh.lab.outer(node1), NODE_PORT + number);
@@ -141,7 +216,7 @@ fn kube_proxy_hands_over() {
         }
         let mut talks: Vec<(String, Talk)> = Vec::new();
         for (what, client, target, server) in clients {
-            let what = format!("{what}, {target}, {encap}");
+            let what = format!("{what}, {target}, {encap}, {mode:?}");
             asked(client, None, target, Over::Tcp);
             let stream = open(client, None, target).unwrap_or_else(|e| panic!("{what}: {e}"));
             talks.push((what.clone(), Talk::begin(&what, server, stream)));
@@ -151,7 +226,7 @@ fn kube_proxy_hands_over() {
         assert!(talks[1].1.seen.ip() != mesh.lab.outside(), "kube-proxy hides who is outside");
 
         for node in [node1, node2] {
-            node.ns.run_all("nft delete table ip kube-proxy\n nft delete table ip6 kube-proxy");
+            mode.end(node);
         }
         let gone = clock::now();
         for family in [0, 1] {
@@ -159,7 +234,7 @@ fn kube_proxy_hands_over() {
                 ask(&node1.pods[0], None, at(3, family), Over::Tcp, 10).ok()
             });
         }
-        eprintln!("{encap}: in the loop after {:?}", clock::now().duration_since(gone));
+        eprintln!("{encap}, {mode:?}: in the loop after {:?}", clock::now().duration_since(gone));
         for (what, talk) in &mut talks {
             for round in 0..3 {
                 talk.say(what, &format!("{what}, round {round}"));
@@ -184,7 +259,7 @@ fn kube_proxy_hands_over() {
         // And back.
         let stream = open(&mesh.lab.switch, None, here(2)).expect("a connection");
         talks.push(("from outside, through the loop".to_owned(), Talk::begin("the loop's", "far", stream)));
-        kube_proxies(&mesh.lab);
+        mode.begin(&mesh.lab);
         for agent in &mesh.agents {
             let yielded = || agent.log().matches("kube-proxy has its rules here").count() == 2;
             wait_for("Services are kube-proxy's again", SOON, || yielded().then_some(()));
@@ -203,7 +278,7 @@ fn datagrams_that_kube_proxy_led_move_on_when_their_endpoint_goes() {
         node.add_pod(1500);
         node.add_pod(1500);
     }
-    kube_proxies(&lab);
+    Mode::Nftables.begin(&lab);
     let mesh = Mesh::start(lab, &["--services", "auto", "--service-cidr", SERVICES]);
     let [node1, node2] = [&mesh.lab.nodes[0], &mesh.lab.nodes[1]];
     let _servers = [
@@ -239,7 +314,7 @@ fn datagrams_that_kube_proxy_led_move_on_when_their_endpoint_goes() {
         talks.push((format!("{} to {target}", client.name()), number, socket));
     }
     for node in [node1, node2] {
-        node.ns.run_all("nft delete table ip kube-proxy\n nft delete table ip6 kube-proxy");
+        Mode::Nftables.end(node);
     }
     for family in [0, 1] {
         wait_for("the loop has the Services", AT_ONCE, || {
