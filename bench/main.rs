@@ -10,8 +10,7 @@
 //! 3. `results`: samples, medians, JSON
 //! 4. `report`, `plot`: tables and charts, from the JSON alone
 
-// The tests' laboratory, of which measurements need a part.
-#[allow(dead_code)]
+#[allow(dead_code)] // the tests' laboratory, of which measurements need a part
 #[path = "../tests/kernel/lab/mod.rs"]
 pub mod lab;
 
@@ -25,7 +24,6 @@ pub mod plot;
 pub mod report;
 pub mod results;
 
-use std::ops::RangeInclusive;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -67,7 +65,8 @@ struct Arguments {
     /// Where the results go: NAME.json and NAME.md.
     #[arg(long, default_value = "bench/results/latest")]
     output: PathBuf,
-    /// Adds rounds to those that are there already, of the same build with the same settings.
+    /// Adds rounds to those that are there already, of the same build, machine and settings. Each contestant counts
+    /// its own: who has fewer catches up, no longer at the same time as the others.
     #[arg(long)]
     append: bool,
     /// Measures nothing: makes tables, plots, bench/RESULTS.md and README's part from these results.
@@ -83,7 +82,7 @@ fn main() -> ExitCode {
     let done = match &arguments.render {
         Some(json) => report::render(json)
             .map(|files| files.iter().map(|file| format!("{}\n", file.display())).collect::<String>()),
-        None => begin(&arguments).and_then(|(results, rounds)| measure_all(&arguments, results, rounds)),
+        None => begin(&arguments).and_then(|results| measure_all(&arguments, results)),
     };
     match done {
         Ok(text) => {
@@ -98,8 +97,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Results without samples, or with those of the rounds before; and the rounds that are to come.
-fn begin(arguments: &Arguments) -> io::Result<(Results, RangeInclusive<u32>)> {
+/// Results without samples, or with those of the rounds before.
+fn begin(arguments: &Arguments) -> io::Result<Results> {
     let contestants = or_all(&arguments.only, &Contestant::ALL);
     let settings = json!({
         "seconds": arguments.seconds, "underlay_mtu": arguments.mtu, "lanes": arguments.lanes,
@@ -109,22 +108,20 @@ fn begin(arguments: &Arguments) -> io::Result<(Results, RangeInclusive<u32>)> {
         let before = fs::read_to_string(arguments.output.with_extension("json"))?;
         results.continue_after(Results::read(&before)?)?;
     }
-    let before = results.rounds();
-    Ok((results, before + 1..=before + arguments.rounds))
+    Ok(results)
 }
 
 /// Writes what there is after each contestant: an hour's work should not be lost with its last minute.
-fn measure_all(
-    arguments: &Arguments,
-    mut results: Results,
-    rounds: RangeInclusive<u32>,
-) -> io::Result<String> {
+fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String> {
     let contestants = or_all(&arguments.only, &Contestant::ALL);
+    // Each counts its own: who was left out before catches up, and finds the others' rounds to be compared with.
+    let before: Vec<u32> = contestants.iter().map(|contestant| results.rounds_of(*contestant)).collect();
     let (idle, works): (Vec<Work>, Vec<Work>) =
         or_all(&arguments.tests, &Work::ALL).into_iter().partition(|work| *work == Work::Idle);
     let mut page = String::new();
-    for round in rounds {
-        for &contestant in &contestants {
+    for more in 1..=arguments.rounds {
+        for (&contestant, before) in contestants.iter().zip(&before) {
+            let round = before + more;
             if !works.is_empty() {
                 let running = caught(|| Ok(contestant.set_up(arguments.mtu, &arguments.lanes)));
                 for &work in &works {

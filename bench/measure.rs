@@ -18,6 +18,8 @@ const FIRST_RATE: f64 = 400.0;
 /// Halvings of the interval it is in.
 const HALVINGS: u32 = 5;
 const IPERF_PORT: u16 = 5201;
+/// Seconds that iperf3 may take beyond those it measures.
+const OVERDUE: u32 = 20;
 /// cubic for all: the machine's default may be another.
 const CUBIC: [&str; 2] = ["-C", "cubic"];
 
@@ -46,8 +48,14 @@ impl Work {
             Work::TcpLatency => latency(on, seconds, true),
             Work::UdpLatency => latency(on, seconds, false),
             Work::TcpLatencyLoaded | Work::UdpLatencyLoaded => {
-                let _load = Load::start(on, seconds);
-                latency(on, seconds, self == Work::TcpLatencyLoaded)
+                let mut load = Load::start(on, seconds);
+                let before = load.acknowledged(on)?;
+                let measured = latency(on, seconds, self == Work::TcpLatencyLoaded)?;
+                // Beside a stream that died or stands still it is the figure of an idle tunnel.
+                if load.acknowledged(on)? <= before {
+                    return Err("the stream beside it stood still".to_owned());
+                }
+                Ok(measured)
             }
             Work::Idle => Err("has a laboratory of its own".to_owned()),
         }
@@ -79,7 +87,7 @@ fn serve(on: &Running, port: u16, words: &[&str]) -> Server {
 
 /// One TCP stream that goes on until it is dropped.
 struct Load {
-    _client: Server,
+    client: Server,
     _server: Server,
 }
 
@@ -94,7 +102,17 @@ impl Load {
         let client = Server(command.spawn().expect("start iperf3"));
         // Slow start is over.
         std::thread::sleep(Duration::from_secs(1));
-        Load { _client: client, _server: server }
+        Load { client, _server: server }
+    }
+
+    /// Bytes that the other side has had, if the stream goes on.
+    fn acknowledged(&mut self, on: &Running) -> Result<u64, String> {
+        if let Some(ended) = self.client.0.try_wait().map_err(|e| e.to_string())? {
+            return Err(format!("the stream beside it ended: iperf3: {ended}"));
+        }
+        let sockets = on.station(0).ns.run(&format!("ss -Htin state established dport = :{IPERF_PORT}"));
+        let bytes = sockets.split_whitespace().filter_map(|word| word.strip_prefix("bytes_acked:"));
+        Ok(bytes.filter_map(|bytes| bytes.parse::<u64>().ok()).sum())
     }
 }
 
@@ -112,16 +130,22 @@ struct Traffic {
 
 fn iperf(on: &Running, seconds: u32, arguments: &[&str]) -> Result<Traffic, String> {
     // One second that does not count: slow start, and the tunnel's first handshake.
-    let seconds = seconds.to_string();
-    run_iperf(on, &[&["-t", &seconds, "-O", "1"], arguments].concat())
+    run_iperf(on, seconds, &[&["-O", "1"], arguments].concat())
 }
 
-fn run_iperf(on: &Running, arguments: &[&str]) -> Result<Traffic, String> {
+fn run_iperf(on: &Running, seconds: u32, arguments: &[&str]) -> Result<Traffic, String> {
     let (from, to) = (on.address(0).to_string(), on.address(1).to_string());
     let _server = serve(on, IPERF_PORT, &["iperf3", "-s", "-1", "-B", &to]);
-    let mut command = on.station(0).ns.command("iperf3");
-    command.args(["-c", &to, "-B", &from, "-J"]).args(arguments);
+    // Over a tunnel that is dead it would wait for ever; then it is told to end, and soon made to.
+    let (limit, seconds) = ((seconds + OVERDUE).to_string(), seconds.to_string());
+    let mut command = on.station(0).ns.command("timeout");
+    command.args(["-k", "5", &limit, "setpriv", "--pdeathsig", "KILL", "iperf3"]);
+    command.args(["-c", &to, "-B", &from, "-J", "-t", &seconds]).args(arguments);
     let output = command.output().map_err(|e| e.to_string())?;
+    // What timeout(1) says of it.
+    if matches!(output.status.code(), Some(124 | 137)) {
+        return Err(format!("iperf3 had not ended after {limit} s"));
+    }
     let json: Value = serde_json::from_slice(&output.stdout).map_err(|e| format!("iperf3: {e}"))?;
     if let Some(error) = json.get("error") {
         return Err(format!("iperf3: {error}"));
@@ -178,8 +202,8 @@ fn without_loss(on: &Running, mbits: f64) -> Result<Option<f64>, String> {
     for _ in 0..2 {
         // Paced every 0.1 ms: iperf3's own 1 ms makes bursts that fill the socket at the other end by themselves.
         let pace = ["--pacing-timer", "100", "-w", &buffer];
-        let arguments = [&["-u", "-l", "1372", "-t", "1", "-b", &rate][..], &pace].concat();
-        let traffic = run_iperf(on, &arguments)?;
+        let arguments = [&["-u", "-l", "1372", "-b", &rate][..], &pace].concat();
+        let traffic = run_iperf(on, 1, &arguments)?;
         if traffic.lost_percent < LOSS_PERCENT {
             return Ok(Some(traffic.gbits));
         }

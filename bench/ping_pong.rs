@@ -16,6 +16,8 @@ use crate::contestant::Running;
 pub const MESSAGE: usize = 64;
 /// Round trips that do not count, first of all.
 const WARM_UP: Duration = Duration::from_millis(300);
+/// A TCP connection that stands for so long is broken.
+const BROKEN: Duration = Duration::from_secs(10);
 /// How long an answer to a datagram is waited for. One that is lost counts as having taken so long.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -23,7 +25,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub fn measure(on: &Running, seconds: u32, tcp: bool) -> io::Result<[f64; 3]> {
     let stop = AtomicBool::new(false);
     let mut trips = std::thread::scope(|scope| {
-        let trips = if tcp { over_tcp(on, seconds, scope) } else { over_udp(on, seconds, &stop, scope) };
+        let trips =
+            if tcp { over_tcp(on, seconds, &stop, scope) } else { over_udp(on, seconds, &stop, scope) };
         stop.store(true, Ordering::Relaxed);
         trips
     })?;
@@ -39,23 +42,32 @@ pub fn measure(on: &Running, seconds: u32, tcp: bool) -> io::Result<[f64; 3]> {
 fn over_tcp<'scope>(
     on: &'scope Running,
     seconds: u32,
+    stop: &'scope AtomicBool,
     scope: &'scope std::thread::Scope<'scope, '_>,
 ) -> io::Result<Vec<Duration>> {
     let address = on.address(1);
     let listener = on.station(1).ns.enter(|| TcpListener::bind((address, 0)))?;
     let to = listener.local_addr()?;
-    let mut stream = on.station(0).ns.enter(|| TcpStream::connect(to))?;
+    let mut stream = on.station(0).ns.enter(|| TcpStream::connect_timeout(&to, BROKEN))?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_read_timeout(Some(BROKEN))?;
+    stream.set_write_timeout(Some(BROKEN))?;
     let (mut other, _) = listener.accept()?;
     other.set_nodelay(true)?;
+    other.set_read_timeout(Some(PATIENCE))?;
+    other.set_write_timeout(Some(PATIENCE))?;
     scope.spawn(move || -> io::Result<()> {
-        let mut message = [0; MESSAGE];
-        // Until the client has gone.
-        loop {
-            other.read_exact(&mut message)?;
-            other.write_all(&message)?;
+        let mut bytes = [0; MESSAGE];
+        // That the client has gone is not heard through a tunnel that is dead.
+        while !stop.load(Ordering::Relaxed) {
+            match other.read(&mut bytes) {
+                Ok(0) => break,
+                Ok(came) => other.write_all(&bytes[..came])?,
+                Err(e) if is_passing(&e) => {}
+                Err(e) => return Err(e),
+            }
         }
+        Ok(())
     });
     let mut message = [7; MESSAGE];
     repeat(seconds, |_| {
@@ -96,12 +108,16 @@ fn over_udp<'scope>(
         while answer[..8] != message[..8] {
             match client.recv(&mut answer) {
                 Ok(_) => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => break,
+                Err(e) if is_passing(&e) => break,
                 Err(e) => return Err(e),
             }
         }
         Ok(())
     })
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
 }
 
 /// How long each round trip takes, for so many seconds.

@@ -82,10 +82,16 @@ impl Results {
         self.samples.push(sample);
     }
 
-    /// Takes in the samples of rounds before.
+    /// Takes in the samples of rounds before, which must have been measured with the same, on the same machine.
     pub fn continue_after(&mut self, before: Results) -> io::Result<()> {
-        if before.about["settings"] != self.about["settings"] {
-            return Err(io::Error::other("those rounds had other settings"));
+        const SAME: [&str; 6] = ["settings", "processors", "processor", "kernel", "iperf3", "debug_build"];
+        for key in SAME {
+            let (theirs, ours) = (&before.about[key], &self.about[key]);
+            if theirs != ours {
+                return Err(io::Error::other(format!(
+                    "those rounds had another `{key}`: {theirs}, now {ours}"
+                )));
+            }
         }
         for (name, contestant) in self.contestants.as_object().into_iter().flatten() {
             let known = &before.contestants[name];
@@ -100,9 +106,17 @@ impl Results {
         Ok(())
     }
 
-    /// How many rounds there are.
-    pub fn rounds(&self) -> u32 {
-        self.samples.iter().map(|sample| sample.round).max().unwrap_or(0)
+    /// How many rounds a contestant has.
+    pub fn rounds_of(&self, contestant: Contestant) -> u32 {
+        let own = self.samples.iter().filter(|sample| sample.contestant == contestant);
+        own.map(|sample| sample.round).max().unwrap_or(0)
+    }
+
+    /// How many rounds there are, as text: not everybody need have as many.
+    pub fn rounds(&self) -> String {
+        let rounds = self.contestants().into_iter().map(|contestant| self.rounds_of(contestant));
+        let (least, most) = rounds.fold((u32::MAX, 0), |(least, most), n| (least.min(n), most.max(n)));
+        if least < most { format!("{least} to {most}") } else { most.to_string() }
     }
 
     /// What was said about the machine, as text.

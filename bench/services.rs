@@ -15,8 +15,7 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-// Shared with the bench beside kube-proxy, which needs more of it.
-#[allow(dead_code)]
+#[allow(dead_code)] // shared with the bench beside kube-proxy, which needs more of it
 #[path = "objects.rs"]
 pub mod objects;
 

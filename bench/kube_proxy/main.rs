@@ -10,8 +10,7 @@
 //! Each figure is written into the results on its own; those of the others stay. Needs root, iperf3, nft and
 //! `tests/peers.sh kube-proxy`. kube-proxy reads its objects from a small API server of ours ([`api`]).
 
-// The tests' laboratory, of which measurements need a part.
-#[allow(dead_code)]
+#[allow(dead_code)] // the tests' laboratory, of which measurements need a part
 #[path = "../../tests/kernel/lab/mod.rs"]
 pub mod lab;
 

@@ -79,40 +79,31 @@ impl UdpSocket {
             Some(libc::EACCES | libc::EPERM) => UdpError::NoPermission(options.port),
             Some(_) | None => UdpError::Io { port: options.port, source },
         };
-        let (socket, v6) = match Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP)) {
-            Ok(socket) if socket.set_only_v6(false).is_ok() => (socket, true),
-            Ok(_) | Err(_) => {
-                (Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP)).map_err(fail)?, false)
-            }
+        let opened = match UdpSocket::open(Domain::IPV6, options) {
+            // No IPv6 on this host: an IPv6 socket cannot be had, or exists but cannot be bound.
+            Err(e) if e.raw_os_error() != Some(libc::EADDRINUSE) => UdpSocket::open(Domain::IPV4, options),
+            opened => opened,
         };
-        socket.set_nonblocking(true).map_err(fail)?;
+        opened.map_err(fail)
+    }
+
+    fn open(domain: Domain, options: UdpOptions) -> io::Result<UdpSocket> {
+        let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
+        let v6 = domain == Domain::IPV6;
+        if v6 {
+            socket.set_only_v6(false)?;
+        }
+        socket.set_nonblocking(true)?;
         if options.share_port {
-            socket.set_reuse_port(true).map_err(fail)?;
+            socket.set_reuse_port(true)?;
         }
         size_buffers(&socket, options);
         let any = match v6 {
             true => SocketAddr::from((Ipv6Addr::UNSPECIFIED, options.port)),
             false => SocketAddr::from((Ipv4Addr::UNSPECIFIED, options.port)),
         };
-        match socket.bind(&SockAddr::from(any)) {
-            // No IPv6 on this host: an IPv6 socket exists but cannot be bound.
-            Err(e) if v6 && matches!(e.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) => {
-                return UdpSocket::bind_v4(options).map_err(fail);
-            }
-            result => result.map_err(fail)?,
-        }
+        socket.bind(&SockAddr::from(any))?;
         Ok(UdpSocket::finish(socket, v6, options))
-    }
-
-    fn bind_v4(options: UdpOptions) -> io::Result<UdpSocket> {
-        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
-        socket.set_nonblocking(true)?;
-        if options.share_port {
-            socket.set_reuse_port(true)?;
-        }
-        size_buffers(&socket, options);
-        socket.bind(&SockAddr::from(SocketAddr::from((Ipv4Addr::UNSPECIFIED, options.port))))?;
-        Ok(UdpSocket::finish(socket, false, options))
     }
 
     fn finish(socket: Socket, v6: bool, options: UdpOptions) -> UdpSocket {

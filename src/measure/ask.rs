@@ -4,8 +4,6 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use socket2::SockRef;
-
 use super::burrow::{Burrow, BurrowError, Draft, End, Ground};
 use super::ending::Ending;
 use super::line::{Line, SILENCE};
@@ -18,8 +16,7 @@ use super::report::{Report, Row, WayReport};
 use super::secret::{Nonce, Prover, Token};
 use super::site::Site;
 use super::stats::Summary;
-use super::{BenchArgs, INSIDE, MeasureError, tunnel_ports};
-use crate::io::udp::UdpError;
+use super::{BenchArgs, INSIDE, MeasureError, streams, tunnel_ports};
 use crate::io::underlay::path_mtu;
 use crate::snapshot::Encap;
 use crate::state::problem::one_line;
@@ -39,13 +36,12 @@ pub(super) fn ask(args: &BenchArgs, at: SocketAddr, end: &Ending) -> Result<Repo
                 .to_owned(),
         )
     })?;
-    let mut stream = connect(at)?;
-    let welcome = introduce(&mut stream, token).map_err(MeasureError::Failed)?;
+    let mut stream = connect(at, end)?;
+    let welcome = introduce(&mut stream, token, end).map_err(MeasureError::Failed)?;
     let wrong = MeasureError::io("look at the control connection");
     let local = stream.local_addr().map_err(wrong)?;
     let own_mtu = path_mtu(&stream, at.is_ipv6()).unwrap_or(1280);
-    let congestion = SockRef::from(&stream).tcp_congestion().unwrap_or_default();
-    let congestion = congestion.split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
+    let congestion = streams::congestion(&stream);
     let line = Line::start(stream, end.part()).map_err(MeasureError::io("keep the control connection"))?;
     let asker = Asker {
         line,
@@ -66,11 +62,13 @@ pub(super) fn ask(args: &BenchArgs, at: SocketAddr, end: &Ending) -> Result<Repo
         reverse: args.reverse,
         seconds: args.seconds,
         streams: args.streams,
-        congestion: String::from_utf8_lossy(&asker.congestion).into_owned(),
+        congestion: asker.congestion.clone(),
+        other_congestion: one_line(&welcome.congestion),
         ways: Vec::new(),
         stopped: None,
     };
-    let ways: Vec<Way> = Way::ALL.into_iter().filter(|way| args.only.contains(way)).collect();
+    let wanted = |way: &Way| args.only.is_empty() || args.only.contains(way);
+    let ways: Vec<Way> = Way::ALL.into_iter().filter(wanted).collect();
     let mut progress = Progress::new(asker.steps(&ways), args.seconds);
     for way in ways {
         if asker.line.end().is_raised() {
@@ -84,13 +82,13 @@ pub(super) fn ask(args: &BenchArgs, at: SocketAddr, end: &Ending) -> Result<Repo
     Ok(report)
 }
 
-fn connect(at: SocketAddr) -> Result<TcpStream, MeasureError> {
-    TcpStream::connect_timeout(&at, CONNECT).map_err(|error| {
+fn connect(at: SocketAddr, end: &Ending) -> Result<TcpStream, MeasureError> {
+    Ground::Open.connect(at, CONNECT, end).map_err(|error| {
         let what = match error.kind() {
             io::ErrorKind::ConnectionRefused => {
                 "nobody listens there: start `warren bench serve` on that side first".to_owned()
             }
-            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => format!(
+            io::ErrorKind::TimedOut => format!(
                 "no answer: is the address right, and TCP port {} open in its firewall? (`warren bench serve \
                  --listen` there and ADDRESS:PORT here choose another)",
                 at.port()
@@ -102,19 +100,19 @@ fn connect(at: SocketAddr) -> Result<TcpStream, MeasureError> {
 }
 
 /// Each side proves the token to the other.
-fn introduce(stream: &mut TcpStream, token: &Token) -> Result<Welcome, String> {
+fn introduce(stream: &mut TcpStream, token: &Token, end: &Ending) -> Result<Welcome, String> {
     let text = |error: MessageError| error.to_string();
     let io_text = |error: io::Error| error.to_string();
     stream.set_write_timeout(Some(SILENCE)).map_err(io_text)?;
     let ours = Nonce::draw().map_err(|e| e.to_string())?;
     message::write(stream, &Opening::Control { version: VERSION, nonce: ours }).map_err(io_text)?;
-    let theirs = match message::read(stream, LONGEST, CONNECT).map_err(text)? {
+    let theirs = match message::read(stream, LONGEST, CONNECT, end).map_err(text)? {
         Answer::Challenge(nonce) => nonce,
         other => return Err(refusal(other)),
     };
     let proof = token.prove(Prover::Asker, ours, theirs);
     message::write(stream, &Ask::Proof(proof)).map_err(io_text)?;
-    match message::read(stream, LONGEST, CONNECT).map_err(text)? {
+    match message::read(stream, LONGEST, CONNECT, end).map_err(text)? {
         Answer::Welcome(welcome) if token.is_known_to(Prover::Server, ours, theirs, welcome.proof) => {
             Ok(welcome)
         }
@@ -146,7 +144,8 @@ struct Asker {
     port: Option<u16>,
     /// Of the network between the two.
     mtu: u16,
-    congestion: Vec<u8>,
+    /// TCP's congestion control on this side.
+    congestion: String,
 }
 
 /// What both sides counted.
@@ -232,9 +231,13 @@ impl Asker {
         let built = draft.build(theirs, self.at.ip(), self.line.end()).map_err(|e| format!("here: {e}"));
         let tried = built.and_then(|burrow| {
             let to = SocketAddr::new(End::Server.address().into(), INSIDE);
-            match Ground::Inside(&burrow).connect(to, FIRST) {
+            let end = self.line.end();
+            match Ground::Inside(&burrow).connect(to, FIRST, end) {
                 Ok(_) => Ok(burrow),
-                Err(_) => Err(blocked(wrap, self.at.ip(), theirs.port, ours.port)),
+                Err(_) => {
+                    let blocked = || blocked(wrap, self.at.ip(), theirs.port, ours.port);
+                    Err(end.reason().unwrap_or_else(blocked))
+                }
             }
         });
         if tried.is_err() && !self.line.end().is_raised() {
@@ -252,9 +255,7 @@ impl Asker {
         };
         match Draft::new(wrap, End::Asker, port) {
             // Nobody asked for that one: any other will do as well.
-            Err(BurrowError::Udp(UdpError::PortTaken(_))) if self.port.is_none() => {
-                Draft::new(wrap, End::Asker, 0)
-            }
+            Err(BurrowError::PortTaken(_)) if self.port.is_none() => Draft::new(wrap, End::Asker, 0),
             result => result,
         }
     }
@@ -326,5 +327,41 @@ fn blocked(wrap: Wrap, there: IpAddr, theirs: u16, ours: u16) -> String {
             "no packet comes through: is UDP port {theirs} of {there} open in its firewall, and {ours} in this \
              side's? VXLAN does not pass NAT (--port chooses others)"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+    use crate::io::clock;
+
+    #[test]
+    fn who_stops_it_before_it_has_begun_waits_for_nobody() {
+        let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let args = BenchArgs {
+            command: None,
+            address: None,
+            token: Some(Token::draw().expect("random")),
+            seconds: 1,
+            streams: 1,
+            only: Vec::new(),
+            reverse: false,
+            port: None,
+            json: false,
+        };
+        let end = Ending::default();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(CONNECT / 20);
+                end.raise("stopped by a signal");
+            });
+            let begun = clock::now();
+            let asked = ask(&args, silent.local_addr().expect("bound"), &end);
+            assert_eq!(asked.map(drop).expect_err("nobody answers").to_string(), "stopped by a signal");
+            assert!(clock::now() - begun < CONNECT / 2);
+        });
     }
 }

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -16,17 +17,19 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use futures_util::TryStreamExt;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{Handle, LinkUnspec};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use thiserror::Error;
 use x25519_dalek::StaticSecret;
 
-use super::ending::Ending;
+use super::ending::{Ending, LOOK_EVERY};
 use super::message::{Offer, Wrap};
 use super::secret::{NoRandom, draw};
 use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::{FlowTable, Seed};
+use crate::io::clock;
 use crate::io::fleet::{self, Fleet, FleetConfig, FleetError, LaneSockets, Ports};
 use crate::io::lane::LaneOffloads;
 use crate::io::tun::TunError;
@@ -94,9 +97,15 @@ pub(super) enum BurrowError {
     /// The lanes.
     #[error(transparent)]
     Lanes(FleetError),
-    /// A port.
+    /// Somebody has the port.
+    #[error(
+        "UDP port {0} is taken by another program (`ss -lunp sport = :{0}` shows which): choose another with --port, \
+         of which WireGuard has the first and VXLAN the next"
+    )]
+    PortTaken(u16),
+    /// Another trouble with a port.
     #[error(transparent)]
-    Udp(#[from] UdpError),
+    Udp(UdpError),
     /// Netlink.
     #[error("cannot {doing}: {source}")]
     Network {
@@ -119,6 +128,15 @@ pub(super) enum BurrowError {
     /// What the other side said of its end makes no sense.
     #[error("the other side's end of the tunnel makes no sense")]
     Nonsense,
+}
+
+impl From<UdpError> for BurrowError {
+    fn from(error: UdpError) -> BurrowError {
+        match error {
+            UdpError::PortTaken(port) => BurrowError::PortTaken(port),
+            UdpError::NoPermission(_) | UdpError::Io { .. } => BurrowError::Udp(error),
+        }
+    }
 }
 
 impl From<FleetError> for BurrowError {
@@ -221,9 +239,11 @@ pub(super) enum Ground<'a> {
 }
 
 impl Ground<'_> {
-    /// Opens a connection.
-    pub(super) fn connect(self, to: SocketAddr, within: Duration) -> io::Result<TcpStream> {
-        self.open(move || TcpStream::connect_timeout(&to, within))
+    /// Opens a connection, unless it is over before that.
+    pub(super) fn connect(self, to: SocketAddr, within: Duration, end: &Ending) -> io::Result<TcpStream> {
+        // Only the socket must be made there.
+        let socket = self.open(move || begin_connection(to))?;
+        finish_connection(socket, within, end)
     }
 
     /// Opens a socket for datagrams.
@@ -231,9 +251,12 @@ impl Ground<'_> {
         self.open(move || UdpSocket::bind(at))
     }
 
-    /// Listens for connections.
-    pub(super) fn listen(self, at: SocketAddr) -> io::Result<TcpListener> {
-        self.open(move || listen(at))
+    /// Listens for connections, which get this congestion control: a namespace of its own may begin with another
+    /// than there is outside.
+    pub(super) fn listen(self, at: SocketAddr, congestion: &str) -> io::Result<TcpListener> {
+        let listener = self.open(move || listen(at))?;
+        let _ = SockRef::from(&listener).set_tcp_congestion(congestion.as_bytes());
+        Ok(listener)
     }
 
     fn open<T: Send + 'static>(self, open: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
@@ -244,6 +267,38 @@ impl Ground<'_> {
             }
         }
     }
+}
+
+fn begin_connection(to: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    match socket.connect(&SockAddr::from(to)) {
+        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => Err(error),
+        Ok(()) | Err(_) => Ok(socket),
+    }
+}
+
+/// Looks around while it waits.
+fn finish_connection(socket: Socket, within: Duration, end: &Ending) -> io::Result<TcpStream> {
+    let until = clock::now() + within;
+    loop {
+        let mut ready = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+        // Interrupted: looked at once more.
+        if poll(&mut ready, PollTimeout::from(LOOK_EVERY.as_millis() as u8)).is_ok_and(|ready| ready > 0) {
+            break;
+        }
+        if let Some(reason) = end.reason() {
+            return Err(io::Error::other(reason));
+        }
+        if clock::now() >= until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    if let Some(error) = socket.take_error()? {
+        return Err(error);
+    }
+    socket.set_nonblocking(false)?;
+    Ok(socket.into())
 }
 
 /// For both families where it is any address, so that it need not be told twice.
@@ -382,6 +437,7 @@ async fn index(handle: &Handle) -> Result<u32, BurrowError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::measure::streams;
 
     fn offer(encap: Wrap) -> Offer {
         Offer { encap, key: [7; 32], port: 5188, mac: [2, 0, 0, 0, 0, 2], mtu: 1420 }
@@ -416,5 +472,58 @@ mod tests {
             let to = SocketAddr::new(address.parse().expect("an address"), port);
             assert!(TcpStream::connect_timeout(&to, Duration::from_secs(1)).is_ok(), "{to}");
         }
+    }
+
+    #[test]
+    fn what_is_accepted_has_the_congestion_control_that_was_given() {
+        let at = "127.0.0.1:0".parse().expect("an address");
+        // Both are in every kernel, and one of them is not its default.
+        for wanted in ["reno", "cubic"] {
+            let listener = Ground::Open.listen(at, wanted).expect("a port");
+            let to = listener.local_addr().expect("bound");
+            let client = TcpStream::connect(to).expect("connected");
+            let (accepted, _) = listener.accept().expect("accepted");
+            assert_eq!(streams::congestion(&accepted), wanted);
+            drop(client);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_nobody_takes_ends_with_the_rest() {
+        // Room for one connection: who asks for another gets no answer.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SockAddr::from(SocketAddr::from(([127, 0, 0, 1], 0)))).expect("a port");
+        socket.listen(0).expect("listening");
+        let to = socket.local_addr().expect("bound").as_socket().expect("IPv4");
+        let (end, second) = (Ending::default(), Duration::from_secs(1));
+        let mut queued = Vec::new();
+        let refused = loop {
+            match Ground::Open.connect(to, second / 4, &end) {
+                Ok(stream) => queued.push(stream),
+                Err(error) => break error,
+            }
+            assert!(queued.len() < 10, "no limit");
+        };
+        assert_eq!(refused.kind(), io::ErrorKind::TimedOut);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(second / 4);
+                end.raise("stopped by a signal");
+            });
+            let begun = clock::now();
+            let error = Ground::Open.connect(to, 60 * second, &end).expect_err("nobody takes it");
+            assert_eq!(error.to_string(), "stopped by a signal");
+            assert!(clock::now() - begun < 10 * second);
+        });
+        drop(socket);
+        let error = Ground::Open.connect(to, second, &Ending::default()).expect_err("nobody is there");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_told_by_a_flag_that_there_is() {
+        let text = BurrowError::from(UdpError::PortTaken(5188)).to_string();
+        assert!(text.contains("is taken by another program") && text.contains("--port,"), "{text}");
+        assert!(!text.contains("--vxlan-port"), "{text}");
     }
 }

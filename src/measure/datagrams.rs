@@ -1,7 +1,9 @@
 //! UDP: pumps that push, take and return datagrams, and round trips.
 //!
 //! A flow begins with a knock: the asker repeats it until the server answers, and the server answers nobody else's
-//! address and ticket. Whoever pushes goes on only while the other side says now and then that it is there.
+//! address and ticket. Who takes says then that it is here, and later that datagrams come; who pushes sends nothing
+//! before the first, and relies on datagrams as a sign of life (`line`) only after the second. So a way that is
+//! closed in either direction costs a figure, and not the control connection.
 
 use std::io;
 use std::net::{IpAddr, UdpSocket};
@@ -11,19 +13,25 @@ use std::time::Duration;
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::ending::LOOK_EVERY;
-use super::meter::{self, Count, FIRST, Meter, PATIENCE, PING, Watcher, is_passing};
+use super::meter::{self, Count, FIRST, Meter, PATIENCE, PING, Pump, Watcher, is_passing};
 use super::secret::Ticket;
 use super::stats::Trips;
 use crate::io::clock;
 
 /// Ticket and number, which every datagram begins with.
 const MARK: usize = Ticket::LEN + 8;
-/// The number of datagrams that say nothing but that somebody is there.
-const HERE: u64 = u64::MAX;
-/// How often that is said.
+/// Numbers of datagrams that are none of the flow: somebody wants to come in,
+const KNOCK: u64 = u64::MAX;
+/// who takes is here,
+const HERE: u64 = u64::MAX - 1;
+/// and datagrams have come.
+const COMING: u64 = u64::MAX - 2;
+/// How often the last two are said.
 const HERE_EVERY: Duration = Duration::from_millis(200);
-/// Datagrams between two looks at the clock and at what comes back.
+/// Datagrams that are sent between two looks at what comes back.
 const BURST: u32 = 256;
+/// Those that come between two looks at the clock: a slow way has few in the time of a sign of life.
+const TAKEN: u32 = 16;
 
 /// Knocks until the other side is there: nobody is flooded who has not said so.
 pub(super) fn knock(socket: &UdpSocket, ticket: Ticket, meter: &Meter) -> Result<(), String> {
@@ -33,7 +41,7 @@ pub(super) fn knock(socket: &UdpSocket, ticket: Ticket, meter: &Meter) -> Result
     while clock::now() < until {
         meter.check()?;
         // Refused by ICMP, perhaps: the other side may be there the next time.
-        let _ = socket.send(&mark(ticket, HERE));
+        let _ = socket.send(&mark(ticket, KNOCK));
         if let Ok(came) = socket.recv(&mut bytes)
             && number_of(bytes.get(..came), ticket).is_some()
         {
@@ -64,12 +72,23 @@ pub(super) fn await_knock(
     meter.check()
 }
 
-/// Sends datagrams of this size as fast as it goes, for as long as the other side says that it is there.
-pub(super) fn push(socket: &UdpSocket, ticket: Ticket, size: usize, meter: &Meter) {
+/// Does its part with a socket that the other side has knocked at, until the meter says stop; `size` is for pushing.
+pub(super) fn run(pump: Pump, socket: &UdpSocket, ticket: Ticket, size: usize, meter: &Meter) {
+    match pump {
+        Pump::Take => take(socket, ticket, meter),
+        Pump::Push => push(socket, ticket, size, meter),
+        Pump::Echo => echo(socket, ticket, meter),
+    }
+}
+
+/// Sends datagrams of this size as fast as it goes, once the other side is here.
+fn push(socket: &UdpSocket, ticket: Ticket, size: usize, meter: &Meter) {
     let _ = socket.set_write_timeout(Some(LOOK_EVERY));
     let mut bytes = vec![0x57; size.max(MARK)];
     let (mut number, mut refused) = (0_u64, 0);
-    meter.life().hush(true);
+    if !await_taker(socket, ticket, meter) {
+        return;
+    }
     while meter.goes_on() {
         for _ in 0..BURST {
             bytes[..MARK].copy_from_slice(&mark(ticket, number));
@@ -94,28 +113,54 @@ pub(super) fn push(socket: &UdpSocket, ticket: Ticket, size: usize, meter: &Mete
         }
         let mut answer = [0; MARK];
         while let Ok(came) = recv(socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT) {
-            if number_of(answer.get(..came), ticket).is_some() {
-                meter.life().beat();
+            match number_of(answer.get(..came), ticket) {
+                Some(HERE) => meter.life().beat(),
+                Some(COMING) => {
+                    meter.life().beat();
+                    meter.life().hush(true);
+                }
+                Some(_) | None => {}
             }
         }
     }
     meter.life().hush(false);
 }
 
-/// Takes datagrams, and says now and then that somebody is there.
-pub(super) fn take(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
+/// Whether who takes is here; who still knocks has not heard the answer, and gets another.
+fn await_taker(socket: &UdpSocket, ticket: Ticket, meter: &Meter) -> bool {
+    let mut bytes = [0; MARK];
+    while meter.goes_on() {
+        let Ok(came) = socket.recv(&mut bytes) else { continue };
+        match number_of(bytes.get(..came), ticket) {
+            Some(KNOCK) => {
+                let _ = socket.send(&mark(ticket, HERE));
+            }
+            Some(HERE | COMING) => return true,
+            Some(_) | None => {}
+        }
+    }
+    false
+}
+
+/// Takes datagrams, and says now and then whether they come.
+fn take(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
     let mut bytes = vec![0; 1 << 16];
     let mut said = clock::now();
-    meter.life().hush(true);
     let (mut since, mut highest) = (0_u32, 0);
+    let _ = socket.send(&mark(ticket, HERE));
     while meter.goes_on() {
         let waited = match socket.recv(&mut bytes) {
             Ok(came) => {
                 match number_of(bytes.get(..came), ticket) {
-                    Some(HERE) => {
+                    Some(KNOCK) => {
                         let _ = socket.send(&mark(ticket, HERE));
                     }
+                    // The other side's: it takes nothing.
+                    Some(HERE | COMING) => {}
                     Some(number) => {
+                        if highest == 0 {
+                            meter.life().hush(true);
+                        }
                         highest = highest.max(number.saturating_add(1));
                         meter.add(came);
                         meter.add_packet();
@@ -129,12 +174,12 @@ pub(super) fn take(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
             Err(_) => true,
         };
         since += 1;
-        if waited || since >= BURST {
+        if waited || since >= TAKEN {
             since = 0;
             let now = clock::now();
             if now - said >= HERE_EVERY {
                 said = now;
-                let _ = socket.send(&mark(ticket, HERE));
+                let _ = socket.send(&mark(ticket, if highest == 0 { HERE } else { COMING }));
             }
         }
     }
@@ -142,7 +187,7 @@ pub(super) fn take(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
 }
 
 /// Sends every datagram back.
-pub(super) fn echo(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
+fn echo(socket: &UdpSocket, ticket: Ticket, meter: &Meter) {
     let mut bytes = [0; PING];
     while meter.goes_on() {
         let Ok(came) = socket.recv(&mut bytes) else { continue };
@@ -167,20 +212,19 @@ pub(super) fn ping(
     meter::ping(meter, long, watcher, |meter, number| {
         request[..MARK].copy_from_slice(&mark(ticket, number));
         socket.send(&request).map_err(|e| format!("a datagram cannot be sent: {e}"))?;
-        let mut waited = 0;
+        let until = clock::now() + PATIENCE;
         loop {
             match socket.recv(&mut answer) {
-                // An answer to an earlier one is late: that one was lost.
                 Ok(came) if number_of(answer.get(..came), ticket) == Some(number) => return Ok(true),
+                // An answer to an earlier one is late: that one was lost.
                 Ok(_) => {}
-                Err(error) if is_passing(&error) => {
-                    meter.check()?;
-                    waited += 1;
-                    if waited * LOOK_EVERY >= PATIENCE {
-                        return Ok(false);
-                    }
-                }
+                Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(format!("datagrams do not come back: {error}")),
+            }
+            // Also while late ones come without end.
+            meter.check()?;
+            if clock::now() >= until {
+                return Ok(false);
             }
         }
     })
@@ -243,7 +287,7 @@ mod tests {
                     // As long as it takes to be sure.
                     false => {
                         asker.set_read_timeout(Some(LONG)).expect("a timeout");
-                        asker.send(&mark(ticket, HERE)).expect("sent");
+                        asker.send(&mark(ticket, KNOCK)).expect("sent");
                         asker.recv(&mut [0; MARK]).map(drop).map_err(|e| e.to_string())
                     }
                 };
@@ -302,6 +346,77 @@ mod tests {
             into.stop();
         });
         assert!(!out.life().is_hushed() && !into.life().is_hushed());
+    }
+
+    /// A way that is closed in one direction: the control connection must not fall silent for it.
+    #[test]
+    fn nobody_is_flooded_or_hushed_before_both_directions_are_open() {
+        for pump in [Pump::Push, Pump::Take] {
+            let (asker, server) = sockets();
+            let there = &meter();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    await_knock(&server, TICKET, local(), there).expect("somebody knocks");
+                    run(pump, &server, TICKET, 1372, there);
+                });
+                asker.set_read_timeout(Some(LOOK_EVERY)).expect("a timeout");
+                // Who knocks again has heard nothing.
+                for _ in 0..4 {
+                    asker.send(&mark(TICKET, KNOCK)).expect("sent");
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                let mut bytes = [0; 2000];
+                let numbers = || {
+                    let came = asker.recv(&mut bytes).ok()?;
+                    number_of(bytes.get(..came), TICKET)
+                };
+                let quiet = std::iter::from_fn(numbers).all(|number| number == HERE);
+                let hushed = there.life().is_hushed();
+                // Now the way is open.
+                let mark = |number| asker.send(&mark(TICKET, number)).expect("sent");
+                mark(if pump == Pump::Push { COMING } else { 0 });
+                let until = clock::now() + 10 * LONG;
+                while !there.life().is_hushed() && clock::now() < until {
+                    std::thread::sleep(LOOK_EVERY / 10);
+                    // The first is the beginning, the second the sign.
+                    mark(if pump == Pump::Push { COMING } else { 1 });
+                }
+                let later = there.life().is_hushed();
+                there.stop();
+                assert!(quiet && !hushed, "{pump:?}: quiet {quiet}, hushed {hushed}");
+                assert!(later, "{pump:?}");
+            });
+        }
+    }
+
+    #[test]
+    fn old_answers_without_end_do_not_hold_a_round_trip() {
+        let (asker, server) = sockets();
+        server.connect(asker.local_addr().expect("bound")).expect("connected");
+        let one = &meter();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while one.goes_on() {
+                    let _ = server.send(&mark(TICKET, u64::MAX / 2));
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            // What would hold it for ever ends the test all the same.
+            let guard = scope.spawn(move || {
+                let until = clock::now() + 5 * PATIENCE;
+                while one.goes_on() && clock::now() < until {
+                    std::thread::sleep(LOOK_EVERY / 10);
+                }
+                one.fail("it holds for ever");
+                one.stop();
+                clock::now() < until
+            });
+            let pinged = ping(&asker, TICKET, one, LONG, &mut |_| {});
+            one.stop();
+            let (trips, count) = pinged.expect("it ends");
+            assert!(guard.join().expect("no panic"), "in time");
+            assert_eq!((trips.len(), count.packets), (0, 0));
+        });
     }
 
     #[test]

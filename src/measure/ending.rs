@@ -1,5 +1,6 @@
 //! How a measurement ends for everybody who takes part in it: once, with a reason, and soon.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,32 +12,39 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Shared by all threads of a measurement.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ending {
-    reason: Arc<Mutex<Option<String>>>,
-    of_all: Option<Arc<Mutex<Option<String>>>>,
+    own: Arc<Held>,
+    whole: Option<Arc<Ending>>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    /// Set after the reason: pumps ask for every datagram, and must not meet at a lock.
+    raised: AtomicBool,
+    reason: Mutex<Option<String>>,
 }
 
 impl Ending {
     /// One that ends also when this one does.
     pub(super) fn part(&self) -> Ending {
-        Ending { reason: Arc::default(), of_all: Some(Arc::clone(&self.reason)) }
+        Ending { own: Arc::default(), whole: Some(Arc::new(self.clone())) }
     }
 
     /// Ends it; the first reason counts.
     pub(super) fn raise(&self, reason: impl Into<String>) {
-        let mut held = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.own.reason.lock().unwrap_or_else(PoisonError::into_inner);
         held.get_or_insert_with(|| reason.into());
+        self.own.raised.store(true, Ordering::Release);
     }
 
-    /// Why it is over, if it is.
+    /// Why it is over, if it is; the reason of the whole before its own.
     pub(super) fn reason(&self) -> Option<String> {
-        let read =
-            |held: &Arc<Mutex<Option<String>>>| held.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        self.of_all.as_ref().and_then(read).or_else(|| read(&self.reason))
+        let own = || self.own.reason.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.whole.as_ref().and_then(|whole| whole.reason()).or_else(own)
     }
 
     /// Whether it is over.
     pub(super) fn is_raised(&self) -> bool {
-        self.reason().is_some()
+        self.own.raised.load(Ordering::Acquire) || self.whole.as_ref().is_some_and(|whole| whole.is_raised())
     }
 
     /// Waits so long, or until it is over; whether it still goes on.
@@ -63,12 +71,16 @@ mod tests {
     fn the_first_reason_counts_and_the_whole_ends_its_parts() {
         let whole = Ending::default();
         let (one, other) = (whole.part(), whole.part());
+        let part_of_part = other.part();
         one.raise("lost");
         one.raise("too late");
         assert_eq!(one.reason().as_deref(), Some("lost"));
-        assert!(!whole.is_raised() && !other.is_raised());
+        assert!(one.is_raised() && !whole.is_raised() && !other.is_raised());
         whole.raise("stopped");
-        assert_eq!(other.reason().as_deref(), Some("stopped"));
+        for part in [&one, &other, &part_of_part] {
+            assert!(part.is_raised());
+            assert_eq!(part.reason().as_deref(), Some("stopped"));
+        }
         assert!(!other.pause(Duration::from_secs(60)));
     }
 

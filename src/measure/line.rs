@@ -2,7 +2,10 @@
 //!
 //! Each side says something every half second; whoever hears nothing for [`SILENCE`] ends the measurement. While
 //! datagrams flood the way, they would flood the control connection too, and TCP would wait longer and longer: both
-//! sides are then hushed, and the datagrams and their acknowledgements are the sign of life.
+//! sides are then hushed, and the datagrams and their acknowledgements are the sign of life (`datagrams`).
+//!
+//! Nothing on it is signed: who can change packets on the way between the two could, once the token was proven, go on
+//! in the asker's place. `--help` says so.
 
 use std::io;
 use std::marker::PhantomData;
@@ -188,7 +191,7 @@ fn listen<In: Speech>(mut stream: TcpStream, inbox: &SyncSender<In>, end: &Endin
     while !end.is_raised() {
         // Looked for before it is read: a message is read as a whole or not at all.
         match stream.set_read_timeout(Some(LOOK_EVERY)).and_then(|()| stream.peek(&mut [0])) {
-            Ok(_) => match message::read::<In>(&mut stream, LONGEST, SILENCE) {
+            Ok(_) => match message::read::<In>(&mut stream, LONGEST, SILENCE, end) {
                 Ok(message) => {
                     heard = clock::now();
                     if !message.is_alive() && inbox.try_send(message).is_err() {

@@ -17,13 +17,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::meter::Count;
+use super::ending::{Ending, LOOK_EVERY};
+use super::meter::{Count, is_passing};
 use super::secret::{Nonce, Proof, Ticket};
 use crate::io::clock;
 use crate::snapshot::{Encap, PublicKey};
 
 /// Both sides must speak the same: raised with every change of what they say or how they measure.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// The longest message.
 pub(super) const LONGEST: usize = 8192;
 /// The longest message of somebody who has proven nothing.
@@ -104,6 +105,8 @@ pub(super) struct Welcome {
     pub program: String,
     /// The MTU of its way to the asker.
     pub mtu: u16,
+    /// Its TCP's congestion control.
+    pub congestion: String,
 }
 
 /// One end of a tunnel, as the other end has to know it. The private key stays where it was made.
@@ -242,13 +245,14 @@ pub(super) fn write(to: &mut impl Write, message: &impl Serialize) -> io::Result
     to.write_all(&bytes)
 }
 
-/// Reads a message of at most `longest` bytes, all of which must have come in time.
+/// Reads a message of at most `longest` bytes, all of which must have come in time, and before it is over.
 pub(super) fn read<T: DeserializeOwned>(
     from: &mut TcpStream,
     longest: usize,
     within: Duration,
+    end: &Ending,
 ) -> Result<T, MessageError> {
-    let mut patient = Patient { stream: from, until: clock::now() + within };
+    let mut patient = Patient { stream: from, until: clock::now() + within, end };
     read_from(&mut patient, longest)
 }
 
@@ -276,16 +280,26 @@ fn read_all(from: &mut impl Read, bytes: &mut [u8]) -> Result<(), MessageError> 
 struct Patient<'a> {
     stream: &'a mut TcpStream,
     until: Instant,
+    end: &'a Ending,
 }
 
 impl Read for Patient<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.until.saturating_duration_since(clock::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
+        loop {
+            let left = self.until.saturating_duration_since(clock::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left.min(LOOK_EVERY)))?;
+            match self.stream.read(buffer) {
+                Err(error) if is_passing(&error) => {}
+                result => return result,
+            }
+            // Not before: what has come is read.
+            if let Some(reason) = self.end.reason() {
+                return Err(io::Error::other(reason));
+            }
         }
-        self.stream.set_read_timeout(Some(left))?;
-        self.stream.read(buffer)
     }
 }
 
@@ -363,7 +377,8 @@ mod tests {
             }
         });
         let begun = clock::now();
-        let read = read::<Opening>(&mut stream, LONGEST_OPENING, Duration::from_millis(200));
+        let read =
+            read::<Opening>(&mut stream, LONGEST_OPENING, Duration::from_millis(200), &Ending::default());
         assert!(matches!(read, Err(MessageError::Silent)), "{read:?}");
         assert!(clock::now() - begun < Duration::from_millis(800));
         drop(stream);

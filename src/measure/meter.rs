@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ending::{Ending, LOOK_EVERY};
 use super::line::Life;
+use super::message::Flow;
 use super::stats::Trips;
 use crate::io::clock;
 
@@ -27,6 +28,32 @@ pub(super) const FIRST: Duration = Duration::from_secs(6);
 pub(super) const PING: usize = 64;
 /// A datagram that took longer is lost; a connection that stands for so long is broken.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a thread does with a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pump {
+    /// Takes what comes.
+    Take,
+    /// Sends as much as goes.
+    Push,
+    /// Sends back what comes.
+    Echo,
+}
+
+impl Pump {
+    /// The asker's part of a flow.
+    pub(super) fn of_asker(flow: Flow) -> Pump {
+        match flow {
+            Flow::There => Pump::Push,
+            Flow::Back => Pump::Take,
+        }
+    }
+
+    /// The server's.
+    pub(super) fn of_server(flow: Flow) -> Pump {
+        Pump::of_asker(flow.turned())
+    }
+}
 
 /// What the threads of a task share.
 #[derive(Debug)]

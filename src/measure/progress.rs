@@ -127,7 +127,8 @@ fn in_words(long: Duration) -> String {
     }
 }
 
-fn write(text: &str) {
+/// Says something on stderr.
+pub(super) fn write(text: &str) {
     let mut err = io::stderr().lock();
     // Whoever watched has gone; the measurement goes on.
     let _ = err.write_all(text.as_bytes());

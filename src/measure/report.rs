@@ -31,6 +31,8 @@ pub(super) struct Report {
     pub streams: u8,
     /// TCP's congestion control, on this side.
     pub congestion: String,
+    /// On the other.
+    pub other_congestion: String,
     /// The ways.
     pub ways: Vec<WayReport>,
     /// Why it ended too early, if it did.
@@ -114,12 +116,14 @@ impl Row {
         // Bits in a microsecond are 10^6 a second.
         row.gbit_per_s = Some(ratio(received.bytes, received.micros) * 8.0 / 1000.0);
         if matches!(figure.work, Work::Udp { .. }) {
-            row.lost = Some(ratio(received.lost, received.lost + received.packets));
+            row.lost = Some(ratio(received.lost, received.lost.saturating_add(received.packets)));
         }
         let rate = ratio(received.bytes, received.micros);
         // Both by the time that each counted: its own clock ran for a little longer or shorter.
         let per_gb = |count: Count| ratio(count.cpu_micros, count.micros) / rate * 1000.0;
-        row.cpu_s_per_gb = Some(Sides { here: per_gb(here), there: per_gb(there) });
+        let sides = Sides { here: per_gb(here), there: per_gb(there) };
+        // Of nothing there is no cost.
+        row.cpu_s_per_gb = Some(sides).filter(|sides| sides.here.is_finite() && sides.there.is_finite());
         row
     }
 
@@ -172,10 +176,12 @@ impl Row {
 }
 
 impl Report {
-    /// Whether every figure that was begun is there, and at least one.
-    pub(super) fn is_whole(&self) -> bool {
+    /// Whether every figure that was begun is there, at least one, and some of each way that was asked for by name:
+    /// that a tunnel cannot be made is no failure where nobody insisted on one.
+    pub(super) fn is_whole(&self, named: &[Way]) -> bool {
         let mut rows = self.ways.iter().flat_map(|way| &way.rows).peekable();
-        rows.peek().is_some() && self.stopped.is_none() && rows.all(|row| row.failed.is_none())
+        let missing = self.ways.iter().any(|way| way.not_measured.is_some() && named.contains(&way.way));
+        rows.peek().is_some() && self.stopped.is_none() && !missing && rows.all(|row| row.failed.is_none())
     }
 
     /// For people.
@@ -189,7 +195,7 @@ impl Report {
             out,
             "From {from} to {to}, {} s each, TCP with {}, warren {}{}",
             self.seconds,
-            if self.congestion.is_empty() { "?" } else { &self.congestion },
+            self.congestion_controls(),
             self.warren,
             if self.warren == self.other_warren {
                 String::new()
@@ -232,6 +238,12 @@ impl Report {
         out
     }
 
+    fn congestion_controls(&self) -> String {
+        let name = |name: &str| if name.is_empty() { "?".to_owned() } else { name.to_owned() };
+        let (here, there) = (name(&self.congestion), name(&self.other_congestion));
+        if here == there { here } else { format!("{here} here, {there} there") }
+    }
+
     fn section(&self, table: &mut Table, kind: Kind) {
         let path = self.ways.iter().find(|way| way.way == Way::Path);
         for way in &self.ways {
@@ -241,7 +253,8 @@ impl Report {
                 let same = way.rows.iter().position(|other| other == row);
                 let of_path = path.filter(|path| path.way != way.way).zip(same);
                 let of_path = of_path.and_then(|(path, at)| path.rows.get(at)).and_then(Row::main);
-                let of_path = of_path.zip(row.main()).map(|(path, own)| own / path);
+                let of_path =
+                    of_path.zip(row.main()).map(|(path, own)| own / path).filter(|of| of.is_finite());
                 table.add(&cells(name, row, of_path).each_ref().map(String::as_str));
                 name = "";
             }
@@ -399,6 +412,7 @@ mod tests {
             seconds: 1,
             streams: 4,
             congestion: "cubic".to_owned(),
+            other_congestion: "cubic".to_owned(),
             ways: vec![way(Way::Path, 4), way(Way::WireGuard, 2), missing],
             stopped: None,
         }
@@ -418,12 +432,30 @@ mod tests {
     }
 
     #[test]
-    fn what_counted_nothing_is_no_accident() {
+    fn what_counted_nothing_or_too_much_is_no_accident() {
+        let most = Count {
+            bytes: u64::MAX,
+            packets: u64::MAX,
+            lost: u64::MAX,
+            micros: u64::MAX,
+            cpu_micros: u64::MAX,
+        };
+        // Time without bytes, bytes without time, and everything at once.
+        let counts = [Count::default(), Count { bytes: 0, ..most }, Count { micros: 0, ..most }, most];
         for figure in figures(4, Flow::There, 1500, false) {
-            let row = Row::new(&figure, Count::default(), Count::default(), None);
-            assert!(!row.in_short().contains("inf"), "{row:?}");
-            let _ = cells("path", &row, Some(1.0));
+            for (here, there) in counts.into_iter().flat_map(|here| counts.map(|there| (here, there))) {
+                let row = Row::new(&figure, here, there, None);
+                let text = [vec![row.in_short()], cells("path", &row, None).to_vec()].concat().join(" ");
+                assert!(!text.contains("inf") && !text.contains("NaN"), "{text}: {row:?}");
+            }
         }
+        let mut empty = report();
+        let there = &figures(4, Flow::There, 1500, false)[0];
+        for way in &mut empty.ways {
+            way.rows = vec![Row::new(there, Count::default(), Count::default(), None)];
+        }
+        let text = empty.table();
+        assert!(!text.contains("inf") && !text.contains("NaN"), "{text}");
     }
 
     #[test]
@@ -452,17 +484,31 @@ mod tests {
     #[test]
     fn what_failed_is_said_and_told_by_the_status() {
         let mut broken = report();
-        assert!(broken.is_whole());
+        assert!(broken.is_whole(&[]) && broken.is_whole(&[Way::Path, Way::WireGuard]));
+        assert!(!broken.is_whole(&[Way::WireGuard, Way::Vxlan]), "one that was named is missing");
         let figure = figures(4, Flow::There, 1500, false)[0];
         broken.ways[0].rows[0] = Row::failed(&figure, "no datagram comes back".to_owned());
         broken.stopped = Some("stopped by a signal".to_owned());
-        assert!(!broken.is_whole());
+        assert!(!broken.is_whole(&[]));
         let text = broken.table();
         assert!(text.contains("path, TCP, 1 stream: no datagram comes back\n"), "{text}");
         assert!(text.ends_with("Not all of it: stopped by a signal\n"), "{text}");
         broken.ways.clear();
         broken.stopped = None;
-        assert!(!broken.is_whole(), "nothing is no success");
+        assert!(!broken.is_whole(&[]), "nothing is no success");
+    }
+
+    #[test]
+    fn congestion_controls_that_differ_are_said() {
+        let mut report = report();
+        report.other_congestion = "reno".to_owned();
+        let text = report.table();
+        assert!(
+            text.starts_with("From 192.0.2.1 to 192.0.2.2, 1 s each, TCP with cubic here, reno there, "),
+            "{text}"
+        );
+        report.other_congestion.clear();
+        assert!(report.table().contains("TCP with cubic here, ? there"));
     }
 
     #[test]

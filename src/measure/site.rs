@@ -10,7 +10,7 @@ use socket2::SockRef;
 use super::burrow::Ground;
 use super::ending::Ending;
 use super::message::{self, Flow, Opening, Protocol};
-use super::meter::{Count, FIRST, Meter, Watcher, await_bytes, count};
+use super::meter::{Count, FIRST, Meter, Pump, Watcher, await_bytes, count};
 use super::secret::Ticket;
 use super::stats::Summary;
 use super::{datagrams, streams};
@@ -30,8 +30,8 @@ pub(super) struct Site<'a> {
     pub target: SocketAddr,
     /// How long it counts.
     pub long: Duration,
-    /// TCP's congestion control.
-    pub congestion: &'a [u8],
+    /// TCP's congestion control on this side.
+    pub congestion: &'a str,
     /// When it ends too early.
     pub end: &'a Ending,
     /// Of what is measured.
@@ -47,9 +47,9 @@ impl Site<'_> {
     fn connect(&self, ticket: Ticket) -> Result<TcpStream, String> {
         let to = self.target;
         let open = || {
-            let mut stream = self.ground.connect(to, FIRST)?;
-            // As outside: a namespace may begin with another.
-            let _ = SockRef::from(&stream).set_tcp_congestion(self.congestion);
+            let mut stream = self.ground.connect(to, FIRST, self.end)?;
+            // A namespace of its own may begin with another.
+            let _ = SockRef::from(&stream).set_tcp_congestion(self.congestion.as_bytes());
             message::write(&mut stream, &Opening::Data { ticket })?;
             streams::prepare(&stream)?;
             Ok(stream)
@@ -90,7 +90,7 @@ impl Site<'_> {
         let main = self.main;
         thread::scope(|scope| {
             for stream in streams {
-                scope.spawn(move || pump(stream, flow, main));
+                scope.spawn(move || streams::run(Pump::of_asker(flow), stream, main));
             }
             let here = count(self.main, self.long, watcher);
             // They go on until the other side has counted too.
@@ -112,10 +112,8 @@ impl Site<'_> {
         let socket = &self.socket(ticket)?;
         let main = self.main;
         thread::scope(|scope| {
-            let pump = scope.spawn(move || match flow {
-                Flow::There => datagrams::push(socket, ticket, usize::from(size), main),
-                Flow::Back => datagrams::take(socket, ticket, main),
-            });
+            let pump =
+                scope.spawn(move || datagrams::run(Pump::of_asker(flow), socket, ticket, size.into(), main));
             let here = count(self.main, self.long, watcher);
             if flow == Flow::There {
                 // The flood ends first: what is said of it would drown in it.
@@ -144,7 +142,7 @@ impl Site<'_> {
         thread::scope(|scope| {
             let under_load = load.is_some();
             if let Some((stream, flow)) = load {
-                scope.spawn(move || pump(stream, flow, beside));
+                scope.spawn(move || streams::run(Pump::of_asker(flow), stream, beside));
             }
             let pinged = match under_load {
                 true => await_bytes(self.beside),
@@ -172,12 +170,5 @@ impl Site<'_> {
             let summary = trips.summary().ok_or("no request came back")?;
             Ok((count, Some(summary)))
         })
-    }
-}
-
-fn pump(stream: TcpStream, flow: Flow, meter: &Meter) {
-    match flow {
-        Flow::There => streams::push(stream, meter),
-        Flow::Back => streams::take(stream, meter),
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 
 use super::ending::LOOK_EVERY;
-use super::meter::{self, Count, Meter, PATIENCE, PING, Watcher, is_passing};
+use super::meter::{self, Count, Meter, PATIENCE, PING, Pump, Watcher, is_passing};
 use super::stats::Trips;
 use crate::io::clock;
 
@@ -23,8 +23,24 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream).set_linger(Some(Duration::ZERO))
 }
 
+/// The congestion control of a connection; nothing if it has none that is text.
+pub(super) fn congestion(stream: &TcpStream) -> String {
+    let name = SockRef::from(stream).tcp_congestion().unwrap_or_default();
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8(name.to_vec()).unwrap_or_default()
+}
+
+/// Does its part with a connection until the meter says stop.
+pub(super) fn run(pump: Pump, stream: TcpStream, meter: &Meter) {
+    match pump {
+        Pump::Take => take(stream, meter),
+        Pump::Push => push(stream, meter),
+        Pump::Echo => echo(stream, meter),
+    }
+}
+
 /// Sends as fast as it goes.
-pub(super) fn push(mut stream: TcpStream, meter: &Meter) {
+fn push(mut stream: TcpStream, meter: &Meter) {
     let chunk = vec![0x57; CHUNK];
     while meter.goes_on() {
         match stream.write(&chunk) {
@@ -36,21 +52,24 @@ pub(super) fn push(mut stream: TcpStream, meter: &Meter) {
 }
 
 /// Takes whatever comes.
-pub(super) fn take(mut stream: TcpStream, meter: &Meter) {
+fn take(mut stream: TcpStream, meter: &Meter) {
     let mut chunk = vec![0; CHUNK];
     while meter.goes_on() {
         match stream.read(&mut chunk) {
             Ok(0) => return meter.fail("a TCP stream was closed too early"),
-            Ok(came) => meter.add(came),
+            Ok(came) => {
+                meter.add(came);
+                meter.life().beat();
+            }
+            // That nothing came is no sign of life.
             Err(error) if is_passing(&error) => {}
             Err(error) => return meter.fail(format!("a TCP stream broke: {error}")),
         }
-        meter.life().beat();
     }
 }
 
 /// Sends every byte back.
-pub(super) fn echo(mut stream: TcpStream, meter: &Meter) {
+fn echo(mut stream: TcpStream, meter: &Meter) {
     let mut bytes = [0; PING];
     while let Some(came) = take_some(&stream, &mut bytes, None, meter) {
         let Some(bytes) = bytes.get(..came) else { return };
@@ -155,6 +174,26 @@ mod tests {
             drop(one);
             let count = meter::count(into, LONG, &mut |_| {});
             assert!(count.expect_err("it broke").contains("TCP stream"));
+        });
+    }
+
+    #[test]
+    fn only_bytes_are_a_sign_of_life() {
+        let (one, other) = pair();
+        let into = &meter();
+        std::thread::scope(|scope| {
+            scope.spawn(move || run(Pump::Take, other, into));
+            // Several looks long.
+            std::thread::sleep(4 * LOOK_EVERY);
+            let silent = into.life().beats();
+            (&one).write_all(&[1; 1000]).expect("written");
+            let until = clock::now() + Duration::from_secs(5);
+            while into.life().beats() == 0 && clock::now() < until {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            into.stop();
+            assert_eq!(silent, 0);
+            assert!(into.life().beats() > 0);
         });
     }
 

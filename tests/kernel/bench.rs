@@ -1,6 +1,7 @@
 //! `warren bench`: every way gives figures, nothing stays behind, and nobody gets in without the token.
 
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -117,7 +118,10 @@ fn plausible(way: &Value, context: &str) {
             let trips = &row["round_trip_us"];
             let [p50, p99, p999] = ["p50", "p99", "p999"].map(|p| trips[p].as_f64().expect("a percentile"));
             assert!(p50 > 0.0 && p50 <= p99 && p99 <= p999, "{context}: {row:#}");
-            assert!(trips["count"].as_u64() > Some(10), "{context}: {row:#}");
+            // Behind a full queue, of a debug build on a busy machine, a round trip may take a good part of a second.
+            let under_load = row["figure"].as_str().is_some_and(|figure| figure.ends_with("under load"));
+            let least = if under_load { 1 } else { 10 };
+            assert!(trips["count"].as_u64() >= Some(least), "{context}: {row:#}");
         }
         if let Some(lost) = row["lost"].as_f64() {
             assert!((0.0..1.0).contains(&lost), "{context}: {row:#}");
@@ -134,6 +138,9 @@ fn every_way_between_two_nodes_has_figures_and_nothing_stays_behind() {
     for underlay in [Underlay::V4, Underlay::V6] {
         let lab = Lab::new(2, underlay, 1500);
         let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
+        if underlay == Underlay::V6 {
+            there.ns.run("sysctl -w net.ipv4.tcp_congestion_control=reno");
+        }
         let before = [here, there].map(|node| state(&node.ns));
         let mut serving = Serving::start(&there.ns, &[]);
         let arguments = match underlay {
@@ -147,6 +154,9 @@ fn every_way_between_two_nodes_has_figures_and_nothing_stays_behind() {
         let ways = report["ways"].as_array().expect("ways");
         let names: Vec<_> = ways.iter().map(|way| way["way"].as_str().expect("a name")).collect();
         assert_eq!(names, ["path", "wireguard", "vxlan"]);
+        let own = |ns: &Netns| ns.run("sysctl -n net.ipv4.tcp_congestion_control").trim().to_owned();
+        let controls = ["congestion", "other_congestion"].map(|key| report[key].as_str().map(str::to_owned));
+        assert_eq!(controls, [here, there].map(|node| Some(own(&node.ns))));
         for way in ways {
             assert!(way["not_measured"].is_null(), "{way:#}");
             plausible(way, &format!("{underlay:?}"));
@@ -209,31 +219,97 @@ fn a_running_agent_is_not_disturbed_and_the_mesh_is_what_path_measures() {
     mesh.exchange(0, 1);
 }
 
+/// Whichever direction of UDP a firewall closes, TCP is measured and the table says what to open.
 #[test]
 fn a_blocked_port_is_named() {
+    let path = ["--only", "path"];
+    let reverse = ["--only", "path", "--reverse"];
+    for (wall, what, words) in [(1, "dport", &[][..]), (0, "sport", &path), (0, "sport", &reverse)] {
+        let lab = Lab::two();
+        let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
+        lab.nodes[wall].ns.run_all(&format!(
+            "nft add table inet wall
+             nft add chain inet wall in {{ type filter hook input priority 0 ; }}
+             nft add rule inet wall in udp {what} {{ 5187-5189 }} drop"
+        ));
+        let serving = Serving::start(&there.ns, &[]);
+        let words = [&["--seconds", "1", "--json"][..], words].concat();
+        let output = bench(&here.ns, &[], &address(&lab, there), &serving.token, &words).output();
+        let output = output.expect("run warren bench");
+        let report = json(&output);
+        assert!(report["stopped"].is_null(), "{words:?}: {report:#}");
+        assert_eq!(output.status.code(), Some(1), "figures failed");
+        let ways = report["ways"].as_array().expect("ways");
+        let rows = ways[0]["rows"].as_array().expect("rows");
+        assert_eq!(rows.len(), FIGURES, "{words:?}: {report:#}");
+        let failed: Vec<&str> = rows.iter().filter_map(|row| row["failed"].as_str()).collect();
+        assert_eq!(failed.len(), 3, "{words:?}, UDP alone: {report:#}");
+        assert!(failed.iter().all(|reason| reason.contains("UDP port 5187")), "{failed:?}");
+        for (way, port) in ways[1..].iter().zip(["5188", "5189"]) {
+            let reason = way["not_measured"].as_str().expect("a reason");
+            assert!(reason.contains(port) && reason.contains("--port"), "{reason}");
+        }
+    }
+}
+
+/// A tunnel that cannot be made is a failure for who asked for it by name.
+#[test]
+fn a_way_that_was_named_and_not_measured_is_told_by_the_status() {
+    let lab = Lab::two();
+    let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
+    let serving = Serving::start_as(&there.ns, &POWERLESS, &[]);
+    for (only, code) in [("path", 0), ("path,vxlan", 1)] {
+        let words = ["--seconds", "1", "--streams", "1", "--only", only];
+        let output = bench(&here.ns, &[], &address(&lab, there), &serving.token, &words).output();
+        let output = output.expect("run warren bench");
+        assert_eq!(output.status.code(), Some(code), "{only}: {}", said(&output));
+    }
+}
+
+/// The network under the mesh may have nothing but link-local addresses between two nodes.
+#[test]
+fn the_path_between_link_local_addresses_is_measured() {
+    let lab = Lab::two();
+    let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
+    let shown = there.ns.run("ip -6 -o address show dev eth0 scope link");
+    let its = shown.split_whitespace().find(|word| word.starts_with("fe80:")).expect("a link-local address");
+    let its = its.split('/').next().unwrap_or(its);
+    let index = here.ns.run("cat /sys/class/net/eth0/ifindex");
+    let serving = Serving::start(&there.ns, &[]);
+    let to = format!("[{its}%{}]:5187", index.trim());
+    let words = ["--seconds", "1", "--only", "path", "--json"];
+    let output = bench(&here.ns, &[], &to, &serving.token, &words).output().expect("run warren bench");
+    assert!(output.status.success(), "{}", said(&output));
+    plausible(&json(&output)["ways"][0], "link-local");
+}
+
+/// One signal is enough, whoever is waited for.
+#[test]
+fn who_interrupts_before_anything_was_measured_need_not_wait() {
     let lab = Lab::two();
     let [here, there] = [&lab.nodes[0], &lab.nodes[1]];
     there.ns.run_all(
         "nft add table inet wall
          nft add chain inet wall in { type filter hook input priority 0 ; }
-         nft add rule inet wall in udp dport { 5187-5189 } drop",
+         nft add rule inet wall in tcp dport 1 drop",
     );
-    let serving = Serving::start(&there.ns, &[]);
-    let words = ["--seconds", "1", "--json"];
-    let output = bench(&here.ns, &[], &address(&lab, there), &serving.token, &words).output();
-    let report = json(&output.expect("run warren bench"));
-    let failed: Vec<String> = report["ways"][0]["rows"]
-        .as_array()
-        .expect("rows")
-        .iter()
-        .filter_map(|row| row["failed"].as_str().map(str::to_owned))
-        .collect();
-    assert_eq!(failed.len(), 3, "UDP alone: {report:#}");
-    assert!(failed.iter().all(|reason| reason.contains("UDP port 5187")), "{failed:?}");
-    for (way, port) in [(1, "5188"), (2, "5189")] {
-        let reason = report["ways"][way]["not_measured"].as_str().expect("a reason");
-        assert!(reason.contains(port) && reason.contains("--port"), "{reason}");
+    let outer = lab.outer(there);
+    let silent = there.ns.enter(|| TcpListener::bind((outer, 2))).expect("a port");
+    // Nothing comes back from the one, no word from the other.
+    for port in [1, 2] {
+        let mut command = bench(&here.ns, &[], &format!("{outer}:{port}"), "a-token-of-whom", &[]);
+        let mut child = command.spawn().expect("start warren bench");
+        wait_for("it has a connection to wait for", ENDED, || {
+            let sockets = here.ns.run(&format!("ss -Htan dport = :{port}"));
+            (!sockets.trim().is_empty()).then_some(())
+        });
+        interrupt(&child);
+        let at = clock::now();
+        let ended = wait_for("it ends by a signal", ENDED, || child.try_wait().expect("look"));
+        assert_eq!(ended.code(), Some(130), "port {port}");
+        assert!(clock::now() - at < Duration::from_secs(2), "port {port}");
     }
+    drop(silent);
 }
 
 /// However one side ends, the other knows it soon; and serve stays for the next one.
@@ -272,19 +348,25 @@ fn the_end_of_one_side_is_noticed_by_the_other() {
     let (mut child, _err) = begin(&["--seconds", "1", "--only", "path"]);
     let _ = child.wait();
 
-    // The cable is cut: both notice.
-    let (mut child, _err) = begin(&words);
-    there.ns.run("ip link set eth0 down");
-    let at = clock::now();
-    let ended = wait_for("it ends without the other side", ENDED, || child.try_wait().expect("look"));
-    assert!(!ended.success());
-    assert!(clock::now() - at < ENDED);
-    there.ns.run("ip link set eth0 up");
+    // The cable is cut while bytes flow, in either direction: both notice.
+    for direction in [&[][..], &["--reverse"]] {
+        let (mut child, _err) = begin(&[&words[..], direction].concat());
+        // The second figure's connection stands, and its warm-up is over.
+        std::thread::sleep(Duration::from_millis(1500));
+        there.ns.run("ip link set eth0 down");
+        let at = clock::now();
+        let ended = wait_for("it ends without the other side", ENDED, || child.try_wait().expect("look"));
+        assert!(!ended.success());
+        wait_for("serve lets go of who is lost", ENDED.saturating_sub(clock::now() - at), || {
+            there.ns.run("ss -Htn state established sport = :5187").trim().is_empty().then_some(())
+        });
+        there.ns.run("ip link set eth0 up");
+        wait_for("the way is there again", ENDED, || {
+            here.ns.attempt(&format!("ping -c 1 -W 1 {to}")).status.success().then_some(())
+        });
+    }
 
     // Serve is stopped: so is the other.
-    wait_for("the way is there again", ENDED, || {
-        here.ns.attempt(&format!("ping -c 1 -W 1 {to}")).status.success().then_some(())
-    });
     let (mut child, _err) = begin(&words);
     serving.stop();
     let ended = wait_for("it ends with the other side", ENDED, || child.try_wait().expect("look"));
