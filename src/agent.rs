@@ -308,6 +308,7 @@ async fn start(config: AgentConfig, ask: bool) -> Result<Running, AgentError> {
             tun: config.tun_name.clone(),
             keys: lane_keys,
             sockets,
+            pinned: config.pin_lanes,
             offloads,
             flows: Arc::clone(&table),
             affinity: Arc::new(affinity),

@@ -98,6 +98,8 @@ pub struct AgentConfig {
     pub vni: u32,
     /// How many lanes.
     pub lanes: u16,
+    /// Whether each keeps to one processor.
+    pub pin_lanes: bool,
     /// What is announced as endpoints instead of the Node's addresses.
     pub endpoints: Vec<SocketAddr>,
     /// Keepalive that is asked for.
@@ -294,6 +296,7 @@ impl AgentConfig {
             vxlan_port,
             vni: args.vni.unwrap_or(1),
             lanes,
+            pin_lanes: args.pin_lanes.unwrap_or(false),
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),
             keepalive: args.keepalive.unwrap_or(0),
             rotate_keys: args

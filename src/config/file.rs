@@ -145,6 +145,7 @@ pub(super) fn merge(first: AgentArgs, second: AgentArgs) -> AgentArgs {
         vxlan_port,
         vni,
         lanes,
+        pin_lanes,
         endpoint,
         keepalive,
         rotate_keys,

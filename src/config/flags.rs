@@ -149,6 +149,12 @@ pub struct AgentArgs {
     /// that this process may use, 4 at most. Firewalls must let the port of each through [default: auto]
     #[arg(long, value_name = "auto|N", env = "WARREN_LANES", help_heading = "Tunnel")]
     pub lanes: Option<LanesArg>,
+    /// Keep each lane on one processor, lane 0 on the first that this process may use. For machines with processors
+    /// set apart for it; elsewhere the kernel finds better places
+    #[arg(long, env = "WARREN_PIN_LANES", num_args = 0..=1, default_missing_value = "true",
+          require_equals = true, value_parser = BoolishValueParser::new(), value_name = "BOOL",
+          hide_possible_values = true, help_heading = "Tunnel")]
+    pub pin_lanes: Option<bool>,
     /// Where other nodes reach this one, ADDRESS or ADDRESS:PORT [default: the Node's addresses]
     #[arg(
         long,

@@ -9,7 +9,9 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwap;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::eventfd::EventFd;
+use nix::unistd::Pid;
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -53,6 +55,8 @@ pub struct FleetConfig {
     pub keys: Vec<Keys>,
     /// The lanes' sockets, as many as keys.
     pub sockets: Vec<LaneSockets>,
+    /// Whether each lane keeps to one processor.
+    pub pinned: bool,
     /// Offloads that may be used.
     pub offloads: LaneOffloads,
     /// The flow table.
@@ -195,7 +199,11 @@ impl Fleet {
         }
         for (running, (kernel, lane, orders, desk, offloads)) in fleet.lanes.iter_mut().zip(ready) {
             let (id, ended, shared) = (running.id, ended.clone(), shared.clone());
+            let pinned = config.pinned;
             let thread = std::thread::Builder::new().name(format!("lane-{}", id.0)).spawn(move || {
+                if pinned && let Err(error) = pin(usize::from(id.0)) {
+                    warn!(lane = id.0, "the lane cannot be kept on one processor: {error}");
+                }
                 let lane = LaneLoop::new(kernel, lane, shared, orders, desk, offloads);
                 if let Err(reason) = run_lane(lane) {
                     ended(id, reason);
@@ -256,6 +264,17 @@ fn open_kernel(
     queues: &Arc<TunQueues>,
 ) -> Result<(Linux, LaneOffloads), FleetError> {
     let LaneSockets { wireguard, vxlan, vxlan_sources } = sockets;
+    if let Some([receive, send]) = wireguard.small_buffers().filter(|_| id == LaneId(0)) {
+        warn!(
+            receive,
+            send,
+            "the kernel gives the tunnel's sockets smaller buffers than they need to be fast: give the agent the \
+             capability CAP_NET_ADMIN in the node's own user namespace, or raise net.core.rmem_max to {} and \
+             net.core.wmem_max to {}",
+            udp::RECEIVE_BYTES,
+            udp::SEND_BYTES
+        );
+    }
     let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
     let tun = Arc::new(TunQueue::open(&config.tun, wanted)?);
     queues.set(id.0, Arc::clone(&tun));
@@ -283,6 +302,16 @@ fn open_kernel(
         sender: udp::Sender::default(),
     };
     Ok((kernel, offloads))
+}
+
+/// Keeps this thread on one of the processors that it may use: the `number`-th, counting round.
+fn pin(number: usize) -> nix::Result<()> {
+    let this = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this)?;
+    let usable: Vec<usize> = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu) == Ok(true)).collect();
+    let mut one = CpuSet::new();
+    one.set(*usable.get(number % usable.len().max(1)).ok_or(nix::errno::Errno::EINVAL)?)?;
+    sched_setaffinity(this, &one)
 }
 
 /// Runs a lane to its end; a panic is a reason like any other.

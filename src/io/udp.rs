@@ -17,10 +17,10 @@ pub const SLOTS: usize = 8;
 /// Messages sent in one call.
 const SEND_MESSAGES: usize = 64;
 /// Receive buffer: 208 KiB, the usual default, costs 30 to 40 % of throughput.
-const RECEIVE_BYTES: usize = 8 << 20;
+pub(super) const RECEIVE_BYTES: usize = 8 << 20;
 /// Send buffer, which the kernel doubles for its own overhead: room for one batch (1 MiB) while the last one
 /// leaves. What does not fit stays in front of the lane, where it can be dropped.
-const SEND_BYTES: usize = 1 << 20;
+pub(super) const SEND_BYTES: usize = 1 << 20;
 /// include/uapi/linux/udp.h
 const UDP_SEGMENT: libc::c_int = 103;
 const UDP_GRO: libc::c_int = 104;
@@ -127,6 +127,14 @@ impl UdpSocket {
     /// The port it is bound to.
     pub fn port(&self) -> u16 {
         self.socket.local_addr().ok().and_then(|a| a.as_socket()).map_or(0, |a| a.port())
+    }
+
+    /// What the kernel takes of its receive and its send buffer for less than was asked for, in bytes: it counts
+    /// twice what it was asked for (socket(7)). `None` where both are as large as meant.
+    pub fn small_buffers(&self) -> Option<[usize; 2]> {
+        let [receive, send] = [self.socket.recv_buffer_size(), self.socket.send_buffer_size()];
+        let [receive, send] = [receive.unwrap_or(0), send.unwrap_or(0)];
+        (receive < 2 * RECEIVE_BYTES || send < 2 * SEND_BYTES).then_some([receive / 2, send / 2])
     }
 
     /// Whether the kernel joins datagrams for us.

@@ -207,6 +207,7 @@ impl Draft {
             tun: TUN.to_owned(),
             keys: vec![Keys { current: secret, also: None }],
             sockets,
+            pinned: false,
             offloads: LaneOffloads::default(),
             flows: Arc::new(table),
             affinity: Arc::new(Affinity::in_memory(CLIENTS)),

@@ -1,6 +1,6 @@
 //! Warren with Warren: every encapsulation, both underlay families, lanes, offloads on and off.
 
-use crate::lab::agent::Mesh;
+use crate::lab::agent::{Agent, Mesh};
 use crate::lab::probe::{Meter, traceroute};
 use crate::lab::{Lab, Underlay};
 
@@ -136,4 +136,28 @@ fn with_and_without_br_netfilter() {
         }
         Mesh::start(lab, &["--encap", "wireguard"]).exchange(0, 1);
     }
+}
+
+#[test]
+fn lanes_have_large_buffers_and_keep_to_a_processor_if_told() {
+    let lab = Lab::two().with_pods();
+    lab.write_nodes();
+    let agent = Agent::start(&lab, &lab.nodes[0], &["--lanes", "2", "--pin-lanes"]);
+    // The kernel counts double: 8 MiB to receive, 1 MiB to send.
+    let sockets = lab.nodes[0].ns.run("ss -uanm sport = :51821");
+    assert!(sockets.contains("rb16777216") && sockets.contains("tb2097152"), "{sockets}");
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut processors = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{}/task", agent.pid())).expect("the agent's threads") {
+        let task = task.expect("a thread").path();
+        let name = std::fs::read_to_string(task.join("comm")).expect("its name");
+        let status = std::fs::read_to_string(task.join("status")).expect("its status");
+        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        if name.starts_with("lane-") {
+            processors.push(list.expect("its processors").trim().to_owned());
+        }
+    }
+    assert_eq!(processors.len(), 2, "{processors:?}");
+    assert!(processors.iter().all(|list| list.parse::<usize>().is_ok()), "one each: {processors:?}");
+    assert!(allowed == 1 || processors[0] != processors[1], "{processors:?}");
 }
