@@ -76,6 +76,18 @@ impl Mode {
     }
 }
 
+/// Without the matches that count in an object of kube-proxy's own, which would have to be there; and without dates.
+fn without_counters(rules: &str) -> String {
+    let kept = rules.lines().filter(|line| !line.starts_with("# ") || format!("{line}\n") == NEXT_FAMILY);
+    let bare = kept.map(|line| match line.split_once(" -m nfacct --nfacct-name ") {
+        Some((before, after)) => {
+            format!("{before} {}\n", after.trim_start().split_once(' ').map_or("", |(_, rest)| rest))
+        }
+        None => format!("{line}\n"),
+    });
+    bare.collect()
+}
+
 fn sh(ns: &Netns, script: &str) -> String {
     let output = ns.command("sh").args(["-c", script]).output().expect("start sh");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -158,9 +170,9 @@ fn kube_proxy_writes_its_rules() {
             let rules = String::from_utf8_lossy(&output.stdout).into_owned();
             endpoints.iter().all(|endpoint| rules.contains(&led(endpoint))).then_some(rules)
         });
-        let file = match mode {
-            Mode::Nftables => format!("{FILES}.nft"),
-            Mode::Iptables => format!("{FILES}.iptables"),
+        let (file, written) = match mode {
+            Mode::Nftables => (format!("{FILES}.nft"), written),
+            Mode::Iptables => (format!("{FILES}.iptables"), without_counters(&written)),
         };
         std::fs::write(file, written.replace(&lab.outer(node).to_string(), "NODE")).expect("write it down");
     }
