@@ -157,7 +157,9 @@ fn compare(counts: &BTreeMap<String, u64>) -> ExitCode {
     }
     println!("allowed: {allowed} % more");
     // Whatever the processor: both are counted here and now.
-    for (plain, service) in pairs(counts) {
+    let pairs = pairs(counts);
+    assert!(!pairs.is_empty(), "no burst through a Service was counted");
+    for (plain, service) in pairs {
         let more = (counts[&service] as f64 / counts[&plain] as f64 - 1.0) * 100.0;
         println!("{service}: {more:+.2} % to {plain}, allowed {SERVICE_MORE} %");
         if more > SERVICE_MORE {

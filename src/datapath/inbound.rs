@@ -206,6 +206,12 @@ impl Lane {
         let memory = &Memory { receive, plain: &mut out.plain };
         let joined = out.tun.push_tagged(inner.region, inner.offset as u32, headers, memory, tag)?;
         out.plain_used += used;
+        if tag == OWN
+            && !joined
+            && let Some(queue) = self.queue(inner.peer, headers)
+        {
+            out.tun.lead(out.tun.count() - 1, queue);
+        }
         self.count_received(now, inner.peer, headers.total_len);
         // The head of a frame is tracked with the frame; what opens or ends a connection may stand behind it.
         if joined {

@@ -285,13 +285,17 @@ impl Lane {
     pub fn take_parcel(&mut self, now: Instant, snapshot: &Snapshot, parcel: &Parcel, out: &mut Output) {
         self.follow(&snapshot.mesh);
         let peer = snapshot.mesh.peer(parcel.peer);
-        let peer = peer.filter(|peer| peer.lanes.first().is_some_and(|lane| lane.key == parcel.key));
-        let result = match peer {
-            Some(peer) => self.seal_for_wireguard(now, peer, parcel, out),
-            None => Err(DropReason::NoRoute),
+        let is_right = |peer: &&Arc<Peer>| {
+            peer.encap == Some(Encap::WireGuard)
+                && peer.lanes.first().is_some_and(|lane| lane.key == parcel.key)
         };
-        if let Err(reason) = result {
-            self.counters.count_drop(reason);
+        match peer.filter(is_right) {
+            Some(peer) => {
+                if let Err(reason) = self.seal_for_wireguard(now, peer, parcel, out) {
+                    self.counters.count_drop(reason);
+                }
+            }
+            None => self.counters.count_drops(DropReason::NoRoute, parcel.packets()),
         }
         self.count_waited(now);
     }

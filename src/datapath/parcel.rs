@@ -9,8 +9,9 @@ use crate::packet::DropReason;
 use crate::snapshot::{Peer, PeerId, PublicKey};
 use crate::tunnel::Segments;
 
-/// Parcels that may wait in one lane's output: more than the smallest pieces of one packet.
-const MOST: usize = 256;
+/// Parcels that may wait in one lane's output, and bytes of one: more than one turn of the lane makes.
+const MOST: usize = 64;
+const BYTES: usize = 64 << 10;
 
 /// Packets to one peer, whole and ready to be sealed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,16 +26,14 @@ pub struct Parcel {
 }
 
 impl Parcel {
-    fn of(peer: &Peer, key: PublicKey, packets: &impl Segments) -> Parcel {
-        let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(packets.count()));
+    fn add(&mut self, packets: &impl Segments) {
         for index in 0..packets.count() {
-            let start = bytes.len();
-            bytes.resize(start + packets.len(index), 0);
-            let len = packets.write(index, &mut bytes[start..]);
-            bytes.truncate(start + len);
-            ends.push(bytes.len());
+            let start = self.bytes.len();
+            self.bytes.resize(start + packets.len(index), 0);
+            let len = packets.write(index, &mut self.bytes[start..]);
+            self.bytes.truncate(start + len);
+            self.ends.push(self.bytes.len());
         }
-        Parcel { peer: peer.id, key, bytes, ends }
     }
 
     /// How many packets are in it.
@@ -66,10 +65,20 @@ impl Segments for Parcel {
 
 /// Puts packets aside for lane 0.
 pub(super) fn put(parcels: &mut Vec<Parcel>, peer: &Peer, packets: &impl Segments) -> Result<(), DropReason> {
-    let first = peer.lanes.first().ok_or(DropReason::NoEndpoint)?;
+    let key = peer.lanes.first().ok_or(DropReason::NoEndpoint)?.key;
+    // Fragments come one by one.
+    let open = parcels.last_mut();
+    if let Some(last) =
+        open.filter(|last| (last.peer, last.key) == (peer.id, key) && last.bytes.len() < BYTES)
+    {
+        last.add(packets);
+        return Ok(());
+    }
     if parcels.len() >= MOST {
         return Err(DropReason::HandOver);
     }
-    parcels.push(Parcel::of(peer, first.key, packets));
+    let mut parcel = Parcel { peer: peer.id, key, bytes: Vec::new(), ends: Vec::new() };
+    parcel.add(packets);
+    parcels.push(parcel);
     Ok(())
 }

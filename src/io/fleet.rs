@@ -30,8 +30,8 @@ use crate::tunnel::wireguard::Keys;
 const VXLAN_SOURCES: u8 = 4;
 /// Commands that may wait for a lane.
 const COMMANDS: usize = 64;
-/// Parcels that may wait for lane 0: at most 16 MiB.
-const PARCELS: usize = 256;
+/// Parcels that may wait for lane 0, each of up to 128 KiB.
+const PARCELS: usize = 128;
 
 /// Why the lanes cannot be started.
 #[derive(Debug, Error)]

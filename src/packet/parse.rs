@@ -216,8 +216,10 @@ impl Headers {
     /// that share a lane gets no more than that lane.
     pub fn flow_number(&self) -> u32 {
         let (first, second) = match (self.fragment, self.l4) {
-            (Fragment::First { .. } | Fragment::Later { .. }, _) => (0, 0),
-            (Fragment::None, L4::Icmp { id, .. }) => (id, id),
+            // As the kernel, which leads what is sent the other way, tells flows apart.
+            (Fragment::First { .. } | Fragment::Later { .. }, _) | (Fragment::None, L4::Icmp { .. }) => {
+                (0, 0)
+            }
             (Fragment::None, _) => self.ports().unwrap_or((0, 0)),
         };
         let fold = |address: IpAddr| match address {

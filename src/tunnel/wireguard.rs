@@ -578,7 +578,10 @@ impl WireGuard {
         for index in 0..self.sessions.len() {
             let Some(session) = self.sessions[index].as_mut() else { continue };
             let peer = mesh.peer(session.peer);
-            let kept = peer.filter(|peer| has_key(peer, session.lane, &session.key));
+            // An ordinary peer knows lane 0's key alone, whatever it was before.
+            let kept = peer
+                .filter(|peer| has_key(peer, session.lane, &session.key))
+                .filter(|peer| !peer.ordinary || self.lane == LaneId(0));
             match kept {
                 Some(peer) => {
                     session.keepalive = keepalive(peer);

@@ -73,6 +73,7 @@ fn while_offloads_change(encap: &str) {
                 }
             });
         }
+        let _end = Ends(&going);
         for turn in 0..TURNS {
             std::thread::sleep(TURN);
             let to = if turn % 2 == 0 { "off" } else { "on" };
@@ -85,8 +86,16 @@ fn while_offloads_change(encap: &str) {
                 assert!(state.contains(&format!("tx-udp-segmentation: {to}")), "{state}");
             }
         }
-        going.store(false, Ordering::Relaxed);
     });
+}
+
+/// Also when a change is refused: transfers that nobody ends would go on for ever.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
 }
 
 fn through_trouble(encap: &str, lanes: &str) {

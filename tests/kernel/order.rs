@@ -59,6 +59,7 @@ fn keeps_order(encap: &str, lanes: [&str; 2]) {
     let stop = AtomicBool::new(false);
     let received = AtomicU64::new(0);
     let swapped: u64 = std::thread::scope(|scope| {
+        let _end = Ends(&stop);
         for side in [0, 1] {
             let (ends, stop) = (&ends, &stop);
             scope.spawn(move || send(ends.iter().map(|pair| &pair[side]), stop));
@@ -150,9 +151,19 @@ fn send<'a>(flows: impl Iterator<Item = &'a UdpSocket>, stop: &AtomicBool) {
     }
 }
 
+/// Whatever ends ends all: senders that nobody stops would never.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Counts datagrams that came after a later one of their flow, or twice, until all flows together have the bytes.
 fn out_of_order(socket: &UdpSocket, stop: &AtomicBool, received: &AtomicU64, wanted: u64) -> u64 {
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    let _end = Ends(stop);
     let (mut last, mut swapped) = (0, 0);
     let mut bytes = [0; PAYLOAD + 1];
     while !stop.load(Ordering::Relaxed) {

@@ -544,7 +544,12 @@ impl World {
         }
         self.transmit(id, lane);
         for parcel in std::mem::take(&mut self.out.parcels) {
-            self.drive(id, 0, |lane, now, snapshot, _, out| lane.take_parcel(now, snapshot, &parcel, out));
+            let mut take =
+                |lane: &mut Lane, now: Instant, snapshot: &Snapshot, _: &mut [u8], out: &mut Output| {
+                    lane.take_parcel(now, snapshot, &parcel, out);
+                };
+            // Of one type, however often: what drives itself must not be another function each time.
+            self.drive(id, 0, &mut take as &mut Act<'_>);
         }
     }
 
@@ -624,6 +629,9 @@ impl World {
         shown.collect::<Vec<_>>().join(", ")
     }
 }
+
+/// What a lane is made to do.
+type Act<'a> = dyn FnMut(&mut Lane, Instant, &Snapshot, &mut [u8], &mut Output) + 'a;
 
 /// Takes the frames out of a batch, cut apart again where they were joined.
 fn frames(receive: &mut [u8], out: &mut Output) -> Vec<Vec<u8>> {

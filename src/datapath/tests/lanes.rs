@@ -51,9 +51,11 @@ fn what_an_ordinary_peer_is_sent_goes_by_lane_0() {
 
     // Meanwhile the number is another node's.
     let mut late = on_lane(0, 3, false);
-    late.lane.take_parcel(late.now, &late.snapshot, &parcels[0], &mut late.out);
+    read(&mut other, &packet);
+    read(&mut other, &packet);
+    late.lane.take_parcel(late.now, &late.snapshot, &other.out.parcels[0], &mut late.out);
     assert!(late.out.tx.runs().is_empty());
-    assert_eq!(late.drops(), [DropReason::NoRoute]);
+    assert_eq!(late.lane.counters.dropped(DropReason::NoRoute), 2);
 }
 
 #[test]
@@ -62,9 +64,45 @@ fn parcels_are_bounded_and_what_is_too_much_is_counted() {
     for _ in 0..1000 {
         read(&mut world, &udp(OURS, PEERS[0], 64));
     }
-    assert!(world.out.parcels.len() < 1000);
+    // Small ones share a parcel.
+    assert_eq!(world.out.parcels.len(), 2);
+    let large = {
+        let mut packet = Vec::new();
+        let builder = etherparse::PacketBuilder::ipv4(OURS, PEERS[0], 64).udp(1000, 2000);
+        builder.write(&mut packet, &[7; 1300]).expect("a packet");
+        packet
+    };
+    for _ in 0..10_000 {
+        read(&mut world, &large);
+    }
+    let kept: usize = world.out.parcels.iter().map(Parcel::packets).sum();
     let dropped = world.lane.counters.dropped(DropReason::HandOver);
-    assert_eq!(world.out.parcels.len() as u64 + dropped, 1000);
+    assert!(dropped > 0);
+    assert_eq!(kept as u64 + dropped, 11_000);
+}
+
+#[test]
+fn pings_and_fragments_have_one_lane_too() {
+    for v6 in [false, true] {
+        let mut seen = Vec::new();
+        for id in 0..3 {
+            let mut world = on_lane(id, 3, false);
+            let mesh = Arc::get_mut(&mut world.snapshot.mesh).expect("nobody has it yet");
+            mesh.routes.insert("fd00:0:0:9::/64".parse().expect("range"), Owner::LocalPod);
+            mesh.routes.insert("fd00::/64".parse().expect("range"), Owner::PeerPod(PeerId(0)));
+            seen.push(queues_of(&mut world, &echo(v6, 7, true)));
+            if !v6 {
+                let mut first = udp(PEERS[0], OURS, 64);
+                // More fragments follow; then the header's checksum again.
+                first[6] = 0x20;
+                first[10..12].fill(0);
+                let sum = crate::packet::checksum::checksum(&first[..20]);
+                first[10..12].copy_from_slice(&sum.to_be_bytes());
+                seen.push(queues_of(&mut world, &first));
+            }
+        }
+        assert!(seen.iter().all(|queues| *queues == seen[0] && queues[0].is_some()), "{v6}: {seen:?}");
+    }
 }
 
 /// The queues that packets of these ports are written to, by the lane that happens to receive them.
@@ -74,17 +112,22 @@ fn queues(id: u8, lanes: u8, ports: std::ops::Range<u16>) -> Vec<Option<u8>> {
         let mut packet = Vec::new();
         let builder = etherparse::PacketBuilder::ipv4(PEERS[0], OURS, 64).udp(port, 2000);
         builder.write(&mut packet, b"data").expect("a packet");
-        let mut receive = [&vxlan::header(1, OUR_MAC, mac(0), false)[..], &packet].concat();
-        let (from, len) = (SocketAddr::new(outer(0), 8472), receive.len());
-        let arrival = Arrival { encap: Encap::Vxlan, from, offset: 0, len, stride: len };
-        world.lane.handle_udp(world.now, &world.snapshot, arrival, &mut receive, &mut world.out);
-        world.lane.finish_tun(world.now, &mut receive, &mut world.out);
-        let queues: Vec<Option<u8>> = world.out.tun.frames().map(|frame| frame.queue).collect();
-        world.out.clear_tun();
-        assert_eq!(queues.len(), 1);
-        queues[0]
+        queues_of(&mut world, &packet)[0]
     };
     ports.map(&mut queue).collect()
+}
+
+/// The queue that one packet of peer 0 is written to.
+fn queues_of(world: &mut World, packet: &[u8]) -> Vec<Option<u8>> {
+    let mut receive = [&vxlan::header(1, OUR_MAC, mac(0), packet[0] >> 4 == 6)[..], packet].concat();
+    let (from, len) = (SocketAddr::new(outer(0), 8472), receive.len());
+    let arrival = Arrival { encap: Encap::Vxlan, from, offset: 0, len, stride: len };
+    world.lane.handle_udp(world.now, &world.snapshot, arrival, &mut receive, &mut world.out);
+    world.lane.finish_tun(world.now, &mut receive, &mut world.out);
+    let queues: Vec<Option<u8>> = world.out.tun.frames().map(|frame| frame.queue).collect();
+    world.out.clear_tun();
+    assert_eq!(queues.len(), 1);
+    queues
 }
 
 #[test]

@@ -142,10 +142,12 @@ pub(super) struct Fullness {
 }
 
 impl Fullness {
-    /// `None` where there is no such table.
+    /// `None` where there is no such table, or nothing that could fill it.
     pub(super) fn read() -> Option<Fullness> {
         const COUNT: &str = "net/netfilter/nf_conntrack_count";
-        Some(Fullness { count: number(COUNT)?, max: number(CONNTRACK_MAX)? })
+        let fullness = Fullness { count: number(COUNT)?, max: number(CONNTRACK_MAX)? };
+        // 0 is no limit.
+        Some(fullness).filter(|fullness| fullness.max > 0)
     }
 
     /// Whether it is so full that what needs no place should have none.

@@ -25,7 +25,7 @@ const POLL: Duration = Duration::from_secs(1);
 /// quarter of the smallest between two looks, and no loop takes 300,000 flows a second.
 const PRESSURE: Duration = Duration::from_millis(100);
 /// The same while three quarters of it are free.
-const NO_PRESSURE: Duration = Duration::from_millis(500);
+const NO_PRESSURE: Duration = Duration::from_millis(300);
 /// Above this many routes (a large cluster, a node that speaks BGP) listing them all costs too much for every
 /// look; then a notification about a route of ours or in the place of one, or every tenth look, decides.
 const MANY_ROUTES: usize = 200;
@@ -66,14 +66,16 @@ impl HostNetwork {
         let mut quiet = Quiet::default();
         let mut ticks = 0_u32;
         let mut burst = None;
+        // What is due stays so until a look has come to its end.
+        let mut look_at_routes = true;
         loop {
-            let (mut look_at_routes, mut asked) = (false, false);
+            let (due, mut asked) = (look_at_routes, false);
             tokio::select! {
                 changed = config.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    (look_at_routes, asked) = (true, true);
+                    asked = true;
                 }
                 kind = notifications.next(), if burst.is_none() => {
                     burst = Some((kind, Box::pin(tokio::time::sleep(SETTLE))));
@@ -108,15 +110,20 @@ impl HostNetwork {
                 }
                 () = events.closed() => return Ok(()),
             }
+            // A change may have come together with something else.
+            asked |= config.has_changed().unwrap_or(false);
             let wanted = config.borrow_and_update().clone();
             if asked {
                 notifications.places = places(&wanted);
+                look_at_routes = true;
             }
             // Services come and go all the time: where it is only that, nothing else waits to be looked at.
             if self.change_elements(&wanted).await && asked {
+                look_at_routes = due;
                 continue;
             }
             let outcome = self.reconcile(&wanted, look_at_routes).await;
+            look_at_routes &= outcome.is_err();
             let event = match quiet.event(outcome) {
                 Some(HostEvent::Repaired(report)) if asked => HostEvent::Changed(report),
                 Some(event) => event,
