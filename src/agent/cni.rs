@@ -163,6 +163,7 @@ impl Cni {
                 tun: config.tun_name.clone(),
                 netlink,
                 handle,
+                bridge: None,
                 asked: BTreeMap::new(),
                 said: BTreeSet::new(),
             };
@@ -277,6 +278,8 @@ struct Keeper {
     node: String,
     netlink: rtnetlink::Handle,
     handle: Handle,
+    /// The bridge whose address we have fixed.
+    bridge: Option<u32>,
     /// What each plugin speaks, as long as its file stays the same.
     asked: BTreeMap<&'static str, (FileId, Spoken)>,
     said: BTreeSet<String>,
@@ -343,7 +346,7 @@ impl Keeper {
             Verdict::Own => {
                 let text = self.own_list(&files, &pods, &run_dir).await?;
                 // The list last: once it is there pods come.
-                bridge::make(&self.netlink, &self.node).await?;
+                bridge::make(&self.netlink, &self.node, &mut self.bridge).await?;
                 self.write(&files, own, text, None).await
             }
             Verdict::Wrap(file) => {

@@ -91,6 +91,44 @@ fn the_list_follows_the_node_and_goes_with_a_cleanup() {
     assert!(cleanup(&lab, node).contains("nothing of Warren's was found"));
 }
 
+/// To set a bridge's address, be it to what it is, takes every neighbour off it.
+#[test]
+fn a_bridge_that_is_right_is_not_touched() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let _agent = runtime.agent(&lab, &[]);
+    runtime.configured();
+    // The agent looks every few seconds, at the bridge before it writes the list.
+    let look = || {
+        fs::remove_file(runtime.conf.join(OWN)).expect("remove the list");
+        runtime.configured();
+    };
+    let introduce = || {
+        node.ns.run("ip neigh replace 10.244.1.99 lladdr 02:00:00:00:00:99 dev warren-br0 nud permanent");
+    };
+    let is_known = || node.ns.run("ip neigh show dev warren-br0 nud permanent").contains("10.244.1.99");
+    introduce();
+    look();
+    assert!(is_known(), "a look costs no neighbours");
+    node.ns.run("ip link set warren-br0 down");
+    look();
+    assert_eq!(node.ns.run("ip link show dev warren-br0 up"), "", "somebody took it down");
+    // One that is not of our making: its address is fixed, once.
+    let set = || node.ns.run("cat /sys/class/net/warren-br0/addr_assign_type").trim() == "3";
+    node.ns.run_all(
+        "ip link delete warren-br0
+         ip link add warren-br0 type bridge
+         ip link set warren-br0 up",
+    );
+    assert!(!set());
+    look();
+    assert!(set(), "its address does not follow the pods' interfaces");
+    introduce();
+    look();
+    assert!(is_known(), "and is not set again");
+}
+
 #[test]
 fn a_list_of_others_gets_one_entry_and_comes_back_as_it_was() {
     let lab = lab();
