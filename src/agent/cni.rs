@@ -380,9 +380,11 @@ impl Keeper {
                 missing.join(", ")
             ));
         }
-        if !files.iter().any(|file| file.name == name && conflist::is_own_network(file)) {
+        let present = files.iter().find(|file| file.name == name && conflist::is_own_network(file));
+        if present.is_none() {
             self.nobody_else_has_pods(&pods.ranges)?;
         }
+        let present = present.and_then(conflist::version_of);
         let mut extras = Vec::new();
         for (plugin, loss) in WELCOME {
             if plugins::is_installed(&bin, plugin) {
@@ -396,7 +398,7 @@ impl Keeper {
         }
         let mut spoken = Vec::new();
         for plugin in NEEDED.into_iter().filter(|plugin| *plugin != PLUGIN).chain(extras.iter().copied()) {
-            spoken.push((plugin, self.ask(plugin).await));
+            spoken.push((plugin, self.ask(plugin, present).await));
         }
         let all = |version: &SpecVersion| spoken.iter().all(|(_, spoken)| spoken.has(*version));
         let Some(version) = SpecVersion::ALL.into_iter().rev().find(all) else {
@@ -431,7 +433,8 @@ impl Keeper {
         }
     }
 
-    async fn ask(&mut self, plugin: &'static str) -> Spoken {
+    /// What it speaks. One that does not answer this time is taken to speak what the list that is there is written in.
+    async fn ask(&mut self, plugin: &'static str, present: Option<SpecVersion>) -> Spoken {
         let id = fs::metadata(self.config.bin_dir.join(plugin)).map_or((0, 0, 0, 0, 0), |file| {
             (file.dev(), file.ino(), file.size(), file.ctime(), file.ctime_nsec())
         });
@@ -440,7 +443,17 @@ impl Keeper {
         {
             return spoken.clone();
         }
-        let spoken = plugins::ask(&self.config.bin_dir, plugin).await;
+        let spoken = match plugins::ask(&self.config.bin_dir, plugin).await {
+            Ok(spoken) => spoken,
+            Err(why) => {
+                let version = present.unwrap_or(plugins::ASSUMED);
+                self.say(format!(
+                    "the CNI plugin {plugin} did not say which versions of CNI it speaks ({why}): it is asked again, \
+                     and until then {version} is assumed"
+                ));
+                return Spoken::Assumed(version, why);
+            }
+        };
         if let Spoken::Assumed(version, why) = &spoken {
             self.say(format!(
                 "which versions of CNI the plugin {plugin} speaks cannot be asked ({why}); {version} is assumed, which \

@@ -1,6 +1,7 @@
 //! The folder of configurations: what the agent writes, what it leaves alone, and that it takes all of it back.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -196,6 +197,34 @@ fn other_networks_are_left_alone_and_named() {
     assert_eq!(names(&runtime.conf), [""; 0]);
     node.ns.run("ip link delete cni0");
     runtime.configured();
+}
+
+#[test]
+fn the_list_is_of_the_newest_version_that_all_speak() {
+    let lab = lab();
+    let runtime = Runtime::new(&lab, &lab.nodes[0]);
+    let agent = runtime.agent(&lab, &[]);
+    let version = |list: &Value| list["cniVersion"].as_str().map(str::to_owned);
+    assert_eq!(version(&runtime.configured()).as_deref(), Some("1.1.0"));
+    let real = fs::read_link(runtime.bin.join("portmap")).expect("a plugin is a link here");
+    let replace = |text: &str| {
+        let draft = runtime.scratch("portmap", &format!("#!/bin/sh\n{text}\n"));
+        fs::set_permissions(&draft, fs::Permissions::from_mode(0o755)).expect("make it a program");
+        fs::rename(draft, runtime.bin.join("portmap")).expect("replace the plugin");
+    };
+    replace(r#"echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}'"#);
+    runtime.wait_for_file(OWN, |list| version(list).as_deref() == Some("1.0.0"));
+    // One that says nothing, this time: the list that pods were added with stays.
+    replace("kill -KILL $$");
+    log_says(&agent, "the CNI plugin portmap did not say which versions of CNI it speaks");
+    let mtu = |list: &Value| list["plugins"][0]["mtu"].as_u64();
+    runtime.node.ns.run("ip link set eth0 mtu 1400");
+    let list = runtime.wait_for_file(OWN, |list| mtu(list) < Some(1400));
+    assert_eq!(version(&list).as_deref(), Some("1.0.0"));
+    // And it is asked again.
+    fs::remove_file(runtime.bin.join("portmap")).expect("remove it");
+    symlink(real, runtime.bin.join("portmap")).expect("put the real one back");
+    runtime.wait_for_file(OWN, |list| version(list).as_deref() == Some("1.1.0"));
 }
 
 #[test]
