@@ -69,7 +69,9 @@ pub async fn ask(folder: &Path, plugin: &str) -> Result<Spoken, String> {
 
 /// What lies in the file, and not in what the machine has left at the moment (execve(2)).
 fn is_lasting(error: &io::Error) -> bool {
-    error.raw_os_error().is_some_and(|code| [libc::ENOEXEC, libc::EACCES, libc::EPERM, libc::EINVAL].contains(&code))
+    error
+        .raw_os_error()
+        .is_some_and(|code| [libc::ENOEXEC, libc::EACCES, libc::EPERM, libc::EINVAL].contains(&code))
 }
 
 async fn run(program: &Path, folder: &Path) -> io::Result<(ExitStatus, Vec<u8>)> {
