@@ -241,6 +241,27 @@ async fn a_server_that_ends_every_watch_is_not_asked_all_the_time() {
 }
 
 #[tokio::test]
+async fn a_kind_that_was_there_and_is_not_found_is_not_gone() {
+    let fake = Fake::start(&NAMES, Manners::default()).await;
+    let cidr = |name: &str| json!({"metadata": {"name": name}, "spec": {"cidrs": ["10.96.0.0/16"]}});
+    fake.put("servicecidrs", cidr("kubernetes"));
+    let mut heard = Heard::listen(fake.access());
+    heard.until("the first list", |heard| heard.has(Kind::ServiceCidr, &["kubernetes"])).await;
+    fake.manners(|manners| {
+        manners.absent.insert("servicecidrs".to_owned());
+    });
+    fake.cut();
+    heard.until("that it is not found", |heard| heard.wrong().contains("servicecidrs")).await;
+    assert!(heard.has(Kind::ServiceCidr, &["kubernetes"]));
+    fake.manners(|manners| manners.absent.clear());
+    fake.put("servicecidrs", cidr("more"));
+    let both = ["kubernetes", "more"];
+    heard
+        .until("that it is there", |heard| heard.has(Kind::ServiceCidr, &both) && heard.wrong().is_empty())
+        .await;
+}
+
+#[tokio::test]
 async fn a_connection_that_says_nothing_is_noticed() {
     let fake = Fake::start(&NAMES, Manners::default()).await;
     fake.put("nodes", node("a", "10.1.0.0/24"));
