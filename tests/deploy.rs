@@ -305,7 +305,8 @@ fn a_program_that_is_too_large_to_be_shipped_is_refused() {
     fs::write(&program, elf(62)).unwrap();
     fs::File::options().write(true).open(&program).unwrap().set_len(20_000_001).unwrap();
     let output = folder.path().join("image.tar");
-    let done = Command::new("deploy/build-image").arg(&program).arg("--output").arg(&output).output().unwrap();
+    let done =
+        Command::new("deploy/build-image").arg(&program).arg("--output").arg(&output).output().unwrap();
     assert!(!done.status.success() && text(&done).contains("20000001 bytes"), "{}", text(&done));
     assert!(!output.exists());
 }
