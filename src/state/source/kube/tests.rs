@@ -468,6 +468,49 @@ async fn a_server_that_answers_tls_and_nothing_else_is_left_for_the_next() {
     }
 }
 
+/// Without an address that somebody gave: the kubelet's, those of last time, and the Service at last.
+#[tokio::test]
+async fn a_pod_asks_first_who_needs_no_data_path_and_comes_back_to_it() {
+    let kubelets = Fake::start(&NAMES, Manners::default()).await;
+    let saved = Fake::start_beside(&kubelets, &NAMES, Manners::default()).await;
+    let service = Fake::start_beside(&kubelets, &NAMES, Manners::default()).await;
+    let mut seen = slice("kubernetes", &["127.0.0.1"]);
+    seen["ports"][0]["port"] = json!(saved.address.port());
+    // Each counts changes for itself: the later it is asked, the later are its own.
+    for (fake, name, times) in [(&kubelets, "k", 1), (&saved, "s", 20), (&service, "v", 40)] {
+        fake.put("endpointslices", seen.clone());
+        (0..times).for_each(|_| fake.put("nodes", node(name, "10.1.0.0/24")));
+    }
+    let path = kubelets.path("kubelet.conf");
+    let kubeconfig = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts:\n- name: c\n  context: {{cluster: k, user: u}}\n\
+         clusters:\n- name: k\n  cluster: {{server: 'https://{}', certificate-authority: ca.crt}}\n\
+         users:\n- name: u\n  user: {{token: none}}\n",
+        kubelets.address
+    );
+    std::fs::write(&path, kubeconfig).unwrap();
+    let at = format!("https://{}", service.address).parse().unwrap();
+    let access =
+        AccessSettings { servers: Vec::new(), kubelet: vec![path], service: Some(at), ..kubelets.access() };
+    let mut heard = Heard::listen(access);
+    heard.until("the kubelet's", |heard| heard.has(Kind::Node, &["k"])).await;
+    heard.until("the slice", |heard| heard.has(Kind::EndpointSlice, &["kubernetes"])).await;
+    until("the file", || kubelets.saved().exists()).await;
+    let fails = |fake: &Fake| {
+        fake.manners(|manners| manners.failing = Some(503));
+        fake.cut();
+    };
+    fails(&kubelets);
+    heard.until("that of last time", |heard| heard.names(Kind::Node).contains(&"s")).await;
+    assert_eq!(service.requests(), [""; 0], "one that needs no data path answers");
+    fails(&saved);
+    heard.until("the Service", |heard| heard.names(Kind::Node).contains(&"v")).await;
+    kubelets.manners(|manners| manners.failing = None);
+    (0..80).for_each(|_| kubelets.put("nodes", node("again", "10.2.0.0/24")));
+    fails(&service);
+    heard.until("the kubelet's again", |heard| heard.names(Kind::Node).contains(&"again")).await;
+}
+
 #[tokio::test]
 async fn a_client_certificate_that_was_replaced_is_read_again() {
     for http1_only in [false, true] {
