@@ -128,16 +128,15 @@ pub fn cleanup(config: &AgentConfig) -> Result<Cleaned, AgentError> {
         false => None,
     };
     let saved = host_state(config);
-    let (mut removed, lists, bridge) = runtime.block_on(async {
+    let (cni::Taken { mut removed, mut kept }, lists, bridge) = runtime.block_on(async {
         let netlink = Ends::open(config)?;
         presence::nobody_is_here(&netlink.netlink, &config.tun_name).await?;
         // First, so that no pod is added meanwhile. What cannot be done there keeps nothing in the kernel.
-        let (mut removed, lists) = cni::cleanup(config);
-        removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
+        let (mut taken, lists) = cni::cleanup(config);
+        taken.removed.extend(host::cleanup(&config.tun_name, Some(&saved)).await?);
         let bridge = bridge::remove(&netlink.netlink).await;
-        Ok::<_, AgentError>((removed, lists, bridge))
+        Ok::<_, AgentError>((taken, lists, bridge))
     })?;
-    let mut kept = Vec::new();
     let pods = match bridge {
         Ok(Removal::Absent) => 0,
         Ok(Removal::Removed) => {

@@ -296,6 +296,21 @@ fn a_program_that_needs_libraries_is_not_put_into_the_image() {
     assert!(!done.status.success() && text(&done).contains("not static"), "{}", text(&done));
 }
 
+/// Symbols that were not stripped, or a library that is large.
+#[test]
+fn a_program_that_is_too_large_to_be_shipped_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("dist/warren");
+    fs::create_dir(program.parent().unwrap()).unwrap();
+    fs::write(&program, elf(62)).unwrap();
+    fs::File::options().write(true).open(&program).unwrap().set_len(20_000_001).unwrap();
+    let output = folder.path().join("image.tar");
+    let done =
+        Command::new("deploy/build-image").arg(&program).arg("--output").arg(&output).output().unwrap();
+    assert!(!done.status.success() && text(&done).contains("20000001 bytes"), "{}", text(&done));
+    assert!(!output.exists());
+}
+
 // --- how it is looked at ----------------------------------------------------------------------------------
 
 fn program(name: &str) -> PathBuf {

@@ -37,8 +37,8 @@ pub(super) enum Removal {
     Kept(usize),
 }
 
-/// Makes the bridge, or fixes the address of the one that is there.
-pub(super) async fn make(handle: &Handle, node: &str) -> Result<(), String> {
+/// Makes the bridge, or fixes the address of the one that is there. `fixed`: the interface whose address has been.
+pub(super) async fn make(handle: &Handle, node: &str, fixed: &mut Option<u32>) -> Result<(), String> {
     let fail = |doing: &str, error: rtnetlink::Error| format!("cannot {doing} the bridge {BRIDGE}: {error}");
     let look = async || find(handle).await.map_err(|error| fail("look for", error));
     match look().await? {
@@ -53,13 +53,24 @@ pub(super) async fn make(handle: &Handle, node: &str) -> Result<(), String> {
         Found::Other => {
             Err(format!("{BRIDGE} is there and is no bridge: remove it (`ip link delete {BRIDGE}`)"))
         }
-        // Set by somebody, be it to what it is, an address does not follow the ports any more (br_stp_if.c). Pods know
-        // the one that it has.
-        Found::Bridge { index, address, .. } => {
-            let message = LinkUnspec::new_with_index(index).address(address).up().build();
-            handle.link().set(message).execute().await.map_err(|error| fail("set", error))
+        Found::Bridge { index, address: found, .. } => {
+            if !wants_fixing(index, &found, node, *fixed) {
+                return Ok(());
+            }
+            // Set by somebody, be it to what it is, an address does not follow the ports any more (br_stp_if.c). Pods
+            // know the one that it has.
+            let message = LinkUnspec::new_with_index(index).address(found).build();
+            handle.link().set(message).execute().await.map_err(|error| fail("set", error))?;
+            *fixed = Some(index);
+            Ok(())
         }
     }
+}
+
+/// Once for each bridge, and never for one that was made here: to set an address, be it to what it is, takes every
+/// neighbour off the interface, the permanent ones too (arp_netdev_event in net/ipv4/arp.c).
+fn wants_fixing(index: u32, found: &[u8], node: &str, fixed: Option<u32>) -> bool {
+    fixed != Some(index) && found != address(node)
 }
 
 /// Takes it away, if no pod needs it.
@@ -127,6 +138,19 @@ mod tests {
         let with = |ports| Found::Bridge { index: 7, address: vec![2; 6], ports };
         assert_eq!(found(&[bridge.clone(), port(8, 9)]), with(0));
         assert_eq!(found(&[port(8, 7), bridge, port(9, 7)]), with(2));
+    }
+
+    #[test]
+    fn an_address_is_fixed_once_and_ours_never() {
+        for (index, found, fixed, expected) in [
+            (7, address("a"), None, false),
+            (7, address("b"), None, true),
+            (7, [2; 6], Some(7), false),
+            // Somebody has made it anew.
+            (8, [2; 6], Some(7), true),
+        ] {
+            assert_eq!(wants_fixing(index, &found, "a", fixed), expected, "{index} {found:?} {fixed:?}");
+        }
     }
 
     #[test]

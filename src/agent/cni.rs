@@ -163,6 +163,7 @@ impl Cni {
                 tun: config.tun_name.clone(),
                 netlink,
                 handle,
+                bridge: None,
                 asked: BTreeMap::new(),
                 said: BTreeSet::new(),
             };
@@ -192,22 +193,23 @@ async fn passed(mut gate: watch::Receiver<bool>) {
     }
 }
 
+/// What became of the folders of configurations at the end.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    pub(super) removed: Vec<String>,
+    /// What may be worth something to somebody.
+    pub(super) kept: Vec<String>,
+}
+
 /// Takes lists of ours away and ourselves out of those of others; says what, and what could not be done.
-pub(super) fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), AgentError>) {
+pub(super) fn cleanup(config: &AgentConfig) -> (Taken, Result<(), AgentError>) {
     let record = config.state_dir.join(RECORD);
     let mut folders = recorded(&record);
     folders.extend(config.cni.conf_dir.clone());
-    let mut removed = Vec::new();
+    let mut taken = Taken::default();
     let mut done = Ok(());
     for folder in &folders {
-        let mut take = || -> io::Result<()> {
-            // What cannot be read was not written by us.
-            for file in read_folder(folder)?.into_iter().flatten() {
-                removed.extend(take_out(folder, &file)?);
-            }
-            Ok(())
-        };
-        done = done.and(take());
+        done = done.and(taken.clean(folder, &config.cni.conf_name));
     }
     // The folders are known for as long as there is something left in them.
     if done.is_ok() {
@@ -218,10 +220,46 @@ pub(super) fn cleanup(config: &AgentConfig) -> (Vec<String>, Result<(), AgentErr
     }
     let word = data_path::path(&config.run_dir);
     if fs::remove_file(&word).is_ok() {
-        removed.push(format!("file {}", word.display()));
+        taken.removed.push(format!("file {}", word.display()));
     }
     let what = "cannot clean up the CNI configuration";
-    (removed, done.map_err(|source| AgentError::Io { what, source }))
+    (taken, done.map_err(|source| AgentError::Io { what, source }))
+}
+
+impl Taken {
+    /// `own`: the name of our list.
+    fn clean(&mut self, folder: &Path, own: &str) -> io::Result<()> {
+        let mut names = BTreeSet::from([own.to_owned()]);
+        // What cannot be read was not written by us.
+        for file in read_folder(folder)?.into_iter().flatten() {
+            self.removed.extend(take_out(folder, &file)?);
+            if file.name == own && !conflist::is_readable(&file) {
+                self.kept.push(format!(
+                    "the file {}, which has the name of our list and is none any more: remove it",
+                    folder.join(own).display()
+                ));
+            }
+            names.insert(file.name);
+        }
+        for name in names {
+            let path = folder.join(name);
+            let backup = backup_of(&path);
+            // Of one of us who was killed.
+            for draft in [&path, &backup].into_iter().filter_map(|path| durable::draft_of(path).ok()) {
+                if fs::remove_file(&draft).is_ok() {
+                    self.removed.push(format!("file {}", draft.display()));
+                }
+            }
+            if backup.exists() {
+                self.kept.push(format!(
+                    "the file {}: what {} was before Warren came, which it is not now",
+                    backup.display(),
+                    path.display()
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Says every few seconds that packets flow.
@@ -277,6 +315,8 @@ struct Keeper {
     node: String,
     netlink: rtnetlink::Handle,
     handle: Handle,
+    /// The bridge whose address we have fixed.
+    bridge: Option<u32>,
     /// What each plugin speaks, as long as its file stays the same.
     asked: BTreeMap<&'static str, (FileId, Spoken)>,
     said: BTreeSet<String>,
@@ -343,7 +383,7 @@ impl Keeper {
             Verdict::Own => {
                 let text = self.own_list(&files, &pods, &run_dir).await?;
                 // The list last: once it is there pods come.
-                bridge::make(&self.netlink, &self.node).await?;
+                bridge::make(&self.netlink, &self.node, &mut self.bridge).await?;
                 self.write(&files, own, text, None).await
             }
             Verdict::Wrap(file) => {
@@ -377,9 +417,11 @@ impl Keeper {
                 missing.join(", ")
             ));
         }
-        if !files.iter().any(|file| file.name == name && conflist::is_own_network(file)) {
+        let present = files.iter().find(|file| file.name == name && conflist::is_own_network(file));
+        if present.is_none() {
             self.nobody_else_has_pods(&pods.ranges)?;
         }
+        let present = present.and_then(conflist::version_of);
         let mut extras = Vec::new();
         for (plugin, loss) in WELCOME {
             if plugins::is_installed(&bin, plugin) {
@@ -393,7 +435,7 @@ impl Keeper {
         }
         let mut spoken = Vec::new();
         for plugin in NEEDED.into_iter().filter(|plugin| *plugin != PLUGIN).chain(extras.iter().copied()) {
-            spoken.push((plugin, self.ask(plugin).await));
+            spoken.push((plugin, self.ask(plugin, present).await));
         }
         let all = |version: &SpecVersion| spoken.iter().all(|(_, spoken)| spoken.has(*version));
         let Some(version) = SpecVersion::ALL.into_iter().rev().find(all) else {
@@ -428,7 +470,8 @@ impl Keeper {
         }
     }
 
-    async fn ask(&mut self, plugin: &'static str) -> Spoken {
+    /// What it speaks. One that does not answer this time is taken to speak what the list that is there is written in.
+    async fn ask(&mut self, plugin: &'static str, present: Option<SpecVersion>) -> Spoken {
         let id = fs::metadata(self.config.bin_dir.join(plugin)).map_or((0, 0, 0, 0, 0), |file| {
             (file.dev(), file.ino(), file.size(), file.ctime(), file.ctime_nsec())
         });
@@ -437,7 +480,17 @@ impl Keeper {
         {
             return spoken.clone();
         }
-        let spoken = plugins::ask(&self.config.bin_dir, plugin).await;
+        let spoken = match plugins::ask(&self.config.bin_dir, plugin).await {
+            Ok(spoken) => spoken,
+            Err(why) => {
+                let version = present.unwrap_or(plugins::ASSUMED);
+                self.say(format!(
+                    "the CNI plugin {plugin} did not say which versions of CNI it speaks ({why}): it is asked again, \
+                     and until then {version} is assumed"
+                ));
+                return Spoken::Assumed(version, why);
+            }
+        };
         if let Spoken::Assumed(version, why) = &spoken {
             self.say(format!(
                 "which versions of CNI the plugin {plugin} speaks cannot be asked ({why}); {version} is assumed, which \
@@ -576,6 +629,45 @@ fn remember(record: &Path, folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_is_left_in_a_folder_but_what_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let clean = || {
+            let mut taken = Taken::default();
+            taken.clean(dir.path(), "05-warren.conflist").unwrap();
+            taken
+        };
+        let left = || {
+            let entries = fs::read_dir(dir.path()).unwrap();
+            let mut names: Vec<String> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        let theirs = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"}]}"#;
+        write("10-theirs.conflist", &conflist::chain(theirs, "/run/warren").unwrap());
+        write("10-theirs.conflist.before-warren", "{}");
+        // An agent was killed while it wrote these.
+        for name in
+            [".05-warren.conflist.tmp", ".10-theirs.conflist.tmp", ".10-theirs.conflist.before-warren.tmp"]
+        {
+            write(name, "{");
+        }
+        write(".somebody.tmp", "");
+        let taken = clean();
+        assert_eq!(left(), [".somebody.tmp", "10-theirs.conflist", "10-theirs.conflist.before-warren"]);
+        assert_eq!((taken.removed.len(), taken.kept.len()), (3, 1), "{taken:?}");
+        assert!(taken.kept[0].contains("10-theirs.conflist.before-warren"), "{taken:?}");
+        assert_eq!(fs::read_to_string(dir.path().join("10-theirs.conflist")).unwrap(), theirs);
+        // Half of our list, by somebody's editor.
+        fs::remove_file(dir.path().join("10-theirs.conflist.before-warren")).unwrap();
+        write("05-warren.conflist", r#"{"cniVersion":"1.0.0","name":"warren","#);
+        let taken = clean();
+        assert_eq!((taken.removed.len(), taken.kept.len()), (0, 1), "{taken:?}");
+        assert!(taken.kept[0].contains("05-warren.conflist"), "{taken:?}");
+    }
 
     #[tokio::test]
     async fn what_was_saved_counts_only_where_nobody_can_say_otherwise() {

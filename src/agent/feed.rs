@@ -167,3 +167,40 @@ pub(super) fn source_name(config: &AgentConfig) -> String {
         None => String::new(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::config::{Cli, Command};
+    use crate::state::run::StateLine;
+    use crate::state::source::{Kind, manifest};
+
+    #[test]
+    fn what_is_waited_for_is_said() {
+        let line = ["warren", "agent", "--source", "kube", "--node", "a"];
+        let Command::Agent(args) = Cli::try_parse_from(line).unwrap().command else { panic!() };
+        let config = AgentConfig::resolve(*args).unwrap();
+        let (mut line, outputs) = StateLine::new(config.settings(&[[1; 32]], [2; 6], 1500), None);
+        let mut list = |kind, text: &str| {
+            let objects = manifest::parse(text.as_bytes(), false).objects;
+            line.handle(SourceEvent::Reset { kind, objects, complete: true, unread: Vec::new() });
+            line.compile();
+            waiting_for(&config, &outputs)
+        };
+        let first = list(Kind::ServiceCidr, "");
+        assert!(first.contains("first full list of objects from the Kubernetes API"), "{first}");
+        let node = |name: &str, spec: &str| {
+            format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n---\n")
+        };
+        let other = node("b", "podCIDRs: [10.244.2.0/24]");
+        let none = list(Kind::Node, &other);
+        assert!(none.contains("waiting for Node a: the kubelet makes it"), "{none}");
+        let bare = list(Kind::Node, &(node("a", "") + &other));
+        assert!(bare.contains("waiting for spec.podCIDRs of Node a: the controller manager"), "{bare}");
+        assert!(bare.ends_with("--allocate-node-cidrs"), "nothing is wrong: {bare}");
+        let wrong = list(Kind::Node, &(node("a", "podCIDRs: [10.244.1.0/33]") + &other));
+        assert!(wrong.contains("--allocate-node-cidrs") && wrong.contains("10.244.1.0/33"), "{wrong}");
+    }
+}

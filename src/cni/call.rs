@@ -39,6 +39,14 @@ impl Verb {
         }
     }
 
+    /// Whether more of the network configuration matters than that it is one.
+    pub(super) const fn reads_its_input(self) -> bool {
+        match self {
+            Verb::Add | Verb::Check | Verb::Status => true,
+            Verb::Del | Verb::Gc | Verb::Version => false,
+        }
+    }
+
     const fn is_about_a_container(self) -> bool {
         match self {
             Verb::Add | Verb::Del | Verb::Check => true,

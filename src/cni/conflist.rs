@@ -357,6 +357,16 @@ pub fn is_own_network(file: &ConfFile) -> bool {
     List::parse(file).is_some_and(|list| list.note && list.name == NETWORK)
 }
 
+/// The version that a list is written in, if it is one of ours.
+pub fn version_of(file: &ConfFile) -> Option<SpecVersion> {
+    List::parse(file)?.version.as_deref().and_then(SpecVersion::parse)
+}
+
+/// Whether a runtime could read it.
+pub fn is_readable(file: &ConfFile) -> bool {
+    List::parse(file).is_some()
+}
+
 /// Whether a file is of the agent's making.
 pub fn is_ours(file: &ConfFile) -> bool {
     List::parse(file).is_some_and(|list| list.note && file.name.ends_with(".conflist"))

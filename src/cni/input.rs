@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde_json::{Map, Value};
 
 use super::SpecVersion;
-use super::call::is_identifier;
+use super::call::{Verb, is_identifier};
 use super::error::{CniError, Code};
 
 /// The agent's, unless it was told otherwise.
@@ -26,7 +26,8 @@ pub(super) struct Input {
 }
 
 impl Input {
-    pub(super) fn parse(bytes: &[u8]) -> Result<Input, CniError> {
+    /// Of what the verb has no use for nothing is read: a DEL that fails keeps a pod from going.
+    pub(super) fn parse(bytes: &[u8], verb: Verb) -> Result<Input, CniError> {
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|e| CniError::new(Code::Decode, format!("the network configuration is no JSON: {e}")))?;
         let Value::Object(mut config) = value else {
@@ -37,6 +38,9 @@ impl Input {
         if !is_identifier(name) {
             let reason = "the network's name is not letters and digits, then also . _ -";
             return Err(CniError::new(Code::InvalidConfig, reason));
+        }
+        if !verb.reads_its_input() {
+            return Ok(Input { version, run_dir: DEFAULT_RUN_DIR.into(), previous: None });
         }
         let run_dir = PathBuf::from(text(&config, "runDir")?.unwrap_or(DEFAULT_RUN_DIR));
         if !run_dir.is_absolute() {
@@ -207,7 +211,7 @@ mod tests {
     use serde_json::json;
 
     fn parse(value: &Value) -> Result<Input, CniError> {
-        Input::parse(value.to_string().as_bytes())
+        Input::parse(value.to_string().as_bytes(), Verb::Add)
     }
 
     fn config(previous: Value) -> Value {
@@ -230,11 +234,11 @@ mod tests {
             (b"{\"cniVersion\":\"1.0.0\",\"name\":\"../x\"}", Code::InvalidConfig),
             (b"{\"cniVersion\":\"1.0.0\",\"name\":\"n\",\"runDir\":\"run\"}", Code::InvalidConfig),
         ] {
-            let error = Input::parse(bytes).expect_err("refused");
+            let error = Input::parse(bytes, Verb::Add).expect_err("refused");
             assert_eq!(error.code, code, "{}: {error}", String::from_utf8_lossy(bytes));
         }
         let deep = "[".repeat(10_000);
-        assert_eq!(Input::parse(deep.as_bytes()).unwrap_err().code, Code::Decode);
+        assert_eq!(Input::parse(deep.as_bytes(), Verb::Add).unwrap_err().code, Code::Decode);
         for previous in [
             json!(7),
             json!({ "interfaces": 7 }),
@@ -291,7 +295,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300)) {
-            let _ = Input::parse(&bytes);
+            let _ = Input::parse(&bytes, Verb::Add);
         }
 
         /// Something that is nearly right gets further than noise.
@@ -305,9 +309,9 @@ mod tests {
             })).to_string().into_bytes();
             let length = bytes.len();
             bytes[at % length] = byte;
-            let _ = Input::parse(&bytes);
+            let _ = Input::parse(&bytes, Verb::Add);
             bytes.truncate(cut % length);
-            proptest::prop_assert!(Input::parse(&bytes).is_err());
+            proptest::prop_assert!(Input::parse(&bytes, Verb::Del).is_err());
         }
     }
 }

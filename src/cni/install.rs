@@ -15,6 +15,8 @@ use super::{PLUGIN, conflist, plugins, version};
 /// Where plugins are, unless the runtime was told otherwise.
 pub const DEFAULT_BIN_DIR: &str = "/opt/cni/bin";
 
+/// One name for all: what an installation that was killed has left is overwritten by the next.
+const DRAFT: &str = ".warren-cni.next";
 const BUSY_TRIES: u32 = 50;
 const BUSY_WAIT: Duration = Duration::from_millis(20);
 
@@ -99,6 +101,7 @@ pub fn run(args: &InstallArgs) -> Result<(), InstallError> {
 
 /// Whether there was one.
 fn remove(target: &Path) -> Result<bool, InstallError> {
+    let _ = fs::remove_file(target.with_file_name(DRAFT)); // of an installation that was killed
     match fs::remove_file(target) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -116,8 +119,7 @@ fn install(program: &Path, folder: &Path) -> Result<bool, InstallError> {
     if is_executable(&target) && same(program, &target) {
         return Ok(false);
     }
-    // One name for all: what an installation that was killed has left is overwritten by the next.
-    let draft = folder.join(format!(".{PLUGIN}.next"));
+    let draft = folder.join(DRAFT);
     let fail = |doing, path: &Path| {
         let path = path.to_owned();
         move |source| InstallError::Io { doing, path, source }
@@ -214,7 +216,9 @@ mod tests {
         assert!(install(&program, bin.path()).unwrap());
         assert_eq!(fs::read(&target).unwrap(), fs::read(&program).unwrap());
         assert_eq!(fs::read_dir(bin.path()).unwrap().count(), 1, "no drafts");
+        fs::write(bin.path().join(".warren-cni.next"), "half").unwrap();
         assert_eq!((remove(&target).unwrap(), remove(&target).unwrap()), (true, false));
+        assert_eq!(fs::read_dir(bin.path()).unwrap().count(), 0);
     }
 
     #[test]

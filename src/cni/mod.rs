@@ -136,7 +136,7 @@ fn understand(call: Result<Call, CniError>, stdin: impl io::Read) -> Result<Opti
         let reason = format!("the network configuration has more than {LARGEST_INPUT} bytes");
         return Err(early(CniError::new(Code::Decode, reason)));
     }
-    let input = Input::parse(&bytes).map_err(early)?;
+    let input = Input::parse(&bytes, call.verb).map_err(early)?;
     Ok(Some((call, input)))
 }
 

@@ -59,6 +59,22 @@ fn nothing_of_ours_is_ever_left_to_remove() {
     for (verb, version) in [(Verb::Del, "0.3.0"), (Verb::Del, "1.1.0"), (Verb::Gc, "1.1.0")] {
         let input = format!(r#"{{"cniVersion":"{version}","name":"n","cni.dev/valid-attachments":[]}}"#);
         assert_eq!(run(Ok(call(verb)), input.as_bytes()).expect("done"), None);
+        // Whatever else is wrong: ADD and CHECK refuse it, and a pod can go.
+        let many = vec![json!({ "name": "x" }); 65];
+        for (key, value) in [
+            ("prevResult", json!(7)),
+            ("prevResult", json!({ "interfaces": many, "cniVersion": "9.0.0" })),
+            ("runDir", json!("run")),
+            ("runDir", json!(7)),
+        ] {
+            let mut input: Value = serde_json::from_str(&input).expect("JSON");
+            input[key] = value;
+            assert_eq!(run(Ok(call(verb)), input.to_string().as_bytes()).expect("done"), None, "{input}");
+            input["cniVersion"] = "1.1.0".into();
+            for other in [Verb::Add, Verb::Check, Verb::Status] {
+                refusal(other, &input.to_string());
+            }
+        }
     }
 }
 

@@ -27,10 +27,15 @@ pub enum Loaded<T> {
 
 /// Replaces a file: a reader sees the old or the new one, also after a power cut.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let temporary = sibling(path, ".tmp")?;
+    let temporary = draft_of(path)?;
     write_new(&temporary, bytes, mode)?;
     fs::rename(&temporary, path)?;
     sync_folder(path)
+}
+
+/// What [`replace`] leaves if it is killed.
+pub fn draft_of(path: &Path) -> io::Result<PathBuf> {
+    sibling(path, ".tmp")
 }
 
 /// Makes a file unless there is one. `false`: there was one, and it is untouched.

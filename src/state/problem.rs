@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::source::Kind;
+
 /// What kind of thing is wrong; each has a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ProblemKind {
@@ -113,14 +115,40 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, candidate)| candidate)
 }
 
-/// Most problems that are held; the rest are only counted, until there is room and they are told again.
+/// Most problems of a share that are held; the rest are only counted, until there is room and they are told again.
 const MAX_HELD: usize = 1_000;
+
+/// Whose room on the board a problem takes: what users of namespaces write, in any number, must not keep back what is
+/// said of Nodes, nor that what this node itself is short of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Share {
+    /// Services and the like.
+    Namespaces,
+    /// Nodes, and what else has no namespace.
+    Cluster,
+    /// Settings, files, sources.
+    Here,
+}
+
+impl Share {
+    const COUNT: usize = 3;
+
+    fn of(problem: &Problem) -> Share {
+        let name = problem.subject.split('/').next().unwrap_or_default();
+        match Kind::ALL.into_iter().find(|kind| kind.name() == name).map(Kind::namespaced) {
+            Some(true) => Share::Namespaces,
+            Some(false) => Share::Cluster,
+            None => Share::Here,
+        }
+    }
+}
 
 /// All current problems, by where they come from, and how many there ever were.
 #[derive(Debug, Default)]
 pub struct ProblemBoard {
     current: BTreeMap<String, Vec<Problem>>,
-    held: usize,
+    /// By share.
+    held: [usize; Share::COUNT],
     /// How many of an origin are not held.
     left_out: BTreeMap<String, usize>,
     seen: [u64; ProblemKind::ALL.len()],
@@ -133,14 +161,18 @@ impl ProblemBoard {
         problems.sort();
         problems.dedup();
         let before = self.current.remove(origin).unwrap_or_default();
-        self.held -= before.len();
-        let most = MAX_HELD - self.held;
-        match problems.len().saturating_sub(most) {
+        before.iter().for_each(|problem| self.held[Share::of(problem) as usize] -= 1);
+        let all = problems.len();
+        problems.retain(|problem| {
+            let held = &mut self.held[Share::of(problem) as usize];
+            let fits = *held < MAX_HELD;
+            *held += usize::from(fits);
+            fits
+        });
+        match all - problems.len() {
             0 => drop(self.left_out.remove(origin)),
             more => drop(self.left_out.insert(origin.to_owned(), more)),
         }
-        problems.truncate(most);
-        self.held += problems.len();
         let new: Vec<Problem> =
             problems.iter().filter(|p| before.binary_search(p).is_err()).cloned().collect();
         for problem in &new {
@@ -209,6 +241,28 @@ mod tests {
         board.set("c", Vec::new());
         assert_eq!(board.set("b", problems("b")).len(), 200);
         assert_eq!(board.list().len(), 600);
+    }
+
+    #[test]
+    fn what_users_write_takes_no_room_from_what_is_said_of_nodes_and_settings() {
+        let mut board = ProblemBoard::default();
+        let of = |subject: &str, field: u32| Problem {
+            subject: subject.to_owned(),
+            ..Problem::node(ProblemKind::Value, "", &field.to_string(), "x")
+        };
+        let many = |subject: &str| (0..2_000).map(|n| of(subject, n)).collect::<Vec<_>>();
+        assert_eq!(board.set("users", many("Service/shop/web")).len(), MAX_HELD);
+        for subject in ["EndpointSlice/shop/web", "Service/a/b"] {
+            assert!(board.set(subject, vec![of(subject, 0)]).is_empty(), "{subject}");
+        }
+        for subject in ["Node/a", "ServiceCIDR/x", "source", "folder/file.yaml"] {
+            assert_eq!(board.set(subject, vec![of(subject, 0)]).len(), 1, "{subject}");
+        }
+        // Nor do Nodes of what is said of this one.
+        assert_eq!(board.set("nodes", many("Node/b")).len(), MAX_HELD - 2);
+        assert_eq!(board.set("API server", vec![of("API server", 0)]).len(), 1);
+        board.set("users", Vec::new());
+        assert_eq!(board.set("Service/a/b", vec![of("Service/a/b", 0)]).len(), 1);
     }
 
     #[test]

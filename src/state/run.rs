@@ -56,7 +56,7 @@ pub struct StateReport {
     pub keys_shown: bool,
     /// Whether the source has given a list since the start, be it incomplete.
     pub heard: bool,
-    /// Whether the source has shown this node's own Node since the start.
+    /// Whether the source has shown this node's own Node since the start, and the plan's pod ranges are that one's.
     pub own_confirmed: bool,
     /// How many Nodes there are, this one included.
     pub nodes: usize,
@@ -101,6 +101,8 @@ pub struct StateLine {
     heard: BTreeMap<Kind, bool>,
     /// Whether what is in force would do for a restart.
     savable: bool,
+    /// Whether the plan is an earlier one, because this node's Node has no pod ranges.
+    held: bool,
     /// Whether more than Services changed since the last compile.
     mesh_changed: bool,
     /// Whether more than Services changed since the last save, and whether Services did.
@@ -150,6 +152,7 @@ impl StateLine {
             saved_uid,
             heard: BTreeMap::new(),
             savable: false,
+            held: false,
             mesh_changed: true,
             unsaved: Unsaved::default(),
             snapshot: snapshot.clone(),
@@ -226,6 +229,7 @@ impl StateLine {
                 false => self.compiler.compile_services(&self.desired, &self.settings),
             };
             let Compiled { snapshot, plan, problems, service_reports, held } = compiled;
+            self.held = held;
             // What the source has not shown is saved along: it is in force, and would be after a restart.
             self.savable =
                 self.is_heard() && !held && !plan.pod_ranges.is_empty() && !self.is_own_node_missing();
@@ -388,7 +392,7 @@ impl StateLine {
                 shown.lanes == said.lanes && shown.also == said.also
             }),
             heard: self.is_heard(),
-            own_confirmed: self.is_own_node_shown(),
+            own_confirmed: self.is_own_node_shown() && !self.held,
             nodes: self.desired.nodes().count(),
             services,
             endpoints,
@@ -692,6 +696,15 @@ mod tests {
             assert_eq!(peers(&outputs), expected, "{uid}");
             assert_eq!(range(&outputs), [format!("10.244.{number}.0/24").parse().unwrap()]);
         }
+        // Nobody has given the new one a range yet: what the plan has is the old one's.
+        let (mut line, outputs) = StateLine::new(settings("a", 1), Some(saved));
+        let bare = of_uid("a", 7, "two").replace("podCIDRs: [10.244.7.0/24]", "");
+        feed(&mut line, vec![own(&bare)]);
+        assert_eq!(range(&outputs), ["10.244.1.0/24".parse().unwrap()]);
+        assert!(!outputs.report.borrow().own_confirmed);
+        feed(&mut line, vec![own(&of_uid("a", 7, "two"))]);
+        assert_eq!(range(&outputs), ["10.244.7.0/24".parse().unwrap()]);
+        assert!(outputs.report.borrow().own_confirmed);
     }
 
     #[test]

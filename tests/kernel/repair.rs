@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::lab::Node;
-use crate::lab::agent::Mesh;
+use crate::lab::agent::{Agent, Mesh};
 use crate::lab::traffic::reach;
 use crate::lab::{Lab, wait_for};
 
@@ -165,6 +165,27 @@ fn what_cleanup_leaves_is_what_was_there() {
         assert!(cleanup.status().expect("run the cleanup again").success(), "{end}: a second cleanup");
         assert!(!gone.exists(), "{end}: a folder");
     }
+}
+
+#[test]
+fn readiness_follows_the_device() {
+    let lab = Lab::two();
+    lab.write_nodes();
+    let node = &lab.nodes[0];
+    let _agent = Agent::start(&lab, node, &["--probe-bind-address", "127.0.0.1:10300"]);
+    let answers = |code: &str, reason: &str| {
+        wait_for(&format!("/readyz answers {code} {reason}"), Duration::from_secs(10), || {
+            let answer = node.ns.attempt("curl -s -w %{http_code} http://127.0.0.1:10300/readyz").stdout;
+            let answer = String::from_utf8_lossy(&answer).into_owned();
+            (answer.ends_with(code) && answer.contains(reason)).then_some(())
+        });
+    };
+    answers("200", "");
+    // Not for so long that the agent gives up.
+    node.ns.run_all("ip link set warren0 down\nip link set warren0 name elsewhere0");
+    answers("503", "the interface warren0 is gone");
+    node.ns.run_all("ip link set elsewhere0 name warren0\nip link set warren0 up");
+    answers("200", "");
 }
 
 /// A renamed device keeps its queues, so nothing fails by itself: the agent must not go on without its name.

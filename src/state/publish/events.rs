@@ -2,11 +2,12 @@
 //! it claims of another's, and when its keys are others than before.
 //!
 //! Each node tells what concerns itself. What concerns another is told by three of the nodes, chosen by name, because
-//! that one may have no agent, or a bad one; the Event's name is made from what it says, so that they write one.
-//! It is told again after an hour, when the API server has forgotten it. So many at a time and no more; what the API
-//! server did not take is told later.
+//! that one may have no agent, or a bad one. The Event's name is made from the teller's and from what it says: told
+//! twice it is one, and nobody else can take the name with something harmless before. It is told again after an hour,
+//! when the API server has forgotten it. So many at a time and no more; what the API server did not take is told later.
 //!
-//! RBAC: `create` of `events.events.k8s.io` in the namespace `default`, where a Node's Events live.
+//! RBAC: `create` of `events.events.k8s.io` in the namespace `default`, where a Node's Events live. The policy of
+//! `deploy/` holds a teller to its name.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hasher as _;
@@ -39,6 +40,8 @@ const SETTLED: Duration = Duration::from_secs(3);
 /// Most Events at a time, and how soon there is room for another one.
 const BURST: u32 = 10;
 const ROOM_EVERY: Duration = Duration::from_secs(10);
+/// How soon one that was refused is told again: rights may come.
+const REFUSED_AGAIN: Duration = Duration::from_secs(60);
 /// An API server keeps Events for an hour (--event-ttl).
 const AGAIN: Duration = Duration::from_secs(3660);
 /// Most that is remembered as told.
@@ -48,6 +51,8 @@ const MAX_ONCE: usize = 64;
 /// validateV1EventCreate: a note has so many bytes at most, and the instance so many.
 const MAX_NOTE: usize = 1024;
 const MAX_INSTANCE: usize = 128;
+/// Most of the teller's name in the Event's, which has 253 characters at most: a dot and 16 more follow.
+const MAX_STEM: usize = 236;
 
 /// Tells Events.
 #[derive(Debug)]
@@ -89,6 +94,12 @@ impl Teller {
                     Err(error) => {
                         let reason = reason(&error);
                         tracing::debug!("an Event on Node {} is told later: {reason}", news.node);
+                        if is_refused(&error) {
+                            // The others may be taken.
+                            desk.refused(&news, now);
+                            again = again.min(REFUSED_AGAIN);
+                            continue;
+                        }
                         again = pauses.next();
                         break;
                     }
@@ -106,7 +117,7 @@ impl Teller {
     async fn tell(&self, api: &Api<Event>, news: &News) -> Result<(), kube::Error> {
         let event = news.event(&self.node, (self.clock.wall)());
         match api.create(&PostParams::default(), &event).await {
-            // 409: another node was first, or we before a restart.
+            // 409: we, before a restart.
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
             // Never: it is not made better by saying it again.
@@ -119,10 +130,22 @@ impl Teller {
     }
 }
 
+/// Whether the server has looked at this one and will not have it; else it is the server that has troubles.
+fn is_refused(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => {
+            (400..500).contains(&status.code) && !matches!(status.code, 401 | 408 | 429)
+        }
+        _ => false,
+    }
+}
+
 /// What there is to tell, and what was told.
 #[derive(Debug, Default)]
 struct Desk {
     told: Told,
+    /// What was refused, and when it is told again.
+    refused: HashMap<u64, Instant>,
     /// What happened, and is not to be seen a second time.
     once: VecDeque<News>,
     /// Since when problems have been there that are not settled.
@@ -144,9 +167,14 @@ impl Desk {
         let (mut again, mut due, mut unsettled) = (AGAIN / 6, Vec::new(), HashMap::new());
         let told = &self.told;
         self.once.retain(|news| !told.is_recent(news.hash(), now));
+        self.refused.retain(|_, until| *until > now);
         for news in self.once.iter().cloned().chain(problems) {
             let hash = news.hash();
             if told.is_recent(hash, now) {
+                continue;
+            }
+            if let Some(until) = self.refused.get(&hash) {
+                again = again.min(until.saturating_duration_since(now));
                 continue;
             }
             let first = self.since.get(&hash).copied().unwrap_or(now);
@@ -166,6 +194,12 @@ impl Desk {
             again = again.min(ROOM_EVERY);
         }
         (due, again)
+    }
+
+    fn refused(&mut self, news: &News, now: Instant) {
+        if self.refused.len() < MAX_TOLD {
+            self.refused.insert(news.hash(), now + REFUSED_AGAIN);
+        }
     }
 
     fn told(&mut self, news: &News, now: Instant) {
@@ -203,7 +237,7 @@ impl News {
         Some(News { node: node.to_owned(), reason, note, warning: true })
     }
 
-    /// The same for everybody who says the same.
+    /// The same for the same.
     fn hash(&self) -> u64 {
         let mut hasher = SipHasher24::new();
         for part in [self.node.as_str(), self.reason, &self.note] {
@@ -215,7 +249,7 @@ impl News {
 
     fn event(&self, teller: &str, wall: SystemTime) -> Event {
         // A name has 253 characters at most, and ends with a letter or digit before our dot.
-        let stem = cut(&self.node, 230).trim_end_matches(['-', '.']);
+        let stem = cut(teller, MAX_STEM).trim_end_matches(['-', '.']);
         Event {
             metadata: ObjectMeta {
                 name: Some(format!("{stem}.{:016x}", self.hash())),
@@ -349,15 +383,21 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_valid_and_the_same_from_everybody() {
-        let long = News { node: format!("{}-", "n".repeat(229)), ..news(&"ä".repeat(1000)) };
+    fn an_event_is_valid_and_the_tellers_own() {
+        let long = News { node: "n".repeat(253), ..news(&"ä".repeat(1000)) };
+        let teller = format!("{}.-{}", "n".repeat(234), "n".repeat(10));
         for news in [news("not a key"), long] {
-            let [a, b] = ["node-a", "node-c"].map(|teller| news.event(teller, SystemTime::UNIX_EPOCH));
-            assert_eq!(a.metadata.name, b.metadata.name);
-            let name = a.metadata.name.clone().unwrap();
-            assert!(crate::state::source::manifest::is_dns_name(&name) && name.len() <= 253, "{name}");
-            assert!(a.note.unwrap().len() <= MAX_NOTE);
-            assert_eq!(a.type_.as_deref(), Some("Warning"));
+            let [a, b, c] = ["node-a", "node-c", &teller].map(|teller| {
+                let event = news.event(teller, SystemTime::UNIX_EPOCH);
+                let name = event.metadata.name.clone().unwrap();
+                assert!(crate::state::source::manifest::is_dns_name(&name) && name.len() <= 253, "{name}");
+                assert!(event.note.unwrap().len() <= MAX_NOTE);
+                assert_eq!(event.type_.as_deref(), Some("Warning"));
+                name
+            });
+            // As the policy of deploy/ wants it.
+            assert!(a.starts_with("node-a.") && a.len() == "node-a".len() + 17, "{a}");
+            assert!(a != b && c.starts_with(&"n".repeat(200)), "{b} {c}");
         }
         assert_ne!(news("x").hash(), news("y").hash());
         let missing = Problem::node(ProblemKind::Setting, "node-b", "", "no such Node: is --node right?");
@@ -405,6 +445,14 @@ mod tests {
         let many = || (0..100).map(|n| News { note: n.to_string(), ..changed.clone() });
         desk.happened(many());
         assert_eq!(desk.once.len(), MAX_ONCE);
+        // What is refused takes no room from the others, and is told again.
+        let (first, _) = desk.due(Vec::new(), at(900));
+        first.iter().for_each(|news| desk.refused(news, at(900)));
+        let (others, _) = desk.due(Vec::new(), at(900));
+        assert_eq!(others.len(), BURST as usize);
+        assert!(others.iter().all(|news| !first.contains(news)), "{others:?}");
+        assert_eq!(desk.due(Vec::new(), at(900) + REFUSED_AGAIN).0, first);
+
         let (due, again) = desk.due(Vec::new(), at(1000));
         assert_eq!((due.len(), again), (BURST as usize, ROOM_EVERY));
         assert_eq!(desk.due(Vec::new(), at(1000)).0, due, "nothing is lost by looking");
@@ -467,7 +515,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_wrong_is_told_once_by_an_event() {
+    async fn what_is_wrong_is_told_once_by_each_teller() {
         use crate::state::source::kube::tests::fake::{Fake, Manners, until};
         let fake = Fake::start(&["kubernetes.default.svc"], Manners::default()).await;
         #[expect(clippy::disallowed_methods, reason = "the agent would pass io::clock")]
@@ -483,17 +531,20 @@ mod tests {
             clock,
         };
         let tasks = ["node-a", "node-b"].map(|node| tokio::spawn(teller(node).run()));
-        until("the Event", || fake.posted().len() == 1).await;
-        until("both tried", || fake.requests().len() == 2).await;
+        until("an Event of each", || fake.posted().len() == 2).await;
         reports.send_replace(report(vec![problem("x"), problem("y")]));
-        until("the next one", || fake.posted().len() == 2).await;
+        until("the next one", || fake.posted().len() == 4).await;
+        // One that is refused keeps none back.
+        fake.manners(|manners| manners.refusing = Some("not-this".to_owned()));
+        reports.send_replace(report(["x", "y", "a-not-this", "b"].map(problem).into()));
+        until("the one after it", || fake.posted().len() == 6).await;
         // While the API server fails nothing is lost, and it is not asked all the time.
         fake.manners(|manners| manners.failing = Some(503));
         let before = fake.requests().len();
-        reports.send_replace(report(vec![problem("x"), problem("y"), problem("z")]));
+        reports.send_replace(report(["x", "y", "z"].map(problem).into()));
         until("an attempt", || fake.requests().len() > before).await;
         fake.manners(|manners| manners.failing = None);
-        until("the third one", || fake.posted().len() == 3).await;
+        until("the last one", || fake.posted().len() == 8).await;
         let event = &fake.posted()[0];
         assert_eq!(
             (&event["regarding"]["kind"], &event["regarding"]["name"]),

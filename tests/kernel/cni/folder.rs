@@ -1,6 +1,7 @@
 //! The folder of configurations: what the agent writes, what it leaves alone, and that it takes all of it back.
 
 use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -91,6 +92,44 @@ fn the_list_follows_the_node_and_goes_with_a_cleanup() {
     assert!(cleanup(&lab, node).contains("nothing of Warren's was found"));
 }
 
+/// To set a bridge's address, be it to what it is, takes every neighbour off it.
+#[test]
+fn a_bridge_that_is_right_is_not_touched() {
+    let lab = lab();
+    let node = &lab.nodes[0];
+    let runtime = Runtime::new(&lab, node);
+    let _agent = runtime.agent(&lab, &[]);
+    runtime.configured();
+    // The agent looks every few seconds, at the bridge before it writes the list.
+    let look = || {
+        fs::remove_file(runtime.conf.join(OWN)).expect("remove the list");
+        runtime.configured();
+    };
+    let introduce = || {
+        node.ns.run("ip neigh replace 10.244.1.99 lladdr 02:00:00:00:00:99 dev warren-br0 nud permanent");
+    };
+    let is_known = || node.ns.run("ip neigh show dev warren-br0 nud permanent").contains("10.244.1.99");
+    introduce();
+    look();
+    assert!(is_known(), "a look costs no neighbours");
+    node.ns.run("ip link set warren-br0 down");
+    look();
+    assert_eq!(node.ns.run("ip link show dev warren-br0 up"), "", "somebody took it down");
+    // One that is not of our making: its address is fixed, once.
+    let set = || node.ns.run("cat /sys/class/net/warren-br0/addr_assign_type").trim() == "3";
+    node.ns.run_all(
+        "ip link delete warren-br0
+         ip link add warren-br0 type bridge
+         ip link set warren-br0 up",
+    );
+    assert!(!set());
+    look();
+    assert!(set(), "its address does not follow the pods' interfaces");
+    introduce();
+    look();
+    assert!(is_known(), "and is not set again");
+}
+
 #[test]
 fn a_list_of_others_gets_one_entry_and_comes_back_as_it_was() {
     let lab = lab();
@@ -158,6 +197,34 @@ fn other_networks_are_left_alone_and_named() {
     assert_eq!(names(&runtime.conf), [""; 0]);
     node.ns.run("ip link delete cni0");
     runtime.configured();
+}
+
+#[test]
+fn the_list_is_of_the_newest_version_that_all_speak() {
+    let lab = lab();
+    let runtime = Runtime::new(&lab, &lab.nodes[0]);
+    let agent = runtime.agent(&lab, &[]);
+    let version = |list: &Value| list["cniVersion"].as_str().map(str::to_owned);
+    assert_eq!(version(&runtime.configured()).as_deref(), Some("1.1.0"));
+    let real = fs::read_link(runtime.bin.join("portmap")).expect("a plugin is a link here");
+    let replace = |text: &str| {
+        let draft = runtime.scratch("portmap", &format!("#!/bin/sh\n{text}\n"));
+        fs::set_permissions(&draft, fs::Permissions::from_mode(0o755)).expect("make it a program");
+        fs::rename(draft, runtime.bin.join("portmap")).expect("replace the plugin");
+    };
+    replace(r#"echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}'"#);
+    runtime.wait_for_file(OWN, |list| version(list).as_deref() == Some("1.0.0"));
+    // One that says nothing, this time: the list that pods were added with stays.
+    replace("kill -KILL $$");
+    log_says(&agent, "the CNI plugin portmap did not say which versions of CNI it speaks");
+    let mtu = |list: &Value| list["plugins"][0]["mtu"].as_u64();
+    runtime.node.ns.run("ip link set eth0 mtu 1400");
+    let list = runtime.wait_for_file(OWN, |list| mtu(list) < Some(1400));
+    assert_eq!(version(&list).as_deref(), Some("1.0.0"));
+    // And it is asked again.
+    fs::remove_file(runtime.bin.join("portmap")).expect("remove it");
+    symlink(real, runtime.bin.join("portmap")).expect("put the real one back");
+    runtime.wait_for_file(OWN, |list| version(list).as_deref() == Some("1.1.0"));
 }
 
 #[test]

@@ -241,6 +241,27 @@ async fn a_server_that_ends_every_watch_is_not_asked_all_the_time() {
 }
 
 #[tokio::test]
+async fn a_kind_that_was_there_and_is_not_found_is_not_gone() {
+    let fake = Fake::start(&NAMES, Manners::default()).await;
+    let cidr = |name: &str| json!({"metadata": {"name": name}, "spec": {"cidrs": ["10.96.0.0/16"]}});
+    fake.put("servicecidrs", cidr("kubernetes"));
+    let mut heard = Heard::listen(fake.access());
+    heard.until("the first list", |heard| heard.has(Kind::ServiceCidr, &["kubernetes"])).await;
+    fake.manners(|manners| {
+        manners.absent.insert("servicecidrs".to_owned());
+    });
+    fake.cut();
+    heard.until("that it is not found", |heard| heard.wrong().contains("servicecidrs")).await;
+    assert!(heard.has(Kind::ServiceCidr, &["kubernetes"]));
+    fake.manners(|manners| manners.absent.clear());
+    fake.put("servicecidrs", cidr("more"));
+    let both = ["kubernetes", "more"];
+    heard
+        .until("that it is there", |heard| heard.has(Kind::ServiceCidr, &both) && heard.wrong().is_empty())
+        .await;
+}
+
+#[tokio::test]
 async fn a_connection_that_says_nothing_is_noticed() {
     let fake = Fake::start(&NAMES, Manners::default()).await;
     fake.put("nodes", node("a", "10.1.0.0/24"));
@@ -445,6 +466,49 @@ async fn a_server_that_answers_tls_and_nothing_else_is_left_for_the_next() {
         good.cut();
         heard.until("the first one again", |heard| heard.names(Kind::Node).contains(&"c")).await;
     }
+}
+
+/// Without an address that somebody gave: the kubelet's, those of last time, and the Service at last.
+#[tokio::test]
+async fn a_pod_asks_first_who_needs_no_data_path_and_comes_back_to_it() {
+    let kubelets = Fake::start(&NAMES, Manners::default()).await;
+    let saved = Fake::start_beside(&kubelets, &NAMES, Manners::default()).await;
+    let service = Fake::start_beside(&kubelets, &NAMES, Manners::default()).await;
+    let mut seen = slice("kubernetes", &["127.0.0.1"]);
+    seen["ports"][0]["port"] = json!(saved.address.port());
+    // Each counts changes for itself: the later it is asked, the later are its own.
+    for (fake, name, times) in [(&kubelets, "k", 1), (&saved, "s", 20), (&service, "v", 40)] {
+        fake.put("endpointslices", seen.clone());
+        (0..times).for_each(|_| fake.put("nodes", node(name, "10.1.0.0/24")));
+    }
+    let path = kubelets.path("kubelet.conf");
+    let kubeconfig = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts:\n- name: c\n  context: {{cluster: k, user: u}}\n\
+         clusters:\n- name: k\n  cluster: {{server: 'https://{}', certificate-authority: ca.crt}}\n\
+         users:\n- name: u\n  user: {{token: none}}\n",
+        kubelets.address
+    );
+    std::fs::write(&path, kubeconfig).unwrap();
+    let at = format!("https://{}", service.address).parse().unwrap();
+    let access =
+        AccessSettings { servers: Vec::new(), kubelet: vec![path], service: Some(at), ..kubelets.access() };
+    let mut heard = Heard::listen(access);
+    heard.until("the kubelet's", |heard| heard.has(Kind::Node, &["k"])).await;
+    heard.until("the slice", |heard| heard.has(Kind::EndpointSlice, &["kubernetes"])).await;
+    until("the file", || kubelets.saved().exists()).await;
+    let fails = |fake: &Fake| {
+        fake.manners(|manners| manners.failing = Some(503));
+        fake.cut();
+    };
+    fails(&kubelets);
+    heard.until("that of last time", |heard| heard.names(Kind::Node).contains(&"s")).await;
+    assert_eq!(service.requests(), [""; 0], "one that needs no data path answers");
+    fails(&saved);
+    heard.until("the Service", |heard| heard.names(Kind::Node).contains(&"v")).await;
+    kubelets.manners(|manners| manners.failing = None);
+    (0..80).for_each(|_| kubelets.put("nodes", node("again", "10.2.0.0/24")));
+    fails(&service);
+    heard.until("the kubelet's again", |heard| heard.names(Kind::Node).contains(&"again")).await;
 }
 
 #[tokio::test]

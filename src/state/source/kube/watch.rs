@@ -74,6 +74,7 @@ impl<K: Readable> Watch<K> {
         let mut teller = Teller {
             origin,
             told: false,
+            listed: false,
             unread: BTreeMap::new(),
             nameless: 0,
             told_unread: Vec::new(),
@@ -181,6 +182,7 @@ impl<K: Readable> Watch<K> {
                 Ok(Event::InitDone) => {
                     let objects = listing.take().unwrap_or_default();
                     pauses.reset();
+                    teller.listed = true;
                     // What has not even a name may be any of those that are not in the list.
                     let complete = complete && teller.nameless == 0;
                     let unread = teller.unread.keys().cloned().collect();
@@ -204,7 +206,7 @@ impl<K: Readable> Watch<K> {
                     None => true,
                 },
                 Err(error) => {
-                    if let Some(restart) = self.gives_up(&error, streaming && listing.is_some()) {
+                    if let Some(restart) = self.gives_up(&error, streaming && listing.is_some(), teller) {
                         return restart;
                     }
                     if is_unreadable(&error) {
@@ -260,7 +262,7 @@ impl<K: Readable> Watch<K> {
         valid.then(|| Key { kind: self.kind, namespace: namespace.to_owned(), name: name.to_owned() })
     }
 
-    fn gives_up(&self, error: &watcher::Error, streaming: bool) -> Option<Restart> {
+    fn gives_up(&self, error: &watcher::Error, streaming: bool, teller: &Teller) -> Option<Restart> {
         let status = match error {
             watcher::Error::InitialListFailed(kube::Error::Api(status))
             | watcher::Error::WatchStartFailed(kube::Error::Api(status)) => status,
@@ -271,7 +273,8 @@ impl<K: Readable> Watch<K> {
             | watcher::Error::NoResourceVersion => return None,
         };
         match status.code {
-            404 if self.optional => Some(Restart::Absent),
+            // One that had it is not older than it: a server that is starting may not have it yet.
+            404 if self.optional && !teller.listed => Some(Restart::Absent),
             // As an event it makes kube list anew; as the answer to a request it would be asked the same for ever.
             410 if matches!(error, watcher::Error::WatchStartFailed(_)) => Some(Restart::Stalled),
             // Before 1.34 the feature may be off, and the server says that the parameter is forbidden.
@@ -327,6 +330,8 @@ struct Teller {
     origin: String,
     /// Whether something wrong was said.
     told: bool,
+    /// Whether there was ever a whole list.
+    listed: bool,
     /// Objects that cannot be read, and why.
     unread: BTreeMap<Key, String>,
     /// How many there were of those without a name since the last list.

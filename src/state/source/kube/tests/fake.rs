@@ -36,6 +36,8 @@ pub(in crate::state) struct Manners {
     pub(in crate::state) token: String,
     pub(in crate::state) page: usize,
     pub(in crate::state) http1_only: bool,
+    /// Refuses what is made, where this stands in it.
+    pub(in crate::state) refusing: Option<String>,
     /// Answers nothing but this.
     pub(in crate::state) failing: Option<u16>,
     /// Never answers, after TLS.
@@ -57,6 +59,7 @@ impl Default for Manners {
             token: "token-1".to_owned(),
             page: 2,
             http1_only: false,
+            refusing: None,
             failing: None,
             hanging: false,
             ending: false,
@@ -396,6 +399,11 @@ async fn answer(
     };
     Ok(match (parts.method, words.get(at + 1)) {
         (Method::PATCH, Some(name)) => inner.patch(resource, name, words.get(at + 2).copied(), sent),
+        (Method::POST, None)
+            if manners.refusing.as_ref().is_some_and(|part| sent.to_string().contains(part)) =>
+        {
+            failure(StatusCode::FORBIDDEN, "a policy does not want it")
+        }
         (Method::POST, None) => {
             let mut store = inner.store.lock().unwrap();
             let name = sent["metadata"]["name"].clone();
