@@ -15,7 +15,7 @@ pub(crate) fn run(data: &[u8]) {
             (format!("{prefix}{name}"), value.replace('\u{1}', "\n"))
         })
         .collect();
-    let (said, problems) = parse(&annotations);
+    let (mut said, problems) = parse(&annotations);
     assert!(said.lanes.len() <= MAX_LANES);
     assert!(said.endpoints.len() <= MAX_ENDPOINTS);
     assert!(said.endpoints.iter().all(|endpoint| is_reachable(endpoint.ip()) && endpoint.port() != 0));
@@ -23,9 +23,10 @@ pub(crate) fn run(data: &[u8]) {
         assert!(problem.reason.chars().count() < 600, "a report of {} characters", problem.reason.len());
         assert!(!problem.reason.chars().any(char::is_control), "control characters reach a terminal");
     }
-    // What was understood can be said again. Without encapsulations the rest of the sentence decides; and who is
-    // described by hand is not who says it.
-    if !said.encaps.is_empty() && !said.ordinary {
+    // What was understood can be said again. Without encapsulations the rest of the sentence decides; and who says
+    // something is no longer somebody whom a person has described.
+    said.ordinary = false;
+    if !said.encaps.is_empty() {
         let (again, problems) = parse(&render(&said));
         assert_eq!((again, problems), (said, Vec::new()));
     }
