@@ -1,8 +1,9 @@
 //! The lane's thread: reads what there is, lets the packet line work on it, sends what came out.
 //!
-//! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full
+//! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full; on lane 0, what the other lanes have
+//!    handed over to it goes before
 //! 2. datagrams -> packet line -> TUN, one receive call's worth per encapsulation
-//! 3. commands, timers, and what lanes hand over to each other
+//! 3. commands, timers, and what is to be handed over
 //! 4. nothing to do: yield for a while, then sleep
 //!
 //! Each turn is bounded and waits for nothing; the snapshot is loaded once per turn. While a socket is full,
