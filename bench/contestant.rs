@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 
+use crate::figure::Work;
 use crate::lab::agent::{Agent, warren};
 use crate::lab::peer::{KernelVxlan, Neighbours, PORT, Program, WireGuard, binary};
 use crate::lab::traffic::reach_family;
@@ -29,8 +30,14 @@ pub enum Contestant {
     Boringtun,
     /// Warren, encrypted.
     WarrenWireguard,
+    /// The same with two lanes, whatever the machine.
+    #[value(name = "warren-wireguard-2-lanes")]
+    WarrenWireguard2,
     /// Warren, plain.
     WarrenVxlan,
+    /// The same with two lanes.
+    #[value(name = "warren-vxlan-2-lanes")]
+    WarrenVxlan2,
 }
 
 /// A contestant that is up: traffic between the two stations goes through it.
@@ -49,7 +56,7 @@ pub struct Running {
 
 impl Contestant {
     /// All, from the simplest to ours.
-    pub const ALL: [Contestant; 8] = [
+    pub const ALL: [Contestant; 10] = [
         Contestant::Bare,
         Contestant::KernelVxlan,
         Contestant::FlannelUdp,
@@ -57,7 +64,9 @@ impl Contestant {
         Contestant::Gotatun,
         Contestant::Boringtun,
         Contestant::WarrenWireguard,
+        Contestant::WarrenWireguard2,
         Contestant::WarrenVxlan,
+        Contestant::WarrenVxlan2,
     ];
 
     /// The name in tables and on the command line.
@@ -70,7 +79,9 @@ impl Contestant {
             Contestant::Gotatun => "gotatun",
             Contestant::Boringtun => "boringtun",
             Contestant::WarrenWireguard => "warren-wireguard",
+            Contestant::WarrenWireguard2 => "warren-wireguard-2-lanes",
             Contestant::WarrenVxlan => "warren-vxlan",
+            Contestant::WarrenVxlan2 => "warren-vxlan-2-lanes",
         }
     }
 
@@ -81,7 +92,40 @@ impl Contestant {
 
     /// Whether it is ours.
     pub fn is_ours(self) -> bool {
-        matches!(self, Contestant::WarrenWireguard | Contestant::WarrenVxlan)
+        self.agent().is_some()
+    }
+
+    /// What an agent of ours is told: the encapsulation, and the lanes if they are not those of the run.
+    fn agent(self) -> Option<(&'static str, Option<&'static str>)> {
+        match self {
+            Contestant::Bare
+            | Contestant::KernelVxlan
+            | Contestant::FlannelUdp
+            | Contestant::WireguardGo
+            | Contestant::Gotatun
+            | Contestant::Boringtun => None,
+            Contestant::WarrenWireguard => Some(("wireguard", None)),
+            Contestant::WarrenWireguard2 => Some(("wireguard", Some("2"))),
+            Contestant::WarrenVxlan => Some(("vxlan", None)),
+            Contestant::WarrenVxlan2 => Some(("vxlan", Some("2"))),
+        }
+    }
+
+    /// Whether a run belongs to it when none is asked for by name: of two lanes, what lanes are for, and what a
+    /// second thread that waits for packets costs the latency of the first.
+    pub fn usually_does(self, work: Work) -> bool {
+        let has_set_lanes = self.agent().is_some_and(|(_, lanes)| lanes.is_some());
+        match work {
+            Work::Tcp | Work::Tcp4 | Work::Tcp16 | Work::Udp | Work::TcpLatency => true,
+            Work::TcpReverse
+            | Work::UdpSmall
+            | Work::UdpLossFree
+            | Work::UdpSmallLossFree
+            | Work::UdpLatency
+            | Work::TcpLatencyLoaded
+            | Work::UdpLatencyLoaded
+            | Work::Idle => !has_set_lanes,
+        }
     }
 
     /// What it runs with, for the report.
@@ -104,6 +148,9 @@ impl Contestant {
             Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
                 "agent with all its routes, rules and nft tables in place; node address to node address"
             }
+            Contestant::WarrenWireguard2 | Contestant::WarrenVxlan2 => {
+                "the same with --lanes 2, whatever the machine; only some of the figures unless they are asked for"
+            }
         }
     }
 
@@ -117,7 +164,10 @@ impl Contestant {
             Contestant::WireguardGo => recorded("wireguard-go"),
             Contestant::Gotatun => recorded("gotatun"),
             Contestant::Boringtun => recorded("boringtun-cli"),
-            Contestant::WarrenWireguard | Contestant::WarrenVxlan => {
+            Contestant::WarrenWireguard
+            | Contestant::WarrenWireguard2
+            | Contestant::WarrenVxlan
+            | Contestant::WarrenVxlan2 => {
                 // One version has many builds.
                 let sum = first_line(Command::new("sha256sum").arg(warren()));
                 let version = first_line(Command::new(warren()).arg("--version"));
@@ -136,8 +186,13 @@ impl Contestant {
             Contestant::WireguardGo => wireguard(lab, Program::WireguardGo),
             Contestant::Gotatun => wireguard(lab, Program::Gotatun),
             Contestant::Boringtun => wireguard(lab, Program::Boringtun),
-            Contestant::WarrenWireguard => agents(lab, "wireguard", lanes),
-            Contestant::WarrenVxlan => agents(lab, "vxlan", lanes),
+            Contestant::WarrenWireguard
+            | Contestant::WarrenWireguard2
+            | Contestant::WarrenVxlan
+            | Contestant::WarrenVxlan2 => {
+                let (encap, own) = self.agent().expect("an agent of ours");
+                agents(lab, encap, own.unwrap_or(lanes))
+            }
         };
         reach_family(running.station(0), running.station(1), 0);
         running

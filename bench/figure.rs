@@ -19,6 +19,8 @@ pub enum Work {
     UdpSmall,
     /// The most UDP of which nearly all arrives.
     UdpLossFree,
+    /// The same with 64 bytes each.
+    UdpSmallLossFree,
     /// TCP request and answer, nothing else going on.
     TcpLatency,
     /// The same with UDP.
@@ -33,7 +35,7 @@ pub enum Work {
 
 impl Work {
     /// All, in the order of running.
-    pub const ALL: [Work; 12] = [
+    pub const ALL: [Work; 13] = [
         Work::Tcp,
         Work::TcpReverse,
         Work::Tcp4,
@@ -41,6 +43,7 @@ impl Work {
         Work::Udp,
         Work::UdpSmall,
         Work::UdpLossFree,
+        Work::UdpSmallLossFree,
         Work::TcpLatency,
         Work::UdpLatency,
         Work::TcpLatencyLoaded,
@@ -59,6 +62,7 @@ impl Work {
             Work::Udp => &[F::Udp],
             Work::UdpSmall => &[F::UdpSmall],
             Work::UdpLossFree => &[F::UdpLossFree],
+            Work::UdpSmallLossFree => &[F::UdpSmallLossFree],
             Work::TcpLatency => &[F::TcpP50, F::TcpP99, F::TcpP999],
             Work::UdpLatency => &[F::UdpP50, F::UdpP99, F::UdpP999],
             Work::TcpLatencyLoaded => &[F::TcpLoadedP50, F::TcpLoadedP99, F::TcpLoadedP999],
@@ -85,6 +89,8 @@ pub enum Figure {
     UdpSmall,
     /// Gbit/s of UDP with hardly any loss.
     UdpLossFree,
+    /// Thousands of small datagrams a second with hardly any loss.
+    UdpSmallLossFree,
     /// Half a TCP round trip, microseconds: the median.
     TcpP50,
     /// One of a hundred is slower.
@@ -123,7 +129,7 @@ pub enum Figure {
 
 impl Figure {
     /// All, in the order of the tables.
-    pub const ALL: [Figure; 24] = [
+    pub const ALL: [Figure; 25] = [
         Figure::Tcp,
         Figure::TcpReverse,
         Figure::Tcp4,
@@ -131,6 +137,7 @@ impl Figure {
         Figure::Udp,
         Figure::UdpSmall,
         Figure::UdpLossFree,
+        Figure::UdpSmallLossFree,
         Figure::TcpP50,
         Figure::TcpP99,
         Figure::TcpP999,
@@ -160,6 +167,7 @@ impl Figure {
             Figure::Udp => ("udp", "1372 B, overload, Gbit/s", 2),
             Figure::UdpSmall => ("udp-small", "64 B, overload, thousands/s", 0),
             Figure::UdpLossFree => ("udp-loss-free", "1372 B, < 0.1 % lost, Gbit/s", 2),
+            Figure::UdpSmallLossFree => ("udp-small-loss-free", "64 B, < 0.1 % lost, thousands/s", 0),
             Figure::TcpP50 => ("tcp-p50", "TCP p50", 0),
             Figure::TcpP99 => ("tcp-p99", "p99", 0),
             Figure::TcpP999 => ("tcp-p99.9", "p99.9", 0),

@@ -9,6 +9,7 @@ use crate::cpu;
 use crate::lab::agent::{Agent, warren};
 use crate::lab::peer::{INTERFACE, Program, WireGuard};
 use crate::lab::{Lab, wait_for};
+use crate::results::Reading;
 
 /// Peers.
 pub const PEERS: usize = 1000;
@@ -17,7 +18,8 @@ const FIRST: usize = 16;
 /// How long a program has to settle after it knows all peers.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Whether a contestant has a program that knows peers: the kernel has none, and flannel-udp is given one only.
+/// Whether a contestant has a program that knows peers: the kernel has none, flannel-udp is given one only, and
+/// further lanes hold no peers of their own.
 pub fn is_measured(contestant: Contestant) -> bool {
     carrier(contestant).is_some()
 }
@@ -30,7 +32,11 @@ enum Carrier {
 
 fn carrier(contestant: Contestant) -> Option<Carrier> {
     match contestant {
-        Contestant::Bare | Contestant::KernelVxlan | Contestant::FlannelUdp => None,
+        Contestant::Bare
+        | Contestant::KernelVxlan
+        | Contestant::FlannelUdp
+        | Contestant::WarrenWireguard2
+        | Contestant::WarrenVxlan2 => None,
         Contestant::WireguardGo => Some(Carrier::WireGuard(Program::WireguardGo)),
         Contestant::Gotatun => Some(Carrier::WireGuard(Program::Gotatun)),
         Contestant::Boringtun => Some(Carrier::WireGuard(Program::Boringtun)),
@@ -40,7 +46,7 @@ fn carrier(contestant: Contestant) -> Option<Carrier> {
 }
 
 /// MiB of memory and percent of one processor, over so many seconds.
-pub fn measure(contestant: Contestant, lanes: &str, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+pub fn measure(contestant: Contestant, lanes: &str, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
     let lab = Lab::cable(1500);
     match carrier(contestant).ok_or("has no program that knows peers")? {
         Carrier::WireGuard(program) => wireguard(&lab, program, seconds),
@@ -48,7 +54,7 @@ pub fn measure(contestant: Contestant, lanes: &str, seconds: u32) -> Result<Vec<
     }
 }
 
-fn agent(lab: &Lab, encap: &str, lanes: &str, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+fn agent(lab: &Lab, encap: &str, lanes: &str, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
     let node = &lab.nodes[0];
     lab.write_node(node, &[]);
     for number in 0..PEERS {
@@ -79,7 +85,7 @@ fn object(number: usize) -> String {
     )
 }
 
-fn wireguard(lab: &Lab, program: Program, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+fn wireguard(lab: &Lab, program: Program, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
     let node = &lab.nodes[0];
     let running = WireGuard::start_quietly(lab, node, program);
     let mut peers = String::new();
@@ -95,7 +101,7 @@ fn wireguard(lab: &Lab, program: Program, seconds: u32) -> Result<Vec<Option<f64
     watch(running.pid(), seconds)
 }
 
-fn watch(pid: u32, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+fn watch(pid: u32, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
     std::thread::sleep(SETTLE);
     let before = cpu::of(pid);
     std::thread::sleep(Duration::from_secs(seconds.into()));
@@ -104,7 +110,7 @@ fn watch(pid: u32, seconds: u32) -> Result<Vec<Option<f64>>, String> {
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib: Option<f64> = resident.and_then(|text| text.split_whitespace().next()?.parse().ok());
     let mib = kib.ok_or("no VmRSS")? / 1024.0;
-    Ok(vec![Some(mib), Some(used / f64::from(seconds) * 100.0)])
+    Ok(vec![Some(mib.into()), Some((used / f64::from(seconds) * 100.0).into())])
 }
 
 /// Any 32 bytes are a public key.

@@ -5,10 +5,12 @@
 //! round each contestant is set up anew and measured once, so that what the machine does meanwhile hits all of
 //! them alike: ratios hold where absolute figures drift. Needs root, iperf3 and `tests/peers.sh`.
 //!
-//! 1. `contestant`: who, and how it is set up
+//! 1. `contestant`, `order`: who, how it is set up, and when it is its turn
 //! 2. `figure`, `measure`, `ping_pong`, `cpu`, `idle`: what is run, and what is read off
 //! 3. `results`: samples, medians, JSON
-//! 4. `report`, `plot`: tables and charts, from the JSON alone
+//! 4. `report`, `goals`, `service_tables`, `plot`: tables and charts, from the JSON alone
+//!
+//! Services are measured by `bench/kube-proxy`; `bench/run` calls it too, and its results are taken in here.
 
 #[allow(dead_code)] // the tests' laboratory, of which measurements need a part
 #[path = "../tests/kernel/lab/mod.rs"]
@@ -17,15 +19,19 @@ pub mod lab;
 pub mod contestant;
 pub mod cpu;
 pub mod figure;
+pub mod goals;
 pub mod idle;
 pub mod measure;
+pub mod order;
 pub mod ping_pong;
 pub mod plot;
 pub mod report;
 pub mod results;
+#[path = "kube_proxy/tables.rs"]
+pub mod service_tables;
 
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::{fs, io};
 
@@ -34,7 +40,7 @@ use serde_json::json;
 
 use contestant::Contestant;
 use figure::Work;
-use results::{Results, Sample};
+use results::{Reading, Results, Sample};
 
 /// Idle programs are looked at for so many times the seconds of a measurement, in the first so many rounds.
 const IDLE_TIMES: u32 = 6;
@@ -59,7 +65,7 @@ struct Arguments {
     /// Only these contestants.
     #[arg(long, value_delimiter = ',')]
     only: Vec<Contestant>,
-    /// Only these runs.
+    /// Only these runs; also by those contestants who usually leave them out.
     #[arg(long, value_delimiter = ',')]
     tests: Vec<Work>,
     /// Where the results go: NAME.json and NAME.md.
@@ -72,6 +78,9 @@ struct Arguments {
     /// Measures nothing: makes tables, plots, bench/RESULTS.md and README's part from these results.
     #[arg(long, value_name = "JSON")]
     render: Option<PathBuf>,
+    /// Measures nothing: puts what `bench/kube-proxy --output NAME` has measured into the results.
+    #[arg(long, value_name = "NAME.json", conflicts_with = "render")]
+    take_services: Option<PathBuf>,
     /// Given by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
@@ -79,10 +88,11 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let done = match &arguments.render {
-        Some(json) => report::render(json)
+    let done = match (&arguments.render, &arguments.take_services) {
+        (Some(json), _) => report::render(json)
             .map(|files| files.iter().map(|file| format!("{}\n", file.display())).collect::<String>()),
-        None => begin(&arguments).and_then(|results| measure_all(&arguments, results)),
+        (None, Some(services)) => take_services(&arguments.output, services),
+        (None, None) => begin(&arguments).and_then(|results| measure_all(&arguments, results)),
     };
     match done {
         Ok(text) => {
@@ -111,17 +121,24 @@ fn begin(arguments: &Arguments) -> io::Result<Results> {
     Ok(results)
 }
 
+fn take_services(output: &Path, services: &Path) -> io::Result<String> {
+    let mut results = Results::read(&fs::read_to_string(output.with_extension("json"))?)?;
+    results.take_services(serde_json::from_str(&fs::read_to_string(services)?)?);
+    report::write(&results, output)
+}
+
 /// Writes what there is after each contestant: an hour's work should not be lost with its last minute.
 fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String> {
     let contestants = or_all(&arguments.only, &Contestant::ALL);
     // Each counts its own: who was left out before catches up, and finds the others' rounds to be compared with.
     let before: Vec<u32> = contestants.iter().map(|contestant| results.rounds_of(*contestant)).collect();
-    let (idle, works): (Vec<Work>, Vec<Work>) =
-        or_all(&arguments.tests, &Work::ALL).into_iter().partition(|work| *work == Work::Idle);
+    let last = before.iter().copied().max().unwrap_or(0);
     let mut page = String::new();
     for more in 1..=arguments.rounds {
-        for (&contestant, before) in contestants.iter().zip(&before) {
-            let round = before + more;
+        for index in order::of(contestants.len(), last + more) {
+            let (contestant, round) = (contestants[index], before[index] + more);
+            let (idle, works): (Vec<Work>, Vec<Work>) =
+                arguments.works_of(contestant).into_iter().partition(|work| *work == Work::Idle);
             if !works.is_empty() {
                 let running = caught(|| Ok(contestant.set_up(arguments.mtu, &arguments.lanes)));
                 for &work in &works {
@@ -141,6 +158,16 @@ fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String
     Ok(page)
 }
 
+impl Arguments {
+    /// What is asked for, or what it usually does.
+    fn works_of(&self, contestant: Contestant) -> Vec<Work> {
+        match self.tests.as_slice() {
+            [] => Work::ALL.into_iter().filter(|work| contestant.usually_does(*work)).collect(),
+            asked => asked.to_vec(),
+        }
+    }
+}
+
 /// What goes wrong costs a sample, not the run: the laboratory panics, as tests do.
 fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
@@ -155,7 +182,7 @@ fn add(
     round: u32,
     contestant: Contestant,
     work: Work,
-    measured: Result<Vec<Option<f64>>, String>,
+    measured: Result<Vec<Option<Reading>>, String>,
 ) {
     for (index, &figure) in work.figures().iter().enumerate() {
         let value = match &measured {
@@ -166,7 +193,7 @@ fn add(
             },
             Err(error) => Err(error.clone()),
         };
-        let shown = value.as_ref().map_or_else(String::clone, |value| figure.show(*value));
+        let shown = value.as_ref().map_or_else(String::clone, |reading| figure.show(reading.value));
         eprintln!("round {round}: {}, {}: {shown}", contestant.name(), figure.name());
         results.add(Sample { round, contestant, figure, value });
     }

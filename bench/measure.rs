@@ -10,11 +10,10 @@ use crate::cpu::Cpu;
 use crate::figure::Work;
 use crate::lab::wait_for;
 use crate::ping_pong;
+use crate::results::Reading;
 
 /// Of the datagrams sent, what may be lost of a rate that counts as free of loss.
 const LOSS_PERCENT: f64 = 0.1;
-/// Where the search for that rate begins, Mbit/s.
-const FIRST_RATE: f64 = 400.0;
 /// Halvings of the interval it is in.
 const HALVINGS: u32 = 5;
 const IPERF_PORT: u16 = 5201;
@@ -26,10 +25,10 @@ const CUBIC: [&str; 2] = ["-C", "cubic"];
 impl Work {
     /// Runs once: a value for each of [`Work::figures`], or the reason why not; `None` where the contestant
     /// has no such thing.
-    pub fn measure(self, on: &Running, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+    pub fn measure(self, on: &Running, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
         let stream = |more: &[&str]| {
             let traffic = iperf(on, seconds, &[&CUBIC, more].concat())?;
-            Ok(vec![Some(traffic.gbits)])
+            Ok(vec![Some(traffic.gbits.into())])
         };
         match self {
             Work::Tcp => tcp(on, seconds),
@@ -37,14 +36,18 @@ impl Work {
             Work::Tcp4 => stream(&["-P", "4"]),
             Work::Tcp16 => stream(&["-P", "16"]),
             Work::Udp => {
-                let traffic = iperf(on, seconds, &["-u", "-l", "1372", "-b", "0"])?;
-                Ok(vec![Some(traffic.gbits)])
+                let traffic = iperf(on, seconds, &["-u", "-l", LARGE.length, "-b", "0"])?;
+                Ok(vec![Some(traffic.gbits.into())])
             }
             Work::UdpSmall => {
-                let traffic = iperf(on, seconds, &["-u", "-l", "64", "-b", "0"])?;
-                Ok(vec![Some(traffic.gbits * 1e9 / (64.0 * 8.0) / 1e3)])
+                let traffic = iperf(on, seconds, &["-u", "-l", SMALL.length, "-b", "0"])?;
+                Ok(vec![Some(thousands_of_small(traffic.gbits).into())])
             }
-            Work::UdpLossFree => Ok(vec![Some(loss_free(on)?)]),
+            Work::UdpLossFree => Ok(vec![Some(loss_free(on, LARGE)?)]),
+            Work::UdpSmallLossFree => {
+                let Reading { value, at_least } = loss_free(on, SMALL)?;
+                Ok(vec![Some(Reading { value: thousands_of_small(value), at_least })])
+            }
             Work::TcpLatency => latency(on, seconds, true),
             Work::UdpLatency => latency(on, seconds, false),
             Work::TcpLatencyLoaded | Work::UdpLatencyLoaded => {
@@ -158,28 +161,53 @@ fn run_iperf(on: &Running, seconds: u32, arguments: &[&str]) -> Result<Traffic, 
     Ok(Traffic { gbits: bits / 1e9, lost_percent: lost.unwrap_or(0.0), gigabytes: bytes / 1e9 })
 }
 
-fn tcp(on: &Running, seconds: u32) -> Result<Vec<Option<f64>>, String> {
+fn tcp(on: &Running, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
     let before = Cpu::read(on);
     let traffic = iperf(on, seconds, &CUBIC)?;
     let used = Cpu::read(on).since(before);
-    let per_gb = |seconds: f64| Some(seconds / traffic.gigabytes);
+    let per_gb = |seconds: f64| Some(Reading::from(seconds / traffic.gigabytes));
     let [sender, receiver] = used.programs.map(|program| program.and_then(per_gb));
-    Ok(vec![Some(traffic.gbits), per_gb(used.machine), sender, receiver])
+    Ok(vec![Some(traffic.gbits.into()), per_gb(used.machine), sender, receiver])
 }
 
-/// The highest rate that loses less than [`LOSS_PERCENT`]: doubled until it loses more, then by halving.
-fn loss_free(on: &Running) -> Result<f64, String> {
+/// Datagrams of a search for the highest rate without loss.
+#[derive(Clone, Copy)]
+struct Datagrams {
+    /// Bytes of each, as iperf3 is told.
+    length: &'static str,
+    /// Where the search begins, Mbit/s of payload.
+    first_rate: f64,
+}
+
+const LARGE: Datagrams = Datagrams { length: "1372", first_rate: 400.0 };
+const SMALL: Datagrams = Datagrams { length: "64", first_rate: 10.0 };
+
+/// Thousands of datagrams of 64 bytes a second.
+fn thousands_of_small(gbits: f64) -> f64 {
+    gbits * 1e9 / (64.0 * 8.0) / 1e3
+}
+
+/// The highest rate, in Gbit/s, that loses less than [`LOSS_PERCENT`]: doubled until it loses more, then by halving.
+fn loss_free(on: &Running, of: Datagrams) -> Result<Reading, String> {
+    search(of.first_rate, |rate| without_loss(on, of, rate))
+}
+
+/// The same by itself: `attempt` gives the Gbit/s that arrived at a rate in Mbit/s, if nothing was lost.
+pub fn search(
+    first_rate: f64,
+    mut attempt: impl FnMut(f64) -> Result<Option<f64>, String>,
+) -> Result<Reading, String> {
     let (mut best, mut low, mut high) = (0.0, 0.0, None);
-    let mut rate = FIRST_RATE;
+    let mut rate = first_rate;
     let mut halvings = 0;
     while halvings < HALVINGS {
-        match without_loss(on, rate)? {
+        match attempt(rate)? {
             Some(gbits) => {
                 best = f64::max(best, gbits);
                 low = rate;
                 // The sender itself cannot send more.
                 if gbits * 1e3 < rate * 0.9 {
-                    break;
+                    return Ok(Reading { value: best, at_least: true });
                 }
             }
             None => high = Some(rate),
@@ -192,17 +220,17 @@ fn loss_free(on: &Running) -> Result<f64, String> {
             }
         };
     }
-    Ok(best)
+    Ok(best.into())
 }
 
 /// What arrives at this rate, if it is nearly all, in one of two tries of a second: a machine with other things to
 /// do loses some now and then at any rate.
-fn without_loss(on: &Running, mbits: f64) -> Result<Option<f64>, String> {
+fn without_loss(on: &Running, of: Datagrams, mbits: f64) -> Result<Option<f64>, String> {
     let (rate, buffer) = (format!("{mbits:.0}M"), socket_buffer().to_string());
     for _ in 0..2 {
         // Paced every 0.1 ms: iperf3's own 1 ms makes bursts that fill the socket at the other end by themselves.
         let pace = ["--pacing-timer", "100", "-w", &buffer];
-        let arguments = [&["-u", "-l", "1372", "-b", &rate][..], &pace].concat();
+        let arguments = [&["-u", "-l", of.length, "-b", &rate][..], &pace].concat();
         let traffic = run_iperf(on, 1, &arguments)?;
         if traffic.lost_percent < LOSS_PERCENT {
             return Ok(Some(traffic.gbits));
@@ -221,7 +249,7 @@ fn socket_buffer() -> u64 {
     most("rmem_max").min(most("wmem_max")).min(2 << 20)
 }
 
-fn latency(on: &Running, seconds: u32, tcp: bool) -> Result<Vec<Option<f64>>, String> {
+fn latency(on: &Running, seconds: u32, tcp: bool) -> Result<Vec<Option<Reading>>, String> {
     let percentiles = ping_pong::measure(on, seconds, tcp).map_err(|e| format!("ping-pong: {e}"))?;
-    Ok(percentiles.map(Some).to_vec())
+    Ok(percentiles.map(|p| Some(p.into())).to_vec())
 }

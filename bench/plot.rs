@@ -9,8 +9,8 @@ use crate::results::{Results, Spread};
 
 const WIDTH: f64 = 760.0;
 /// Where bars begin, and how long the longest is.
-const LEFT: f64 = 150.0;
-const LENGTH: f64 = 470.0;
+const LEFT: f64 = 190.0;
+const LENGTH: f64 = 430.0;
 const ROW: f64 = 22.0;
 const BAR: f64 = 14.0;
 const TITLE: f64 = 30.0;
@@ -67,6 +67,7 @@ pub fn all(results: &Results) -> Vec<(&'static str, String)> {
                 plain("UDP, 1372 bytes, under overload, Gbit/s", Figure::Udp),
                 plain("UDP, 1372 bytes, less than 0.1 % lost, Gbit/s", Figure::UdpLossFree),
                 plain("UDP, 64 bytes, under overload, thousands a second", Figure::UdpSmall),
+                plain("UDP, 64 bytes, less than 0.1 % lost, thousands a second", Figure::UdpSmallLossFree),
             ],
         ),
         (

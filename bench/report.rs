@@ -9,9 +9,11 @@ use serde_json::Value;
 
 use crate::contestant::Contestant;
 use crate::figure::Figure;
+use crate::goals;
 use crate::idle::PEERS;
 use crate::plot;
-use crate::results::{Results, Spread};
+use crate::results::{Results, Run, Spread};
+use crate::service_tables;
 
 /// Figures that are about one thing.
 struct Group {
@@ -33,9 +35,10 @@ const GROUPS: [Group; 6] = [
         title: "UDP",
         how: "`iperf3 -u -b 0 -l 1372` and `-l 64`: what arrives of as much as the sender can send. Free of loss: the \
               highest `-b` of which less than 0.1 % is lost in a second (`--pacing-timer 100`; doubled from 400 \
-              Mbit/s, then five halvings, two tries each; `-w 2M` if the machine allows, so that what is lost is lost \
-              on the way and not by iperf3).",
-        figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall],
+              Mbit/s, with 64 bytes from 10, then five halvings, two tries each; `-w 2M` if the machine allows, so \
+              that what is lost is lost on the way and not by iperf3). \"≥\": nothing was lost of the most that iperf3 \
+              itself could send; who was measured may carry more.",
+        figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall, Figure::UdpSmallLossFree],
         plot: Some("udp.svg"),
     },
     Group {
@@ -83,71 +86,6 @@ const GROUPS: [Group; 6] = [
     },
 ];
 
-/// What Warren is to reach.
-struct Goal {
-    what: &'static str,
-    contestant: Contestant,
-    beside: Option<Contestant>,
-    figure: Figure,
-    bar: f64,
-    aim: f64,
-    /// Whether less is better.
-    less: bool,
-}
-
-const GOALS: [Goal; 11] = {
-    use Contestant::{Boringtun, Gotatun, KernelVxlan, WarrenVxlan, WarrenWireguard, WireguardGo};
-    const fn more(
-        what: &'static str,
-        contestant: Contestant,
-        beside: Contestant,
-        figure: Figure,
-        bar: f64,
-        aim: f64,
-    ) -> Goal {
-        Goal { what, contestant, beside: Some(beside), figure, bar, aim, less: false }
-    }
-    const fn less(goal: Goal) -> Goal {
-        Goal { less: true, ..goal }
-    }
-    [
-        more("1 TCP stream", WarrenWireguard, WireguardGo, Figure::Tcp, 1.8, 3.0),
-        more("4 TCP streams", WarrenWireguard, WireguardGo, Figure::Tcp4, 2.1, 3.0),
-        more("1 TCP stream", WarrenWireguard, Gotatun, Figure::Tcp, 5.0, 8.0),
-        more("1 TCP stream", WarrenWireguard, Boringtun, Figure::Tcp, 8.0, 14.0),
-        more("UDP 1372 B, overload", WarrenWireguard, WireguardGo, Figure::Udp, 3.5, 5.0),
-        less(more("TCP ping-pong p50", WarrenWireguard, WireguardGo, Figure::TcpP50, 0.5, 0.2)),
-        less(more("TCP ping-pong p50", WarrenWireguard, KernelVxlan, Figure::TcpP50, 1.3, 1.0)),
-        more("1 TCP stream", WarrenVxlan, KernelVxlan, Figure::Tcp, 0.55, 0.8),
-        less(more(
-            "processor seconds for each GB",
-            WarrenWireguard,
-            WireguardGo,
-            Figure::CpuMachine,
-            0.5,
-            0.3,
-        )),
-        Goal {
-            what: "idle with 1,000 peers, MiB",
-            contestant: WarrenWireguard,
-            beside: None,
-            figure: Figure::IdleMemory,
-            bar: 100.0,
-            aim: 64.0,
-            less: true,
-        },
-        Goal {
-            what: "idle with 1,000 peers, % of a processor",
-            contestant: WarrenWireguard,
-            beside: None,
-            figure: Figure::IdleCpu,
-            bar: 0.5,
-            aim: 0.2,
-            less: true,
-        },
-    ]
-};
-
 /// The figures of README's table and of the ratios, with the heads of their columns.
 const HEADLINE: [(Figure, &str); 9] = [
     (Figure::Tcp, "TCP, 1 stream"),
@@ -185,7 +123,9 @@ pub fn render(json: &Path) -> io::Result<Vec<PathBuf>> {
     }
     let source = format!("results/{}", file_name(json, "json"));
     let mut page = page(&results, &source, Some("results/"));
-    if let Some(services) = newest_of_services(&folder)? {
+    if results.services().is_none()
+        && let Some(services) = newest_of_services(&folder)?
+    {
         let _ = write!(page, "\n## Services\n\nBeside kube-proxy: [{services}](results/{services}).\n");
     }
     page.push_str(&instructions(&fs::read_to_string(root.join("bench/instructions.json"))?)?);
@@ -193,7 +133,11 @@ pub fn render(json: &Path) -> io::Result<Vec<PathBuf>> {
     written.push(root.join("bench/RESULTS.md"));
     let readme = root.join("README.md");
     let text = fs::read_to_string(&readme)?;
-    if let Some(changed) = between_marks(&text, &short(&results)) {
+    let mut changed = between_marks(&text, SPEED, &short(&results)).unwrap_or_else(|| text.clone());
+    if let Some(services) = results.services() {
+        changed = between_marks(&changed, SERVICES, &service_tables::short(services)).unwrap_or(changed);
+    }
+    if changed != text {
         fs::write(&readme, changed)?;
         written.push(readme);
     }
@@ -236,14 +180,14 @@ fn file_name(path: &Path, extension: &str) -> String {
 
 // --- the page ------------------------------------------------------------------------------------
 
-/// `plots`: the folder in which they are, if they are to be shown.
-fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
+/// The page; `source` is its JSON's name. `plots`: the folder in which they are, if they are to be shown.
+pub fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
     let mut out = String::from("# Side by side\n\n");
     if plots.is_some() {
         let _ = writeln!(out, "Made by `bench/run --render bench/{source}`; do not edit.\n");
     }
     about(&mut out, results, source);
-    goals(&mut out, results);
+    goals::write(&mut out, results);
     for group in &GROUPS {
         let figures: Vec<Figure> = group.figures.iter().copied().filter(|f| results.has(*f)).collect();
         if figures.is_empty() {
@@ -265,6 +209,10 @@ fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
             });
         }
     }
+    if let Some(services) = results.services() {
+        out.push('\n');
+        out.push_str(&service_tables::all(services, "##"));
+    }
     out.push_str("\n## Who\n\n");
     for contestant in results.contestants() {
         let of = |key| results.of_contestant(contestant, key);
@@ -283,11 +231,18 @@ fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
 
 fn about(out: &mut String, results: &Results, source: &str) {
     let (a, s) = (|key: &str| results.about(key), |key: &str| results.setting(key));
+    let runs = results.runs();
+    let order = match runs.iter().all(|run| run.takes_turns) {
+        true => {
+            "in another order each round (a balanced Latin square: everybody's place and predecessor change)"
+        }
+        false => "in the same order in each round, or in some of them",
+    };
     let _ = writeln!(
         out,
         "Two namespaces joined by a veth pair, both ends, both agents and the load on the same processors. Each \
          contestant is set up anew in every round, so that what the machine does meanwhile hits all alike: compare \
-         rows, not runs. Median of {} rounds of {} s (least to most), interleaved.\n",
+         rows, not runs. Median of {} rounds of {} s (least to most), interleaved, {order}.\n",
         results.rounds(),
         s("seconds"),
     );
@@ -296,52 +251,30 @@ fn about(out: &mut String, results: &Results, source: &str) {
     }
     let _ = writeln!(
         out,
-        "{}, {} processors ({}), Linux {}, veth MTU {}, load before {}. {}. Warren at commit {}, lanes: {}. All \
-         samples: [{source}]({source}). Command:\n\n    bench/run {}",
-        a("date"),
+        "{} processors ({}), Linux {}, veth MTU {}. {}. Warren's lanes: {}. All samples: [{source}]({source}). {}:\n",
         a("processors"),
         a("processor"),
         a("kernel"),
         s("underlay_mtu"),
-        a("load_before"),
         a("iperf3"),
-        a("commit"),
         s("lanes"),
-        a("command"),
+        if runs.len() > 1 {
+            "Commands, each with when, what and how busy the machine was before"
+        } else {
+            "Command"
+        },
     );
+    for run in &runs {
+        command(out, run);
+    }
+    if runs.first().is_some_and(Run::is_continuation) {
+        out.push_str("\nThe commands of the rounds before were not kept.\n");
+    }
 }
 
-fn goals(out: &mut String, results: &Results) {
-    let mut rows = String::new();
-    for goal in &GOALS {
-        let measured = match goal.beside {
-            Some(other) => results.ratio(goal.contestant, other, goal.figure),
-            None => results.spread(goal.contestant, goal.figure),
-        };
-        let Some(Spread { median, least, most }) = measured else { continue };
-        let reached = |limit: f64| if goal.less { median <= limit } else { median >= limit };
-        let verdict = match (reached(goal.bar), reached(goal.aim)) {
-            (_, true) => "aim reached",
-            (true, false) => "reached",
-            (false, false) => "**missed**",
-        };
-        let to = goal.beside.map_or_else(String::new, |other| format!(", to {}", other.name()));
-        let _ = writeln!(
-            rows,
-            "| {}, {}{to} | {median:.2} ({least:.2} to {most:.2}) | {} | {} | {verdict} |",
-            goal.contestant.name(),
-            goal.what,
-            goal.bar,
-            goal.aim,
-        );
-    }
-    if !rows.is_empty() {
-        let _ = write!(
-            out,
-            "\n## What Warren is to reach\n\nMedian of each round's ratio (least to most).\n\n| | measured | bar | aim | \
-             |\n|---|---|---|---|---|\n{rows}"
-        );
-    }
+fn command(out: &mut String, run: &Run) {
+    let Run { command, date, commit, load_before, .. } = run;
+    let _ = writeln!(out, "    bench/run {command}  # {date}, commit {commit}, load {load_before}");
 }
 
 fn table(
@@ -370,18 +303,24 @@ fn headline(results: &Results) -> Vec<(Figure, &'static str)> {
 }
 
 fn with_ends(spread: Spread, figure: Figure) -> String {
-    let Spread { median, least, most } = spread;
-    format!("{} ({} to {})", figure.show(median), figure.show(least), figure.show(most))
+    let Spread { least, most, .. } = spread;
+    format!("{} ({} to {})", middle(spread, figure), figure.show(least), figure.show(most))
+}
+
+fn middle(spread: Spread, figure: Figure) -> String {
+    format!("{}{}", if spread.at_least { "≥ " } else { "" }, figure.show(spread.median))
 }
 
 // --- README --------------------------------------------------------------------------------------
 
-const BEGIN: &str = "<!-- speed: made by bench/run --render -->";
-const END: &str = "<!-- speed: end -->";
+/// Around what is made here: where it begins, and where it ends.
+type Marks = (&'static str, &'static str);
+const SPEED: Marks = ("<!-- speed: made by bench/run --render -->", "<!-- speed: end -->");
+const SERVICES: Marks = ("<!-- services: made by bench/run --render -->", "<!-- services: end -->");
 
-fn between_marks(text: &str, part: &str) -> Option<String> {
-    let begin = text.find(BEGIN)? + BEGIN.len();
-    let end = begin + text[begin..].find(END)?;
+fn between_marks(text: &str, (begin, end): Marks, part: &str) -> Option<String> {
+    let begin = text.find(begin)? + begin.len();
+    let end = begin + text[begin..].find(end)?;
     Some(format!("{}\n{part}{}", &text[..begin], &text[end..]))
 }
 
@@ -398,7 +337,7 @@ fn short(results: &Results) -> String {
         results.rounds(),
     );
     table(&mut out, results, &headline(results), |contestant, figure| {
-        results.spread(contestant, figure).map(|spread| figure.show(spread.median))
+        results.spread(contestant, figure).map(|spread| middle(spread, figure))
     });
     out.push_str(
         "\nAbsolute figures drift with the machine and the hour; compare rows of one run. Spread, more figures, \

@@ -20,7 +20,22 @@ pub struct Sample {
     /// Of what.
     pub figure: Figure,
     /// The value, or why there is none.
-    pub value: Result<f64, String>,
+    pub value: Result<Reading, String>,
+}
+
+/// A value.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reading {
+    /// In the figure's unit.
+    pub value: f64,
+    /// What makes the load could not make more: who was measured can take so much, and perhaps more.
+    pub at_least: bool,
+}
+
+impl From<f64> for Reading {
+    fn from(value: f64) -> Reading {
+        Reading { value, at_least: false }
+    }
 }
 
 /// Everything that was measured, on what, and with which versions and settings.
@@ -29,6 +44,23 @@ pub struct Results {
     about: Value,
     contestants: Value,
     samples: Vec<Sample>,
+    /// What `bench/kube-proxy` has measured, if it has.
+    services: Value,
+}
+
+/// One command that added rounds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// What followed `bench/run`.
+    pub command: String,
+    /// When it began.
+    pub date: String,
+    /// Of the tree.
+    pub commit: String,
+    /// The machine's load when it began.
+    pub load_before: String,
+    /// Whether the contestants came in another order in each round.
+    pub takes_turns: bool,
 }
 
 /// The middle of some values, and their ends.
@@ -40,14 +72,17 @@ pub struct Spread {
     pub least: f64,
     /// The most.
     pub most: f64,
+    /// Whether the middle is one of [`Reading::at_least`].
+    pub at_least: bool,
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Option<Spread> {
-        values.sort_by(f64::total_cmp);
-        let (least, most) = (*values.first()?, *values.last()?);
-        let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);
-        Some(Spread { median: f64::midpoint(low, high), least, most })
+    fn of(mut readings: Vec<Reading>) -> Option<Spread> {
+        readings.sort_by(|a, b| a.value.total_cmp(&b.value));
+        let (least, most) = (readings.first()?.value, readings.last()?.value);
+        let (low, high) = (readings[(readings.len() - 1) / 2], readings[readings.len() / 2]);
+        let median = f64::midpoint(low.value, high.value);
+        Some(Spread { median, least, most, at_least: low.at_least || high.at_least })
     }
 }
 
@@ -58,23 +93,27 @@ impl Results {
         let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let said = |program: &str, arguments: &[&str]| first_line(Command::new(program).args(arguments));
-        let about = json!({
-            "settings": settings,
+        let run = json!({
             "command": std::env::args().skip(1).filter(|word| word != "--bench").collect::<Vec<_>>().join(" "),
             "date": said("date", &["-u", "+%F %H:%M UTC"]),
+            "commit": said("git", &["describe", "--always", "--dirty"]),
+            "load_before": load.split_whitespace().next(),
+            "takes_turns": true,
+        });
+        let about = json!({
+            "settings": settings,
+            "runs": [run],
             "processors": std::thread::available_parallelism().map_or(0, usize::from),
             "processor": model.map_or("unknown", |(_, name)| name),
             "kernel": kernel(),
-            "load_before": load.split_whitespace().next(),
             "iperf3": said("iperf3", &["--version"]),
-            "commit": said("git", &["describe", "--always", "--dirty"]),
             "debug_build": warren().contains("/debug/"),
         });
         let entry = |c: &Contestant| {
             (c.name().to_owned(), json!({ "version": c.version(), "settings": c.settings() }))
         };
         let contestants: Map<String, Value> = contestants.iter().map(entry).collect();
-        Results { about, contestants: contestants.into(), samples: Vec::new() }
+        Results { about, contestants: contestants.into(), samples: Vec::new(), services: Value::Null }
     }
 
     /// One more.
@@ -93,6 +132,9 @@ impl Results {
                 )));
             }
         }
+        let mut runs = before.runs();
+        runs.extend(self.runs());
+        self.about["runs"] = runs.iter().map(Run::json).collect();
         for (name, contestant) in self.contestants.as_object().into_iter().flatten() {
             let known = &before.contestants[name];
             if !known.is_null() && known != contestant {
@@ -103,7 +145,27 @@ impl Results {
             ours.extend(theirs);
         }
         self.samples = before.samples;
+        self.services = before.services;
         Ok(())
+    }
+
+    /// The commands whose rounds these are, the first one first.
+    pub fn runs(&self) -> Vec<Run> {
+        match &self.about["runs"] {
+            Value::Array(runs) => runs.iter().map(Run::read).collect(),
+            // Of old, only the last one was kept.
+            _ => vec![Run::read(&self.about)],
+        }
+    }
+
+    /// What `bench/kube-proxy` has measured, if it has.
+    pub fn services(&self) -> Option<&Value> {
+        Some(&self.services).filter(|services| services.is_object())
+    }
+
+    /// Takes that in, instead of what was there.
+    pub fn take_services(&mut self, services: Value) {
+        self.services = services;
     }
 
     /// How many rounds a contestant has.
@@ -158,7 +220,7 @@ impl Results {
     /// Each round's ratio of a contestant to another.
     pub fn ratio(&self, contestant: Contestant, to: Contestant, figure: Figure) -> Option<Spread> {
         let others = self.values(to, figure);
-        let ratio = |(round, value): (u32, f64)| Some(value / others.get(&round)?);
+        let ratio = |(round, own): (u32, Reading)| Some((own.value / others.get(&round)?.value).into());
         Spread::of(self.values(contestant, figure).into_iter().filter_map(ratio).collect())
     }
 
@@ -167,7 +229,7 @@ impl Results {
         self.samples.iter().filter_map(|s| Some((s, s.value.as_ref().err()?.as_str())))
     }
 
-    fn values(&self, contestant: Contestant, figure: Figure) -> BTreeMap<u32, f64> {
+    fn values(&self, contestant: Contestant, figure: Figure) -> BTreeMap<u32, Reading> {
         let samples = self.samples.iter().filter(|s| s.contestant == contestant && s.figure == figure);
         samples.filter_map(|s| Some((s.round, *s.value.as_ref().ok()?))).collect()
     }
@@ -178,14 +240,17 @@ impl Results {
         let pairs = self.contestants().into_iter().flat_map(|c| Figure::ALL.map(|f| (c, f)));
         let medians: Vec<Value> = pairs
             .filter_map(|(c, f)| {
-                let Spread { median, least, most } = self.spread(c, f)?;
+                let Spread { median, least, most, at_least } = self.spread(c, f)?;
                 Some(json!({
                     "contestant": c.name(), "figure": f.name(),
-                    "median": median, "least": least, "most": most,
+                    "median": median, "least": least, "most": most, "at_least": at_least,
                 }))
             })
             .collect();
-        json!({ "about": self.about, "contestants": self.contestants, "medians": medians, "samples": samples })
+        json!({
+            "about": self.about, "contestants": self.contestants, "medians": medians, "samples": samples,
+            "services": self.services,
+        })
     }
 
     /// Reads what [`Self::json`] wrote.
@@ -195,19 +260,41 @@ impl Results {
         let samples = json["samples"].as_array().ok_or_else(|| wrong("no samples"))?;
         let samples: Option<Vec<Sample>> = samples.iter().map(Sample::read).collect();
         let samples = samples.ok_or_else(|| wrong("a sample of a contestant or figure that is not known"))?;
-        Ok(Results { about: json["about"].clone(), contestants: json["contestants"].clone(), samples })
+        let [about, contestants, services] =
+            ["about", "contestants", "services"].map(|key| json[key].clone());
+        Ok(Results { about, contestants, samples, services })
+    }
+}
+
+impl Run {
+    /// Whether it added its rounds to those of others.
+    pub fn is_continuation(&self) -> bool {
+        self.command.split(' ').any(|word| word == "--append")
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "command": self.command, "date": self.date, "commit": self.commit, "load_before": self.load_before,
+            "takes_turns": self.takes_turns,
+        })
+    }
+
+    fn read(json: &Value) -> Run {
+        let [command, date, commit, load_before] =
+            ["command", "date", "commit", "load_before"].map(|key| text(&json[key]));
+        Run { command, date, commit, load_before, takes_turns: json["takes_turns"] == true }
     }
 }
 
 impl Sample {
     fn json(&self) -> Value {
-        let (value, error) = match &self.value {
-            Ok(value) => (Some(value), None),
+        let (reading, error) = match &self.value {
+            Ok(reading) => (Some(reading), None),
             Err(error) => (None, Some(error)),
         };
         json!({
             "round": self.round, "contestant": self.contestant.name(), "figure": self.figure.name(),
-            "value": value, "error": error,
+            "value": reading.map(|r| r.value), "at_least": reading.is_some_and(|r| r.at_least), "error": error,
         })
     }
 
@@ -216,7 +303,10 @@ impl Sample {
             round: u32::try_from(json["round"].as_u64()?).ok()?,
             contestant: Contestant::named(json["contestant"].as_str()?)?,
             figure: Figure::named(json["figure"].as_str()?)?,
-            value: json["value"].as_f64().ok_or_else(|| text(&json["error"])),
+            value: match json["value"].as_f64() {
+                Some(value) => Ok(Reading { value, at_least: json["at_least"] == true }),
+                None => Err(text(&json["error"])),
+            },
         })
     }
 }

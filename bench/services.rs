@@ -5,6 +5,7 @@
 //! bench/services                     10,000 Services x 25 endpoints, beside 10
 //! bench/services --services 1000
 //! bench/services instructions        instructions per burst, counted by callgrind
+//! bench/services ... --json          for programs, as `bench/kube-proxy` takes it in
 //! ```
 //!
 //! State line and packet line of the agent, in one process, without a kernel: no root needed.
@@ -52,7 +53,7 @@ struct Arguments {
     #[arg(long, default_value_t = 25)]
     endpoints: u32,
     /// Prints JSON, in milliseconds and MiB, instead of a table.
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
     what: Option<What>,
@@ -85,7 +86,7 @@ enum To {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.what {
-        Some(What::Instructions) => instructions(),
+        Some(What::Instructions) => instructions(arguments.json),
         Some(What::Bursts { encap, to, services }) => {
             bursts(encap, to, services);
             ExitCode::SUCCESS
@@ -212,13 +213,15 @@ fn resident_kib() -> u64 {
 
 // --- instructions ------------------------------------------------------------------------------------
 
-fn instructions() -> ExitCode {
+fn instructions(as_json: bool) -> ExitCode {
     let this = std::env::current_exe().expect("our own path");
-    println!(
-        "{:<10} {:>14} {:>16} {:>18} {:>8} {:>8}",
-        "", "pod to pod", "10 Services", "10,000 Services", "ratio", "ratio"
-    );
-    let mut figures = Vec::new();
+    if !as_json {
+        println!(
+            "{:<10} {:>14} {:>16} {:>18} {:>8} {:>8}",
+            "", "pod to pod", "10 Services", "10,000 Services", "ratio", "ratio"
+        );
+    }
+    let (mut figures, mut rows) = (Vec::new(), Vec::new());
     for encap in ["vxlan", "wireguard"] {
         let counts = [("pod", "10"), ("service", "10"), ("service", "10000")].map(|(to, services)| {
             let output = Command::new("valgrind")
@@ -235,15 +238,21 @@ fn instructions() -> ExitCode {
         });
         let [pod, ten, many] = counts.map(|count| count / u64::from(BURSTS));
         let ratio = |a: u64, b: u64| a as f64 / b as f64;
-        println!(
-            "{encap:<10} {pod:>14} {ten:>16} {many:>18} {:>8.4} {:>8.4}",
-            ratio(ten, pod),
-            ratio(many, ten)
-        );
+        let (service_to_pod, many_to_ten) = (ratio(ten, pod), ratio(many, ten));
+        if !as_json {
+            println!("{encap:<10} {pod:>14} {ten:>16} {many:>18} {service_to_pod:>8.4} {many_to_ten:>8.4}");
+        }
+        rows.push(json!({
+            "encap": encap, "pod": pod, "of_ten": ten, "of_many": many,
+            "service_to_pod": service_to_pod, "many_to_ten": many_to_ten,
+        }));
         // What a Service adds to a burst is held by `bench/instructions`.
-        figures.push(("10,000 Services to 10", ratio(many, ten), 1.1));
+        figures.push(("10,000 Services to 10", many_to_ten, 1.1));
     }
-    println!("ratios: a Service to plain pod to pod, and 10,000 Services to 10");
+    match as_json {
+        true => println!("{:#}", json!(rows)),
+        false => println!("ratios: a Service to plain pod to pod, and 10,000 Services to 10"),
+    }
     held(&figures)
 }
 

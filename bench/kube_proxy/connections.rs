@@ -14,8 +14,8 @@ use warren::io::clock;
 
 use crate::lab::Station;
 use crate::lab::agent::warren;
-use crate::report;
 use crate::stand::{CLUSTER_IP, Contestant, PORTS, Stand};
+use crate::{order, report};
 
 /// How to measure.
 #[derive(Clone, Debug, Args)]
@@ -44,7 +44,8 @@ pub fn measure(options: &Options) -> Value {
     let contestants = if options.only.is_empty() { all } else { options.only.clone() };
     let mut samples = Vec::new();
     for round in 1..=options.rounds {
-        for &contestant in &contestants {
+        for index in order::of(contestants.len(), round) {
+            let contestant = contestants[index];
             let stand = contestant.set_up();
             let (rate, failed) = run(&stand, options);
             eprintln!("round {round}: {}: {rate:.0}/s, {failed} failed", contestant.name());
@@ -55,14 +56,17 @@ pub fn measure(options: &Options) -> Value {
     let row = |&who: &Contestant| {
         let mine = rates(who);
         let spread = report::Spread::of(&mine);
-        let beside = who.bar().filter(|(peer, _)| contestants.contains(peer)).map(|(peer, bar)| {
-            let theirs = rates(peer);
-            let by_round: Vec<f64> = mine.iter().zip(&theirs).map(|(a, b)| a / b).collect();
-            json!({
-                "peer": peer.name(), "ratio": spread.median / report::Spread::of(&theirs).median, "bar": bar,
-                "ratio_by_round": report::Spread::of(&by_round).json(),
+        let peers = who.peers().iter().filter(|(peer, _)| contestants.contains(peer));
+        let beside: Vec<Value> = peers
+            .map(|&(peer, bar)| {
+                let theirs = rates(peer);
+                let by_round: Vec<f64> = mine.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+                json!({
+                    "peer": peer.name(), "ratio": spread.median / report::Spread::of(&theirs).median,
+                    "bar": bar, "ratio_by_round": report::Spread::of(&by_round).json(),
+                })
             })
-        });
+            .collect();
         json!({
             "contestant": who.name(), "settings": who.settings(), "per_second": spread.json(), "beside": beside,
         })

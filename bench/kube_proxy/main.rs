@@ -1,10 +1,12 @@
-//! Services side by side: Warren, and kube-proxy in nftables mode over other people's tunnels.
+//! Services side by side: Warren, and kube-proxy over other people's tunnels.
 //!
 //! ```text
 //! bench/kube-proxy                           everything: about 15 minutes
 //! bench/kube-proxy connections               connections per second through a ClusterIP
 //! bench/kube-proxy throughput                one TCP stream, to the pod and to its Service
 //! bench/kube-proxy rules --services 1000     how long kube-proxy takes to program Services, and a change
+//! bench/kube-proxy changes                   the same of Warren alone, in one process
+//! bench/kube-proxy instructions              what a Service adds to a burst, counted
 //! ```
 //!
 //! Each figure is written into the results on its own; those of the others stay. Needs root, iperf3, nft and
@@ -18,16 +20,21 @@ pub mod api;
 pub mod connections;
 #[path = "../objects.rs"]
 pub mod objects;
+#[path = "../order.rs"]
+pub mod order;
 pub mod proxy;
 pub mod report;
 pub mod rules;
 pub mod stand;
+pub mod tables;
 pub mod throughput;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::{fs, io};
 
 use clap::{Parser, Subcommand};
+use serde_json::{Value, json};
 
 /// What to measure, and where the results go.
 #[derive(Debug, Parser)]
@@ -54,19 +61,39 @@ enum Figure {
     Throughput(throughput::Options),
     /// kube-proxy's time from nothing, and for one change.
     Rules(rules::Options),
+    /// Nothing: takes in what `bench/services --json` has said.
+    Changes {
+        /// Where.
+        said: PathBuf,
+    },
+    /// Nothing: takes in what `bench/services instructions --json` has said.
+    Instructions {
+        /// Where.
+        said: PathBuf,
+    },
     /// Nothing: makes NAME.md of NAME.json again.
     Tables,
+}
+
+/// What another program of ours has said, as a section of the results.
+fn taken_in(said: &Path) -> io::Result<Value> {
+    let rows: Value = serde_json::from_str(&fs::read_to_string(said)?)?;
+    Ok(json!({ "about": report::about(&lab::agent::warren()), "rows": rows }))
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let (name, section) = match &arguments.figure {
-        Figure::Connections(options) => ("connections", connections::measure(options)),
-        Figure::Throughput(options) => ("throughput", throughput::measure(options)),
-        Figure::Rules(options) => ("rules", rules::measure(options)),
-        Figure::Tables => ("", serde_json::Value::Null),
+        Figure::Connections(options) => ("connections", Ok(connections::measure(options))),
+        Figure::Throughput(options) => ("throughput", Ok(throughput::measure(options))),
+        Figure::Rules(options) => ("rules", Ok(rules::measure(options))),
+        Figure::Changes { said } => ("changes", taken_in(said)),
+        Figure::Instructions { said } => ("instructions", taken_in(said)),
+        Figure::Tables => ("", Ok(Value::Null)),
     };
-    match report::write(&arguments.output, name, section, &arguments.note) {
+    let written =
+        section.and_then(|section| report::write(&arguments.output, name, section, &arguments.note));
+    match written {
         Ok(tables) => {
             println!("{tables}");
             ExitCode::SUCCESS

@@ -19,6 +19,8 @@ use crate::proxy::KubeProxy;
 pub enum Contestant {
     /// kube-proxy, and the kernel's VXLAN device.
     KubeProxyKernelVxlan,
+    /// kube-proxy in iptables mode, and the kernel's VXLAN device.
+    KubeProxyIptablesKernelVxlan,
     /// kube-proxy, and the reference userspace WireGuard.
     KubeProxyWireguardGo,
     /// Warren, plain.
@@ -31,6 +33,9 @@ pub enum Contestant {
 pub const CLUSTER_IP: [u8; 4] = [10, 96, 0, 10];
 /// Name, port, target port: for connections, and for iperf3.
 pub const PORTS: [(&str, u16, u16); 2] = [("web", 80, 8080), ("iperf", 5201, 5201)];
+
+/// kube-proxy's other mode.
+const IPTABLES: &str = "--proxy-mode=iptables";
 
 /// A contestant that is up: the Service is answered from the first node's pod by the second's.
 #[derive(Debug)]
@@ -45,8 +50,9 @@ pub struct Stand {
 
 impl Contestant {
     /// All: each of ours behind its peer.
-    pub const ALL: [Contestant; 4] = [
+    pub const ALL: [Contestant; 5] = [
         Contestant::KubeProxyKernelVxlan,
+        Contestant::KubeProxyIptablesKernelVxlan,
         Contestant::WarrenVxlan,
         Contestant::KubeProxyWireguardGo,
         Contestant::WarrenWireguard,
@@ -56,18 +62,24 @@ impl Contestant {
     pub fn name(self) -> &'static str {
         match self {
             Contestant::KubeProxyKernelVxlan => "kube-proxy-kernel-vxlan",
+            Contestant::KubeProxyIptablesKernelVxlan => "kube-proxy-iptables-kernel-vxlan",
             Contestant::KubeProxyWireguardGo => "kube-proxy-wireguard-go",
             Contestant::WarrenVxlan => "warren-vxlan",
             Contestant::WarrenWireguard => "warren-wireguard",
         }
     }
 
-    /// Whom ours is compared with, and what part of it must be reached.
-    pub fn bar(self) -> Option<(Contestant, f64)> {
+    /// Whom ours is compared with, and what part of it must be reached, if one must.
+    pub fn peers(self) -> &'static [(Contestant, Option<f64>)] {
         match self {
-            Contestant::KubeProxyKernelVxlan | Contestant::KubeProxyWireguardGo => None,
-            Contestant::WarrenVxlan => Some((Contestant::KubeProxyKernelVxlan, 0.5)),
-            Contestant::WarrenWireguard => Some((Contestant::KubeProxyWireguardGo, 1.5)),
+            Contestant::KubeProxyKernelVxlan
+            | Contestant::KubeProxyIptablesKernelVxlan
+            | Contestant::KubeProxyWireguardGo => &[],
+            Contestant::WarrenVxlan => &[
+                (Contestant::KubeProxyKernelVxlan, Some(0.5)),
+                (Contestant::KubeProxyIptablesKernelVxlan, None),
+            ],
+            Contestant::WarrenWireguard => &[(Contestant::KubeProxyWireguardGo, Some(1.5))],
         }
     }
 
@@ -77,6 +89,9 @@ impl Contestant {
         match self {
             Contestant::KubeProxyKernelVxlan => {
                 format!("{}; vxlan device, static neighbours as Flannel writes them, pod MTU 1450", proxy())
+            }
+            Contestant::KubeProxyIptablesKernelVxlan => {
+                format!("the same with {IPTABLES}")
             }
             Contestant::KubeProxyWireguardGo => {
                 format!("{}; wireguard-go with its defaults, pod MTU 1420", proxy())
@@ -91,7 +106,8 @@ impl Contestant {
         let mut lab = Lab::cable(1500);
         lab.nodes.iter_mut().for_each(|node| node.add_pod(1500));
         let stand = match self {
-            Contestant::KubeProxyKernelVxlan => kernel_vxlan(lab),
+            Contestant::KubeProxyKernelVxlan => kernel_vxlan(lab, &[]),
+            Contestant::KubeProxyIptablesKernelVxlan => kernel_vxlan(lab, &[IPTABLES]),
             Contestant::KubeProxyWireguardGo => wireguard_go(lab),
             Contestant::WarrenVxlan => warren(lab, "vxlan"),
             Contestant::WarrenWireguard => warren(lab, "wireguard"),
@@ -143,7 +159,7 @@ fn both_ways(lab: &Lab) -> [(&Node, &Node); 2] {
     [(a, b), (b, a)]
 }
 
-fn kernel_vxlan(lab: Lab) -> Stand {
+fn kernel_vxlan(lab: Lab, arguments: &[&str]) -> Stand {
     for (node, other) in both_ways(&lab) {
         let (mac, their_mac) = (KernelVxlan::mac(node), KernelVxlan::mac(other));
         let ([address, _], [gateway, _]) = (node.inner(0), other.inner(0));
@@ -160,7 +176,7 @@ fn kernel_vxlan(lab: Lab) -> Stand {
         ));
         node.set_pod_mtu(1450);
     }
-    with_kube_proxy(lab, Vec::new())
+    with_kube_proxy(lab, Vec::new(), arguments)
 }
 
 fn wireguard_go(lab: Lab) -> Stand {
@@ -179,14 +195,15 @@ fn wireguard_go(lab: Lab) -> Stand {
         ));
         node.set_pod_mtu(1420);
     }
-    with_kube_proxy(lab, programs)
+    with_kube_proxy(lab, programs, &[])
 }
 
-fn with_kube_proxy(lab: Lab, programs: Vec<WireGuard>) -> Stand {
+fn with_kube_proxy(lab: Lab, programs: Vec<WireGuard>, arguments: &[&str]) -> Stand {
     let objects = cluster(&lab);
     let apis = lab.nodes.iter().map(|node| Api::start(&node.ns, objects.clone())).collect();
     let start = |node: &Node| {
-        KubeProxy::start(&node.ns, &node.name, lab.path().join(format!("{}-kube-proxy.log", node.name)))
+        let log = lab.path().join(format!("{}-kube-proxy.log", node.name));
+        KubeProxy::start_with(&node.ns, &node.name, log, arguments)
     };
     let proxies = lab.nodes.iter().map(start).collect();
     Stand { _agents: vec![], _proxies: proxies, _apis: apis, _programs: programs, lab }

@@ -1,0 +1,285 @@
+//! What `bench/` does beside measuring: who comes when, how a rate is searched for, and what pages say. Here and not
+//! beside the code, as a measuring program has a `main` of its own instead of tests.
+
+#[allow(dead_code)] // the tests' laboratory, which nothing here starts
+#[path = "../kernel/lab/mod.rs"]
+pub mod lab;
+
+#[path = "../../bench/contestant.rs"]
+pub mod contestant;
+#[path = "../../bench/cpu.rs"]
+pub mod cpu;
+#[path = "../../bench/figure.rs"]
+pub mod figure;
+#[path = "../../bench/goals.rs"]
+pub mod goals;
+#[path = "../../bench/idle.rs"]
+pub mod idle;
+#[path = "../../bench/measure.rs"]
+pub mod measure;
+#[path = "../../bench/order.rs"]
+pub mod order;
+#[path = "../../bench/ping_pong.rs"]
+pub mod ping_pong;
+#[path = "../../bench/plot.rs"]
+pub mod plot;
+#[path = "../../bench/report.rs"]
+pub mod report;
+#[path = "../../bench/results.rs"]
+pub mod results;
+#[path = "../../bench/kube_proxy/tables.rs"]
+pub mod service_tables;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use contestant::Contestant;
+use figure::{Figure, Work};
+use results::{Reading, Results, Sample};
+
+// --- who comes when ------------------------------------------------------------------------------
+
+#[test]
+fn everybody_has_every_place_and_follows_everybody_equally_often() {
+    for n in 1..=12 {
+        let rounds = if n % 2 == 0 { n } else { 2 * n };
+        let times = rounds / n;
+        let (mut places, mut pairs) = (vec![vec![0; n]; n], vec![vec![0; n]; n]);
+        for round in 1..=rounds as u32 {
+            let order = order::of(n, round);
+            order.iter().enumerate().for_each(|(place, &who)| places[who][place] += 1);
+            order.windows(2).for_each(|pair| pairs[pair[0]][pair[1]] += 1);
+        }
+        assert!(places.iter().flatten().all(|&count| count == times), "{n}: {places:?}");
+        for (first, row) in pairs.iter().enumerate() {
+            let mut others = row.iter().enumerate().filter(|(second, _)| *second != first);
+            assert!(others.all(|(_, &count)| count == times), "{n}: {pairs:?}");
+        }
+    }
+    assert!(order::of(0, 3).is_empty());
+}
+
+#[test]
+fn a_few_rounds_put_nobody_always_late() {
+    for n in 6..=12 {
+        for who in 0..n {
+            let places = (1..=5).map(|round| order::of(n, round).iter().position(|&w| w == who).unwrap_or(n));
+            let mean = places.sum::<usize>() as f64 / 5.0 / (n - 1) as f64;
+            assert!((0.2..=0.8).contains(&mean), "{who} of {n} stands at {mean:.2} on the average");
+        }
+    }
+}
+
+// --- a rate without loss -------------------------------------------------------------------------
+
+/// A way that loses above `limit` Mbit/s, and a sender that sends at most `most`.
+fn found(first: f64, limit: f64, most: f64) -> Reading {
+    let attempt = |rate: f64| {
+        let sent = rate.min(most);
+        Ok((sent <= limit).then_some(sent / 1e3))
+    };
+    measure::search(first, attempt).expect("no error")
+}
+
+#[test]
+fn the_search_ends_just_below_where_loss_begins() {
+    for (first, limit) in [(400.0, 1290.0), (400.0, 90.0), (10.0, 66.0), (10.0, 9.0)] {
+        let Reading { value, at_least } = found(first, limit, f64::MAX);
+        let reached = value * 1e3 / limit;
+        assert!(!at_least && (0.8..=1.0).contains(&reached), "{first}, {limit}: {reached}");
+    }
+    assert_eq!(found(400.0, 0.0, f64::MAX), 0.0.into(), "nothing without loss");
+}
+
+#[test]
+fn what_the_sender_could_not_send_is_said() {
+    assert_eq!(found(10.0, f64::MAX, 127.0), Reading { value: 0.127, at_least: true });
+}
+
+// --- pages ---------------------------------------------------------------------------------------
+
+const SETTINGS: [(&str, u32); 2] = [("seconds", 1), ("underlay_mtu", 1500)];
+
+/// Results of some rounds; each contestant has ten times its place, and the round.
+fn results(rounds: impl Iterator<Item = u32> + Clone, figure: Figure) -> Results {
+    let contestants = [Contestant::WireguardGo, Contestant::WarrenWireguard, Contestant::WarrenWireguard2];
+    let settings: Value = SETTINGS.into_iter().map(|(key, value)| (key.to_owned(), json!(value))).collect();
+    let mut results = Results::new(settings, &contestants);
+    for round in rounds {
+        for (place, contestant) in contestants.into_iter().enumerate() {
+            let reading = Reading { value: f64::from(round) + 10.0 * place as f64, at_least: place == 1 };
+            results.add(Sample { round, contestant, figure, value: Ok(reading) });
+        }
+    }
+    results
+}
+
+fn read_again(results: &Results) -> Results {
+    Results::read(&results.json().to_string()).expect("what was written can be read")
+}
+
+#[test]
+fn every_result_that_was_kept_still_makes_a_page() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results");
+    let (mut pages, mut pages_of_services) = (0, 0);
+    for entry in fs::read_dir(folder).expect("results") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if !name.ends_with(".json") {
+            continue;
+        }
+        let text = fs::read_to_string(&path).expect("results");
+        let json: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+        if name.ends_with("-services.json") {
+            let page = service_tables::all(&json, "##") + &service_tables::short(&json);
+            assert!(page.contains("\n### ") && page.contains("\n| "), "{name}: {page}");
+            assert!(!page.contains("NaN"), "{name}: {page}");
+            pages_of_services += 1;
+        } else if json.pointer("/about/settings").is_some() {
+            let results = Results::read(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let page = report::page(&results, &name, None);
+            for part in ["## TCP", "**warren-wireguard**", "    bench/run "] {
+                assert!(page.contains(part), "{name}: {page}");
+            }
+            pages += 1;
+        }
+        // What is older than the settings has kept its page.
+    }
+    assert!(pages > 0 && pages_of_services > 0, "no results");
+}
+
+#[test]
+fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
+    let mut last = results(3..=3, Figure::Tcp);
+    let mut before = results(1..=1, Figure::Tcp);
+    before.continue_after(results(2..=2, Figure::Tcp)).expect("the same machine");
+    last.continue_after(read_again(&before)).expect("the same machine");
+    let page = report::page(&read_again(&last), "here.json", None);
+    assert_eq!(page.matches("    bench/run ").count(), 3, "{page}");
+    assert!(page.contains("another order each round") && !page.contains("not kept"), "{page}");
+
+    // As they were written before: the last command alone, always the same order.
+    let mut old = last.json();
+    let about = old["about"].as_object_mut().expect("an object");
+    about.remove("runs");
+    for (key, value) in [("command", "--rounds 1 --append"), ("date", "then"), ("commit", "abc1234")] {
+        about.insert(key.to_owned(), json!(value));
+    }
+    about.insert("load_before".to_owned(), json!("0.42"));
+    let old = Results::read(&old.to_string()).expect("old results are read");
+    let page = report::page(&old, "here.json", None);
+    let line = "    bench/run --rounds 1 --append  # then, commit abc1234, load 0.42\n";
+    assert!(page.contains(line) && page.contains("not kept"), "{page}");
+    assert!(page.contains("in the same order"), "{page}");
+    let mut more = results(4..=4, Figure::Tcp);
+    more.continue_after(old).expect("the same machine");
+    assert_eq!(more.runs().len(), 2);
+}
+
+#[test]
+fn rounds_of_another_machine_are_refused() {
+    let mut other = results(1..=1, Figure::Tcp).json();
+    other["about"]["kernel"] = json!("1.0");
+    let other = Results::read(&other.to_string()).expect("valid");
+    let error = results(2..=2, Figure::Tcp).continue_after(other).expect_err("another kernel");
+    assert!(error.to_string().contains("kernel"), "{error}");
+}
+
+#[test]
+fn a_figure_that_the_sender_limits_is_marked() {
+    let page = report::page(&read_again(&results(1..=3, Figure::UdpSmallLossFree)), "here.json", None);
+    assert!(page.contains("| **warren-wireguard** | ≥ 12 (11 to 13) |"), "{page}");
+    assert!(page.contains("| wireguard-go | 2 (1 to 3) |"), "{page}");
+    assert!(page.contains("| **warren-wireguard-2-lanes** | 22 (21 to 23) |"), "{page}");
+}
+
+#[test]
+fn the_judged_cost_is_the_machines_and_the_programs_stand_beside_it() {
+    let goals = |figure| {
+        let mut text = String::new();
+        goals::write(&mut text, &results(1..=1, figure));
+        text
+    };
+    let machine = goals(Figure::CpuMachine);
+    assert!(machine.contains("11.00 (11.00 to 11.00) | 0.5 | 0.3 | **missed** |"), "{machine}");
+    for figure in [Figure::CpuSender, Figure::CpuReceiver] {
+        let program = goals(figure);
+        assert!(
+            program.contains("s program for each GB, to wireguard-go | 11.00 (11.00 to 11.00) | - | - |  |"),
+            "{program}"
+        );
+    }
+}
+
+#[test]
+fn what_services_gave_stays_with_the_results_and_stands_on_the_page() {
+    let services = json!({"connections": {
+        "about": {}, "threads": 16, "rounds": 1, "seconds": 1, "ports": "all", "samples": [],
+        "rows": [
+            {"contestant": "kube-proxy-kernel-vxlan", "per_second": {"median": 10_000.0, "least": 9_000.0, "most": 11_000.0},
+             "beside": []},
+            {"contestant": "warren-vxlan", "per_second": {"median": 6_000.0, "least": 5_000.0, "most": 7_000.0},
+             "beside": [
+                {"peer": "kube-proxy-kernel-vxlan", "ratio": 0.6, "bar": 0.5,
+                 "ratio_by_round": {"median": 0.6, "least": 0.5, "most": 0.7}},
+                {"peer": "kube-proxy-iptables-kernel-vxlan", "ratio": 0.7, "bar": null,
+                 "ratio_by_round": {"median": 0.7, "least": 0.6, "most": 0.8}},
+             ]},
+        ],
+    }});
+    let mut before = results(1..=1, Figure::Tcp);
+    before.take_services(services.clone());
+    let mut after = results(2..=2, Figure::Tcp);
+    after.continue_after(read_again(&before)).expect("the same machine");
+    assert_eq!(after.services(), Some(&services));
+    let page = report::page(&read_again(&after), "here.json", None);
+    for line in [
+        "## Services, beside kube-proxy\n",
+        "| kube-proxy-kernel-vxlan | 10000 (9000 to 11000) | - | - | - | - |\n",
+        "| **warren-vxlan** | 6000 (5000 to 7000) | kube-proxy-kernel-vxlan | 0.60 | 0.60 (0.50 to 0.70) | 0.5 |\n",
+        "|  |  | kube-proxy-iptables-kernel-vxlan | 0.70 | 0.70 (0.60 to 0.80) | - |\n",
+    ] {
+        assert!(page.contains(line), "{line}{page}");
+    }
+    let short = service_tables::short(&services);
+    let both = "0.60 (kube-proxy-kernel-vxlan), 0.70 (kube-proxy-iptables-kernel-vxlan)";
+    assert!(short.contains(&format!("| **warren-vxlan** | 6000 | {both} |")), "{short}");
+    assert!(results(1..=1, Figure::Tcp).services().is_none());
+}
+
+#[test]
+fn lanes_that_are_set_are_measured_where_lanes_matter() {
+    for contestant in Contestant::ALL {
+        assert_eq!(Contestant::named(contestant.name()), Some(contestant));
+        let works = Work::ALL.into_iter().filter(|work| contestant.usually_does(*work)).count();
+        let set = contestant.name().ends_with("-2-lanes");
+        assert_eq!(works, if set { 5 } else { Work::ALL.len() }, "{contestant:?}");
+        assert!(!set || contestant.is_ours());
+    }
+}
+
+#[test]
+fn the_help_of_the_script_knows_every_option() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let help = Command::new(root.join("bench/run")).arg("--help").output().expect("bench/run --help");
+    let help = String::from_utf8(help.stdout).expect("text");
+    for option in [
+        "--rounds",
+        "--seconds",
+        "--append",
+        "--output",
+        "--lanes",
+        "--mtu",
+        "--only",
+        "--tests",
+        "--render",
+        "--no-services",
+        "--services",
+        "--services-only",
+    ] {
+        assert!(help.contains(option), "{option}: {help}");
+    }
+}
