@@ -125,6 +125,8 @@ impl Load {
 struct Traffic {
     /// What arrived, without the first second.
     gbits: f64,
+    /// What was sent.
+    sent_gbits: f64,
     /// Of UDP.
     lost_percent: f64,
     /// GB of the whole run.
@@ -155,10 +157,16 @@ fn run_iperf(on: &Running, seconds: u32, arguments: &[&str]) -> Result<Traffic, 
     }
     let received = json.pointer("/end/sum_received").ok_or("iperf3 gives no sum")?;
     let bits = received["bits_per_second"].as_f64().ok_or("iperf3 gives no rate")?;
+    let sent = json.pointer("/end/sum_sent/bits_per_second").and_then(Value::as_f64).unwrap_or(bits);
     let intervals = json["intervals"].as_array().ok_or("iperf3 gives no intervals")?;
     let bytes: f64 = intervals.iter().filter_map(|interval| interval["sum"]["bytes"].as_f64()).sum();
     let lost = json.pointer("/end/sum/lost_percent").and_then(Value::as_f64);
-    Ok(Traffic { gbits: bits / 1e9, lost_percent: lost.unwrap_or(0.0), gigabytes: bytes / 1e9 })
+    Ok(Traffic {
+        gbits: bits / 1e9,
+        sent_gbits: sent / 1e9,
+        lost_percent: lost.unwrap_or(0.0),
+        gigabytes: bytes / 1e9,
+    })
 }
 
 fn tcp(on: &Running, seconds: u32) -> Result<Vec<Option<Reading>>, String> {
@@ -187,27 +195,38 @@ fn thousands_of_small(gbits: f64) -> f64 {
     gbits * 1e9 / (64.0 * 8.0) / 1e3
 }
 
-/// The highest rate, in Gbit/s, that loses less than [`LOSS_PERCENT`]: doubled until it loses more, then by halving.
-fn loss_free(on: &Running, of: Datagrams) -> Result<Reading, String> {
-    search(of.first_rate, |rate| without_loss(on, of, rate))
+/// One rate that was tried: Gbit/s.
+#[derive(Clone, Copy, Debug)]
+pub struct Attempt {
+    /// What was sent of what should have been.
+    pub sent: f64,
+    /// What arrived, if hardly anything was lost.
+    pub arrived: Option<f64>,
 }
 
-/// The same by itself: `attempt` gives the Gbit/s that arrived at a rate in Mbit/s, if nothing was lost.
+/// The highest rate, in Gbit/s, that loses less than [`LOSS_PERCENT`]: doubled until it loses more, then by halving.
+fn loss_free(on: &Running, of: Datagrams) -> Result<Reading, String> {
+    search(of.first_rate, |rate| attempt(on, of, rate))
+}
+
+/// The same by itself; `attempt` is given rates in Mbit/s.
 pub fn search(
     first_rate: f64,
-    mut attempt: impl FnMut(f64) -> Result<Option<f64>, String>,
+    mut attempt: impl FnMut(f64) -> Result<Attempt, String>,
 ) -> Result<Reading, String> {
-    let (mut best, mut low, mut high) = (0.0, 0.0, None);
+    let (mut best, mut most_sent, mut low, mut high) = (0.0_f64, 0.0_f64, 0.0, None);
     let mut rate = first_rate;
     let mut halvings = 0;
     while halvings < HALVINGS {
-        match attempt(rate)? {
+        let Attempt { sent, arrived } = attempt(rate)?;
+        most_sent = most_sent.max(sent);
+        match arrived {
             Some(gbits) => {
-                best = f64::max(best, gbits);
+                best = best.max(gbits);
                 low = rate;
                 // The sender itself cannot send more.
                 if gbits * 1e3 < rate * 0.9 {
-                    return Ok(Reading { value: best, at_least: true });
+                    break;
                 }
             }
             None => high = Some(rate),
@@ -220,23 +239,26 @@ pub fn search(
             }
         };
     }
-    Ok(best.into())
+    // Also where it lost some at the very most that it could send.
+    Ok(Reading { value: best, at_least: best > 0.0 && most_sent < best * 1.1 })
 }
 
-/// What arrives at this rate, if it is nearly all, in one of two tries of a second: a machine with other things to
-/// do loses some now and then at any rate.
-fn without_loss(on: &Running, of: Datagrams, mbits: f64) -> Result<Option<f64>, String> {
+/// What becomes of this rate, in the better of two tries of a second: a machine with other things to do loses some now
+/// and then at any rate.
+fn attempt(on: &Running, of: Datagrams, mbits: f64) -> Result<Attempt, String> {
     let (rate, buffer) = (format!("{mbits:.0}M"), socket_buffer().to_string());
+    let mut sent = 0.0_f64;
     for _ in 0..2 {
         // Paced every 0.1 ms: iperf3's own 1 ms makes bursts that fill the socket at the other end by themselves.
         let pace = ["--pacing-timer", "100", "-w", &buffer];
         let arguments = [&["-u", "-l", of.length, "-b", &rate][..], &pace].concat();
         let traffic = run_iperf(on, 1, &arguments)?;
+        sent = sent.max(traffic.sent_gbits);
         if traffic.lost_percent < LOSS_PERCENT {
-            return Ok(Some(traffic.gbits));
+            return Ok(Attempt { sent, arrived: Some(traffic.gbits) });
         }
     }
-    Ok(None)
+    Ok(Attempt { sent, arrived: None })
 }
 
 /// Bytes of the sockets of a search for loss in the tunnel: iperf3 itself must lose nothing while it waits for a

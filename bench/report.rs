@@ -36,8 +36,8 @@ const GROUPS: [Group; 6] = [
         how: "`iperf3 -u -b 0 -l 1372` and `-l 64`: what arrives of as much as the sender can send. Free of loss: the \
               highest `-b` of which less than 0.1 % is lost in a second (`--pacing-timer 100`; doubled from 400 \
               Mbit/s, with 64 bytes from 10, then five halvings, two tries each; `-w 2M` if the machine allows, so \
-              that what is lost is lost on the way and not by iperf3). \"≥\": nothing was lost of the most that iperf3 \
-              itself could send; who was measured may carry more.",
+              that what is lost is lost on the way and not by iperf3). \"≥\": iperf3 itself, on these processors, could \
+              send hardly more than that (a tenth at most); who was measured may carry more.",
         figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall, Figure::UdpSmallLossFree],
         plot: Some("udp.svg"),
     },

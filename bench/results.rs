@@ -28,7 +28,7 @@ pub struct Sample {
 pub struct Reading {
     /// In the figure's unit.
     pub value: f64,
-    /// What makes the load could not make more: who was measured can take so much, and perhaps more.
+    /// What makes the load could hardly make more: who was measured can take so much, and perhaps more.
     pub at_least: bool,
 }
 

@@ -71,7 +71,8 @@ fn command() -> String {
     while let Some(word) = given.next() {
         match word.as_str() {
             "--bench" => {}
-            "--beside" | "--note" => drop(given.next()),
+            // Nor does it matter where the results go.
+            "--beside" | "--note" | "--output" => drop(given.next()),
             "changes" | "instructions" => {
                 words.push(word);
                 drop(given.next());

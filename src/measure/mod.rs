@@ -73,6 +73,10 @@ Open in the firewall of the serving side: TCP 5187, UDP 5187 (path), 5188 (WireG
 sides'). The tunnels need root, or CAP_NET_ADMIN and CAP_SYS_ADMIN with /dev/net/tun, on both sides; without, the \
 table says so and `path` is measured.
 
+A tunnel has one lane on each side. Agents have one for every two processors, up to four, and `warren agent --lanes N` \
+says otherwise: one stream goes over one lane there too, but several streams go over several, so where an agent has \
+more than one, the mesh carries more of these than the tunnels here.
+
 The token keeps strangers out. It does not make the way safe: who can change packets between the two could go on in \
 your place once the token was proven. Run it inside a network that you trust.";
 

@@ -1,8 +1,10 @@
 //! What is seen on stderr while it goes on: on a terminal one line that is drawn again every second, and always a
-//! line for each figure that is done.
+//! line for each figure that is done. How it looks on a terminal is tested in `tests/bench/terminal.rs`.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
+
+use terminal_size::{Width, terminal_size_of};
 
 use super::meter::{Look, WARM_UP};
 use super::plan::{Figure, Way};
@@ -97,15 +99,24 @@ impl Progress {
         let left = own.saturating_sub(clock::now().saturating_duration_since(step.begun));
         let after = self.steps.saturating_sub(self.step) as u32;
         let all = left + after * (AROUND + Duration::from_secs(self.seconds.into()));
-        write(&format!(
-            "{AGAIN}{}  {:<10} {}  {} s  {rate}  (in all {} left)",
+        let line = format!(
+            "{}  {:<10} {}  {} s  {rate}  (in all {} left)",
             self.count(),
             step.way.name(),
             step.name,
             left.as_secs() + 1,
             in_words(all),
-        ));
+        );
+        // Of a line that goes on in the next row, only that row would be forgotten.
+        let row: String = line.chars().take(columns().saturating_sub(1)).collect();
+        write(&format!("{AGAIN}{row}"));
     }
+}
+
+/// How wide the terminal is, now: a person may have changed it.
+fn columns() -> usize {
+    const USUAL: usize = 80;
+    terminal_size_of(io::stderr()).map_or(USUAL, |(Width(columns), _)| columns.into())
 }
 
 /// Bytes if they flow, else round trips.

@@ -268,7 +268,8 @@ impl Report {
 const NOTES: &str = "\
 path       the way as it is between the two addresses: from pod to pod the mesh, from node to node the network under it
 wireguard  a tunnel of its own between the two processes, with Warren's packet loop on both sides; nothing else of the
-vxlan      machines takes part
+vxlan      machines takes part. It has one lane: an agent has one for every two processors, up to four (--lanes), and
+           carries several streams on all of them
 lost       of the datagrams, as many as the sender can send; of the requests
 CPU        user and system time of the two `warren bench` processes, traffic and tunnel together. Not in it: what the
            kernel does in interrupts, and, where path goes through a mesh, its agents

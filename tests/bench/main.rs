@@ -1,5 +1,5 @@
 //! What `bench/` does beside measuring: who comes when, how a rate is searched for, and what pages say. Here and not
-//! beside the code, as a measuring program has a `main` of its own instead of tests.
+//! beside the code, as a measuring program has a `main` of its own instead of tests. And `warren bench` on a terminal.
 
 #[allow(dead_code)] // the tests' laboratory, which nothing here starts
 #[path = "../kernel/lab/mod.rs"]
@@ -30,6 +30,8 @@ pub mod results;
 #[path = "../../bench/kube_proxy/tables.rs"]
 pub mod service_tables;
 
+mod terminal;
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -38,6 +40,7 @@ use serde_json::{Value, json};
 
 use contestant::Contestant;
 use figure::{Figure, Work};
+use measure::Attempt;
 use results::{Reading, Results, Sample};
 
 // --- who comes when ------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ fn a_few_rounds_put_nobody_always_late() {
 fn found(first: f64, limit: f64, most: f64) -> Reading {
     let attempt = |rate: f64| {
         let sent = rate.min(most);
-        Ok((sent <= limit).then_some(sent / 1e3))
+        Ok(Attempt { sent: sent / 1e3, arrived: (sent <= limit).then_some(sent / 1e3) })
     };
     measure::search(first, attempt).expect("no error")
 }
@@ -97,6 +100,9 @@ fn the_search_ends_just_below_where_loss_begins() {
 #[test]
 fn what_the_sender_could_not_send_is_said() {
     assert_eq!(found(10.0, f64::MAX, 127.0), Reading { value: 0.127, at_least: true });
+    // Loss begins just below the most that it can send, or well below.
+    assert!(found(10.0, 125.0, 127.0).at_least);
+    assert!(!found(10.0, 100.0, 127.0).at_least);
 }
 
 // --- pages ---------------------------------------------------------------------------------------
