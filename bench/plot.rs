@@ -9,8 +9,8 @@ use crate::results::{Results, Spread};
 
 const WIDTH: f64 = 760.0;
 /// Where bars begin, and how long the longest is.
-const LEFT: f64 = 190.0;
-const LENGTH: f64 = 430.0;
+const LEFT: f64 = 215.0;
+const LENGTH: f64 = 405.0;
 const ROW: f64 = 22.0;
 const BAR: f64 = 14.0;
 const TITLE: f64 = 30.0;
@@ -150,7 +150,7 @@ fn draw(out: &mut String, results: &Results, panel: &Panel, mut y: f64) -> f64 {
             Some(mark) => (end, LEFT + length(mark)),
             None => (LEFT + length(spread.least), LEFT + length(spread.most)),
         };
-        let value = panel.figure.show(spread.median);
+        let value = spread.middle(panel.figure);
         let value =
             mark.map_or_else(|| value.clone(), |mark| format!("{value}, {}", panel.figure.show(mark)));
         let _ = writeln!(

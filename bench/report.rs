@@ -37,7 +37,8 @@ const GROUPS: [Group; 6] = [
               highest `-b` of which less than 0.1 % is lost in a second (`--pacing-timer 100`; doubled from 400 \
               Mbit/s, with 64 bytes from 10, then five halvings, two tries each; `-w 2M` if the machine allows, so \
               that what is lost is lost on the way and not by iperf3). \"≥\": iperf3 itself, on these processors, could \
-              send hardly more than that (a tenth at most); who was measured may carry more.",
+              send hardly more than that (a tenth at most); who was measured may carry more. `bare` is what iperf3 and the \
+              kernel do without any tunnel.",
         figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall, Figure::UdpSmallLossFree],
         plot: Some("udp.svg"),
     },
@@ -304,11 +305,7 @@ fn headline(results: &Results) -> Vec<(Figure, &'static str)> {
 
 fn with_ends(spread: Spread, figure: Figure) -> String {
     let Spread { least, most, .. } = spread;
-    format!("{} ({} to {})", middle(spread, figure), figure.show(least), figure.show(most))
-}
-
-fn middle(spread: Spread, figure: Figure) -> String {
-    format!("{}{}", if spread.at_least { "≥ " } else { "" }, figure.show(spread.median))
+    format!("{} ({} to {})", spread.middle(figure), figure.show(least), figure.show(most))
 }
 
 // --- README --------------------------------------------------------------------------------------
@@ -337,7 +334,7 @@ fn short(results: &Results) -> String {
         results.rounds(),
     );
     table(&mut out, results, &headline(results), |contestant, figure| {
-        results.spread(contestant, figure).map(|spread| middle(spread, figure))
+        results.spread(contestant, figure).map(|spread| spread.middle(figure))
     });
     out.push_str(
         "\nAbsolute figures drift with the machine and the hour; compare rows of one run. Spread, more figures, \

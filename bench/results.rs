@@ -84,6 +84,11 @@ impl Spread {
         let median = f64::midpoint(low.value, high.value);
         Some(Spread { median, least, most, at_least: low.at_least || high.at_least })
     }
+
+    /// The middle as tables and charts have it.
+    pub fn middle(self, figure: Figure) -> String {
+        format!("{}{}", if self.at_least { "≥ " } else { "" }, figure.show(self.median))
+    }
 }
 
 impl Results {

@@ -34,13 +34,9 @@ pub fn short(services: &Value) -> String {
         for row in rows(section) {
             let of = |beside: &Value| format!("{:.2} ({})", number(&beside["ratio"]), text(&beside["peer"]));
             let ratios: Vec<String> = besides(row).map(of).collect();
+            let ratios = if ratios.is_empty() { "-".to_owned() } else { ratios.join(", ") };
             let name = name(text(&row["contestant"]));
-            let _ = writeln!(
-                out,
-                "| {name} | {:.0} | {} |",
-                number(&row["per_second"]["median"]),
-                ratios.join(", ")
-            );
+            let _ = writeln!(out, "| {name} | {:.0} | {} |", number(&row["per_second"]["median"]), ratios);
         }
     }
     if let Some(section) = services.get("rules") {

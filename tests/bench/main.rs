@@ -200,6 +200,11 @@ fn a_figure_that_the_sender_limits_is_marked() {
     assert!(page.contains("| **warren-wireguard** | ≥ 12 (11 to 13) |"), "{page}");
     assert!(page.contains("| wireguard-go | 2 (1 to 3) |"), "{page}");
     assert!(page.contains("| **warren-wireguard-2-lanes** | 22 (21 to 23) |"), "{page}");
+    let charts = plot::all(&results(1..=3, Figure::UdpSmallLossFree));
+    assert!(
+        charts.iter().any(|(name, svg)| *name == "udp.svg" && svg.contains(">≥ 12</text>")),
+        "{charts:?}"
+    );
 }
 
 #[test]
