@@ -52,6 +52,8 @@ pub struct Running {
     pids: [Option<u32>; 2],
     /// The host part of the address that is used on both sides; `None` for the underlay's.
     host: Option<u8>,
+    /// Of each agent.
+    lanes: Option<usize>,
 }
 
 impl Contestant {
@@ -202,12 +204,25 @@ impl Contestant {
 impl Running {
     /// Nothing but the laboratory yet.
     fn of(lab: Lab, host: Option<u8>) -> Running {
-        Running { _agents: vec![], _programs: vec![], _flannels: vec![], lab, pids: [None; 2], host }
+        Running {
+            _agents: vec![],
+            _programs: vec![],
+            _flannels: vec![],
+            lab,
+            pids: [None; 2],
+            host,
+            lanes: None,
+        }
     }
 
     /// The processes that carry the packets, of each node.
     pub fn programs(&self) -> [Option<u32>; 2] {
         self.pids
+    }
+
+    /// How many lanes each agent has: `auto` is another number on another machine.
+    pub fn lanes(&self) -> Option<usize> {
+        self.lanes
     }
 
     /// One of the two ends.
@@ -285,7 +300,8 @@ fn agents(lab: Lab, encap: &str, lanes: &str) -> Running {
     agents.iter_mut().for_each(Agent::wait_ready);
     // The node address, 10.244.N.0: as with the others, no bridge and no pod stands between.
     let pids = [0, 1].map(|i: usize| Some(agents[i].pid()));
-    Running { _agents: agents, pids, ..Running::of(lab, Some(0)) }
+    let lanes = lab.published(&lab.nodes[0], "warren.dev/lanes").map(|lanes| lanes.split(',').count());
+    Running { _agents: agents, pids, lanes, ..Running::of(lab, Some(0)) }
 }
 
 /// The version that tests/peers.sh has built.

@@ -38,7 +38,7 @@ use std::{fs, io};
 use clap::Parser;
 use serde_json::json;
 
-use contestant::Contestant;
+use contestant::{Contestant, Running};
 use figure::Work;
 use results::{Reading, Results, Sample};
 
@@ -141,6 +141,9 @@ fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String
                 arguments.works_of(contestant).into_iter().partition(|work| *work == Work::Idle);
             if !works.is_empty() {
                 let running = caught(|| Ok(contestant.set_up(arguments.mtu, &arguments.lanes)));
+                if let Some(lanes) = running.as_ref().ok().and_then(Running::lanes) {
+                    results.has_lanes(contestant, lanes);
+                }
                 for &work in &works {
                     let measured = running.as_ref().map_err(String::clone);
                     let measured = measured.and_then(|on| caught(|| work.measure(on, arguments.seconds)));

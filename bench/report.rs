@@ -217,7 +217,12 @@ pub fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
     out.push_str("\n## Who\n\n");
     for contestant in results.contestants() {
         let of = |key| results.of_contestant(contestant, key);
-        let _ = writeln!(out, "- **{}** ({}): {}", contestant.name(), of("version"), of("settings"));
+        let lanes = match results.lanes(contestant) {
+            None => String::new(),
+            Some(1) => "; 1 lane".to_owned(),
+            Some(lanes) => format!("; {lanes} lanes"),
+        };
+        let _ = writeln!(out, "- **{}** ({}): {}{lanes}", contestant.name(), of("version"), of("settings"));
     }
     let failures: Vec<_> = results.failures().collect();
     if !failures.is_empty() {

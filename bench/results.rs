@@ -126,6 +126,16 @@ impl Results {
         self.samples.push(sample);
     }
 
+    /// How many lanes its agents turned out to have.
+    pub fn has_lanes(&mut self, contestant: Contestant, lanes: usize) {
+        self.contestants[contestant.name()]["lanes"] = lanes.into();
+    }
+
+    /// And how many that was.
+    pub fn lanes(&self, contestant: Contestant) -> Option<u64> {
+        self.contestants[contestant.name()]["lanes"].as_u64()
+    }
+
     /// Takes in the samples of rounds before, which must have been measured with the same, on the same machine.
     pub fn continue_after(&mut self, before: Results) -> io::Result<()> {
         const SAME: [&str; 6] = ["settings", "processors", "processor", "kernel", "iperf3", "debug_build"];
@@ -142,7 +152,8 @@ impl Results {
         self.about["runs"] = runs.iter().map(Run::json).collect();
         for (name, contestant) in self.contestants.as_object().into_iter().flatten() {
             let known = &before.contestants[name];
-            if !known.is_null() && known != contestant {
+            let is_same = ["version", "settings"].iter().all(|key| known[key] == contestant[key]);
+            if !known.is_null() && !is_same {
                 return Err(io::Error::other(format!("those rounds had another {name}")));
             }
         }

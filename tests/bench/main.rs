@@ -162,10 +162,12 @@ fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
     let mut last = results(3..=3, Figure::Tcp);
     let mut before = results(1..=1, Figure::Tcp);
     before.continue_after(results(2..=2, Figure::Tcp)).expect("the same machine");
+    before.has_lanes(Contestant::WarrenWireguard, 1);
     last.continue_after(read_again(&before)).expect("the same machine");
     let page = report::page(&read_again(&last), "here.json", None);
     assert_eq!(page.matches("    bench/run ").count(), 3, "{page}");
     assert!(page.contains("another order each round") && !page.contains("not kept"), "{page}");
+    assert!(page.contains("; 1 lane\n"), "{page}");
 
     // As they were written before: the last command alone, always the same order.
     let mut old = last.json();
