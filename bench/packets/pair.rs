@@ -297,7 +297,8 @@ pub fn peer(node: usize, encap: Encap) -> Peer {
     }
 }
 
-fn lane(number: usize, now: Instant) -> Lane {
+/// The only lane of a node.
+pub fn lane(number: usize, now: Instant) -> Lane {
     Lane::new(LaneConfig {
         id: LaneId(0),
         lanes: 1,
@@ -311,7 +312,8 @@ fn lane(number: usize, now: Instant) -> Lane {
     })
 }
 
-fn snapshot(number: usize, encap: Encap) -> Snapshot {
+/// What a node knows.
+pub fn snapshot(number: usize, encap: Encap) -> Snapshot {
     let other = 1 - number;
     let mut mesh = Mesh::default();
     mesh.peers.push(Some(Arc::new(peer(other, encap))));
