@@ -26,6 +26,7 @@ mod mtu;
 mod nat;
 mod order;
 mod refusals;
+mod refused;
 mod rekey;
 mod repair;
 mod restart;

@@ -109,6 +109,15 @@ impl Agent {
         });
     }
 
+    /// What it answers to `warren status`.
+    pub fn status(&self) -> serde_json::Value {
+        let run = self.folder.join("run");
+        let output = Command::new(warren()).args(["status", "--json", "--run-dir"]).arg(run).output();
+        let output = output.expect("run warren status");
+        let text = || String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned();
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("status is JSON: {e}: {}", text()))
+    }
+
     /// What it wrote when it became ready.
     pub fn ready(&self) -> String {
         fs::read_to_string(self.folder.join("run/ready")).unwrap_or_default()

@@ -6,6 +6,7 @@ pub mod netns;
 pub mod peer;
 pub mod probe;
 pub mod raw;
+pub mod refuse;
 pub mod service;
 pub mod traffic;
 
