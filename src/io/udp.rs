@@ -416,6 +416,8 @@ fn address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
 mod tests {
     use std::net::UdpSocket as Plain;
 
+    use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg};
+
     use super::*;
 
     fn queued(socket: &UdpSocket) -> bool {
@@ -435,6 +437,58 @@ mod tests {
             assert_eq!(queued(&socket), !send_only);
             let room = socket.socket.recv_buffer_size().expect("a size");
             assert_eq!(room < 8192, send_only, "{room} bytes of receive buffer");
+        }
+    }
+
+    /// Sends `count` datagrams of `size` bytes and a shorter one in one call, filled with their numbers.
+    fn send_run(from: &Plain, to: SocketAddr, count: u8, size: usize) -> Vec<Vec<u8>> {
+        let last = if count > 1 { size.div_ceil(3) } else { size };
+        let datagrams: Vec<Vec<u8>> =
+            (1..=count).map(|i| vec![i; if i == count { last } else { size }]).collect();
+        let (all, segment) = (datagrams.concat(), size as u16);
+        let cut = [ControlMessage::UdpGsoSegments(&segment)];
+        let (cut, bytes) = (if count > 1 { &cut[..] } else { &[] }, [io::IoSlice::new(&all)]);
+        let to = SockaddrStorage::from(to);
+        let sent = sendmsg(from.as_raw_fd(), &bytes, cut, MsgFlags::empty(), Some(&to)).expect("send a run");
+        assert_eq!(sent, all.len());
+        datagrams
+    }
+
+    /// Two senders, IPv4 and IPv6, whose runs alternate.
+    #[test]
+    fn one_call_receives_several_runs_each_with_its_sender_and_its_size() {
+        let v4 = Plain::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+        let v6 = Plain::bind((Ipv6Addr::LOCALHOST, 0)).expect("a socket");
+        for receive_offload in [true, false] {
+            let options = UdpOptions { receive_offload, ..UdpOptions::default() };
+            let socket = UdpSocket::bind(options).expect("a socket");
+            assert_eq!(socket.receive_offload(), receive_offload);
+            let mut expected = Vec::new();
+            for (from, count, size) in
+                [(&v4, 40, 1200), (&v6, 3, 90), (&v4, 1, 700), (&v6, 60, 1000), (&v4, 2, 1), (&v6, 5, 8000)]
+            {
+                let address = from.local_addr().expect("an address");
+                let datagrams = send_run(from, SocketAddr::new(address.ip(), socket.port()), count, size);
+                expected.extend(datagrams.into_iter().map(|datagram| (address, datagram)));
+            }
+            let (mut receiver, mut buffer) = (Receiver::default(), vec![0; SLOTS * SLOT]);
+            let (mut seen, mut calls) = (Vec::new(), 0);
+            while seen.len() < expected.len() {
+                let mut received = Vec::new();
+                let count = receiver.receive(&socket, &mut buffer, &mut received).expect("more to receive");
+                assert_eq!(count, received.len());
+                for message in received {
+                    let bytes = &buffer[message.offset..message.offset + message.len];
+                    let cut = bytes.chunks(message.stride).map(|bytes| (message.from, bytes.to_vec()));
+                    seen.extend(cut);
+                }
+                calls += 1;
+            }
+            assert!(seen == expected, "receive offload {receive_offload}: other datagrams, or by others");
+            let least = if receive_offload { 1 } else { expected.len().div_ceil(SLOTS) };
+            assert_eq!(calls, least, "receive offload {receive_offload}");
+            let more = receiver.receive(&socket, &mut buffer, &mut Vec::new()).map_err(|e| e.kind());
+            assert_eq!(more, Err(io::ErrorKind::WouldBlock));
         }
     }
 
