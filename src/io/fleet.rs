@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use super::clock;
 use super::kernel::{self, Linux};
 use super::lane::{Command, Desk, LaneLoop, LaneOffloads, Shared};
-use super::tun::{TunError, TunOffloads, TunQueue, TunQueues};
+use super::tun::{TunError, TunOffloads, TunQueues};
 use super::udp::{self, UdpError, UdpOptions, UdpSocket};
 use crate::datapath::affinity::Affinity;
 use crate::datapath::conntrack::FlowTable;
@@ -276,8 +276,7 @@ fn open_kernel(
         );
     }
     let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
-    let tun = Arc::new(TunQueue::open(&config.tun, wanted)?);
-    queues.set(id.0, Arc::clone(&tun));
+    let tun = queues.open(&config.tun, id.0, wanted)?;
     let offloads = LaneOffloads {
         tun_tcp: tun.offloads().tcp,
         tun_udp: tun.offloads().udp,

@@ -90,15 +90,14 @@ impl Kernel for Linux {
     }
 
     fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads> {
-        let queue = TunQueue::open(&self.name, wanted).map_err(|e| io::Error::other(e.to_string()))?;
-        self.tun = Arc::new(queue);
-        self.queues.set(self.lane, Arc::clone(&self.tun));
+        let queue = self.queues.open(&self.name, self.lane, wanted);
+        self.tun = queue.map_err(|e| io::Error::other(e.to_string()))?;
         warn!("somebody removed the interface {}: it was made again", self.name);
         Ok(self.tun.offloads())
     }
 
     fn limit_tun_offloads(&mut self, offloads: TunOffloads) {
-        self.tun.limit_offloads(offloads);
+        self.queues.limit(&self.tun, offloads);
     }
 
     fn receive(&mut self, encap: Encap, buffer: &mut [u8], out: &mut Vec<Received>) -> io::Result<usize> {

@@ -6,7 +6,7 @@ use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use thiserror::Error;
@@ -72,6 +72,13 @@ pub struct TunOffloads {
     pub udp: bool,
 }
 
+impl TunOffloads {
+    /// What both have.
+    fn and(self, other: TunOffloads) -> TunOffloads {
+        TunOffloads { tcp: self.tcp && other.tcp, udp: self.udp && other.udp }
+    }
+}
+
 /// One queue of the TUN.
 pub struct TunQueue {
     device: tun::Device,
@@ -87,7 +94,7 @@ impl std::fmt::Debug for TunQueue {
 impl TunQueue {
     /// Opens one more queue of the interface, which is made if it is not there, and makes it outlive us.
     /// Offloads are asked for from most to least; what the kernel refuses is not used.
-    pub fn open(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
+    fn open(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
         if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']) {
             return Err(TunError::BadName(name.to_owned()));
         }
@@ -116,11 +123,6 @@ impl TunQueue {
         self.offloads
     }
 
-    /// Gives up offloads that turned out not to work, for the whole device.
-    pub fn limit_offloads(&self, wanted: TunOffloads) {
-        set_offloads(self.as_raw_fd(), wanted);
-    }
-
     /// Reads one frame: virtio header and packet.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         self.device.recv(buffer)
@@ -143,24 +145,45 @@ impl TunQueue {
 
 /// The queues of all lanes: each reads its own, and writes to that of the lane which has a flow.
 #[derive(Debug)]
-pub struct TunQueues(Vec<ArcSwapOption<TunQueue>>);
+pub struct TunQueues {
+    queues: Vec<ArcSwapOption<TunQueue>>,
+    /// What no lane has given up. Offloads are the device's, not a queue's: whoever sets them sets those of all.
+    /// Locked only for that, never for a packet.
+    left: Mutex<TunOffloads>,
+}
 
 impl TunQueues {
     /// Places for so many.
     pub fn new(lanes: usize) -> TunQueues {
-        TunQueues((0..lanes).map(|_| ArcSwapOption::empty()).collect())
+        let queues = (0..lanes).map(|_| ArcSwapOption::empty()).collect();
+        TunQueues { queues, left: Mutex::new(TunOffloads { tcp: true, udp: true }) }
     }
 
-    /// A lane has another one.
-    pub fn set(&self, lane: u8, queue: Arc<TunQueue>) {
-        if let Some(place) = self.0.get(usize::from(lane)) {
-            place.store(Some(queue));
+    /// Opens a lane's queue, in place of the one that it had, with those of the wanted offloads that are left.
+    pub fn open(&self, name: &str, lane: u8, wanted: TunOffloads) -> Result<Arc<TunQueue>, TunError> {
+        let mut left = self.left();
+        let queue = Arc::new(TunQueue::open(name, left.and(wanted))?);
+        *left = queue.offloads();
+        if let Some(place) = self.queues.get(usize::from(lane)) {
+            place.store(Some(Arc::clone(&queue)));
         }
+        Ok(queue)
+    }
+
+    /// Gives up offloads that turned out not to work, for the whole device and for every queue to come.
+    pub fn limit(&self, queue: &TunQueue, wanted: TunOffloads) {
+        let mut left = self.left();
+        *left = set_offloads(queue.as_raw_fd(), left.and(wanted));
+    }
+
+    fn left(&self) -> MutexGuard<'_, TunOffloads> {
+        // A lane that panicked has left it whole.
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes to a lane's queue; `None` if it has none that can be written to.
     pub fn write(&self, lane: u8, pieces: &[IoSlice<'_>]) -> Option<io::Result<usize>> {
-        let queue = self.0.get(usize::from(lane))?.load();
+        let queue = self.queues.get(usize::from(lane))?.load();
         let written = queue.as_ref()?.write(pieces);
         // Of a device that is gone: its lane has not noticed yet.
         let gone = written.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD));
@@ -216,6 +239,10 @@ fn set_offloads(fd: RawFd, wanted: TunOffloads) -> TunOffloads {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         if unsafe { libc::ioctl(fd, TUNSETOFFLOAD as _, libc::c_ulong::from(flags)) } >= 0 {
             return offloads;
+        }
+        // Not refused: the device is gone. Whoever opens it again asks again.
+        if io::Error::last_os_error().raw_os_error() == Some(libc::EBADFD) {
+            return wanted;
         }
     }
     // SAFETY: as above; without any flag the call cannot be refused.
