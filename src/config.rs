@@ -96,6 +96,8 @@ pub struct AgentConfig {
     pub vxlan_port: u16,
     /// VXLAN network identifier.
     pub vni: u32,
+    /// How many processors this process may use.
+    pub processors: usize,
     /// How many lanes.
     pub lanes: u16,
     /// Whether each keeps to one processor.
@@ -258,9 +260,10 @@ impl AgentConfig {
         }
         let port = args.port.unwrap_or(annotations::DEFAULT_PORT);
         let vxlan_port = args.vxlan_port.unwrap_or(DEFAULT_VXLAN_PORT);
+        let processors = processors();
         let lanes = match args.lanes.unwrap_or(LanesArg::Auto) {
             LanesArg::Fixed(lanes) => lanes,
-            LanesArg::Auto => lanes_for(processors()).min(free_ports(port, vxlan_port)),
+            LanesArg::Auto => lanes_for(processors).min(free_ports(port, vxlan_port)),
         };
         let on = |no: Option<bool>| !no.unwrap_or(false);
         let endpoint = |arg: EndpointArg| SocketAddr::new(arg.address, arg.port.unwrap_or(port));
@@ -295,6 +298,7 @@ impl AgentConfig {
             port,
             vxlan_port,
             vni: args.vni.unwrap_or(1),
+            processors,
             lanes,
             pin_lanes: args.pin_lanes.unwrap_or(false),
             endpoints: args.endpoint.unwrap_or_default().into_iter().map(endpoint).collect(),

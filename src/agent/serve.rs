@@ -26,6 +26,7 @@ pub(super) fn handle(config: &AgentConfig, outputs: &Outputs) -> Handle {
             ("encap".to_owned(), config.encap.name().to_owned()),
             ("port".to_owned(), config.port.to_string()),
             ("lanes".to_owned(), config.lanes.to_string()),
+            ("processors".to_owned(), config.processors.to_string()),
             ("cluster-cidr".to_owned(), or(list(&config.cluster_ranges), "from the nodes seen")),
             ("service-cidr".to_owned(), or(list(&config.service_ranges), "from ServiceCIDR objects")),
             ("services".to_owned(), config.services.name().to_owned()),

@@ -25,6 +25,7 @@ mod mesh;
 mod mtu;
 mod nat;
 mod order;
+mod processors;
 mod queues;
 mod refusals;
 mod refused;

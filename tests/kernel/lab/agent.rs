@@ -27,6 +27,7 @@ pub struct Agent {
     name: String,
     child: Child,
     folder: PathBuf,
+    before: Vec<String>,
     arguments: Vec<String>,
 }
 
@@ -40,11 +41,17 @@ impl Agent {
 
     /// Starts it without waiting.
     pub fn launch(lab: &Lab, node: &Node, arguments: &[&str]) -> Agent {
+        Agent::launch_by(lab, node, &[], arguments)
+    }
+
+    /// The same by a command that ends with running the words after it.
+    pub fn launch_by(lab: &Lab, node: &Node, before: &[&str], arguments: &[&str]) -> Agent {
         let folder = folder(lab, node);
         fs::create_dir_all(&folder).expect("make the agent's folder");
-        let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let child = spawn(lab, node, &folder, &arguments);
-        Agent { name: node.name.clone(), child, folder, arguments }
+        let owned = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<String>>();
+        let (before, arguments) = (owned(before), owned(arguments));
+        let child = spawn(lab, node, &folder, &before, &arguments);
+        Agent { name: node.name.clone(), child, folder, before, arguments }
     }
 
     /// Waits for `ready`; panics with the log when the agent ends first.
@@ -78,7 +85,7 @@ impl Agent {
     /// Starts it again with the same arguments, and waits until it is ready.
     pub fn restart(&mut self, lab: &Lab, node: &Node) {
         let _ = fs::remove_file(self.folder.join("run/ready"));
-        self.child = spawn(lab, node, &self.folder, &self.arguments);
+        self.child = spawn(lab, node, &self.folder, &self.before, &self.arguments);
         self.wait_ready();
     }
 
@@ -173,10 +180,12 @@ fn folder(lab: &Lab, node: &Node) -> PathBuf {
     lab.path().join(&node.name)
 }
 
-fn spawn(lab: &Lab, node: &Node, folder: &Path, arguments: &[String]) -> Child {
+fn spawn(lab: &Lab, node: &Node, folder: &Path, before: &[String], arguments: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("open the log");
+    let program = [before, &[warren()]].concat();
     node.ns
-        .command(warren())
+        .command(&program[0])
+        .args(&program[1..])
         .arg("agent")
         .args(ordinary(lab, node, folder))
         .args(arguments)
