@@ -19,6 +19,7 @@ mod bench;
 mod bulk;
 mod cni;
 mod folder;
+mod idle;
 mod interop;
 mod keys;
 mod mesh;
