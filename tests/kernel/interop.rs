@@ -119,7 +119,7 @@ fn wireguard(program: Program, begins: Begins, underlay: Underlay, lanes: &str) 
 }
 
 /// The key and port that a standard WireGuard peer uses, as the first node has published them.
-fn lane_zero(lab: &Lab) -> (String, u16) {
+pub(crate) fn lane_zero(lab: &Lab) -> (String, u16) {
     let published = || lab.published(&lab.nodes[0], "warren.dev/lanes");
     let lanes = wait_for("node1 has published its lanes", Duration::from_secs(5), published);
     let first = lanes.split(',').next().unwrap_or_default();

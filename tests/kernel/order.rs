@@ -14,10 +14,11 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use warren::io::clock;
 
-use crate::lab::Lab;
-use crate::lab::agent::Mesh;
-use crate::lab::netns::Netns;
-use crate::lab::traffic::udp_socket;
+use crate::interop::lane_zero;
+use crate::lab::agent::{Agent, Mesh};
+use crate::lab::peer::{PORT, Program, WireGuard};
+use crate::lab::traffic::{is_timeout, reach, udp_socket};
+use crate::lab::{Lab, Station};
 
 /// Flows, of each family as many.
 const FLOWS: usize = 24;
@@ -27,6 +28,8 @@ const PAYLOAD: usize = 1200;
 const SEGMENTS: usize = 16;
 /// Nothing may come for so long before a flow counts as dead.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How often a flow to which nothing comes looks whether all is over.
+const GLANCE: Duration = Duration::from_millis(100);
 
 #[test]
 fn wireguard() {
@@ -48,49 +51,83 @@ fn vxlan_on_several_lanes() {
     keeps_order("vxlan", ["3", "2"]);
 }
 
+/// The other program knows one key: what other lanes have for it they hand over to lane 0.
+#[test]
+fn to_an_ordinary_peer_from_several_lanes() {
+    let mut lab = Lab::two();
+    lab.nodes[0].add_pod(1500);
+    let [warren, other] = [&lab.nodes[0], &lab.nodes[1]];
+    let peer = WireGuard::start_quietly(&lab, other, Program::WireguardGo);
+    let endpoint = SocketAddr::new(lab.outer(other), PORT).to_string();
+    lab.write_node(warren, &[]);
+    lab.write_node(other, &[("warren.dev/public-key", &peer.public_key), ("warren.dev/endpoint", &endpoint)]);
+    let agent = Agent::start(&lab, warren, &["--encap", "wireguard", "--lanes", "3"]);
+    warren.set_pod_mtu(agent.pod_mtu());
+    let (key, port) = lane_zero(&lab);
+    peer.add_peer(other, warren, &key, Some((lab.outer(warren), port)));
+    steer(&lab);
+    let (pod, host) = (warren.pod(), other.host(10));
+    reach(pod, host);
+    // Nobody answers: every lane has flows.
+    let ends: Vec<[UdpSocket; 2]> = (0..FLOWS).map(|flow| join(pod, host, flow)).collect();
+    nothing_is_overtaken("to wireguard-go, 3 lanes", &ends, &[0], megabytes(64));
+    let busy: Vec<bool> = agent.counted("tun-reads").into_iter().map(|reads| reads > 100).collect();
+    assert_eq!(busy, [true; 3], "lanes that had something to hand over or to send");
+    // Answers come to lane 0, and from then on it has the flows. Others, for late datagrams of these are still there.
+    let ends: Vec<[UdpSocket; 2]> = (FLOWS..2 * FLOWS).map(|flow| join(pod, host, flow)).collect();
+    ends.iter().for_each(greet);
+    let before = agent.counted("tun-reads");
+    nothing_is_overtaken("with wireguard-go, 3 lanes", &ends, &[0, 1], megabytes(64));
+    let reads = agent.counted("tun-reads").into_iter().zip(before).map(|(after, before)| after - before);
+    let reads: Vec<u64> = reads.collect();
+    assert!(reads[1] + reads[2] < reads[0] / 10, "reads of each lane: {reads:?}");
+}
+
+fn megabytes(default: u64) -> u64 {
+    std::env::var("WARREN_BULK_MB").map_or(default, |text| text.parse().expect("a number"))
+}
+
 fn keeps_order(encap: &str, lanes: [&str; 2]) {
-    let megabytes: u64 = std::env::var("WARREN_BULK_MB").map_or(256, |text| text.parse().expect("a number"));
     let mesh =
         Mesh::start_each(Lab::two(), |node| vec!["--encap", encap, "--lanes", lanes[usize::from(node) - 1]]);
-    steer(&mesh);
-    let ends: Vec<[UdpSocket; 2]> = (0..FLOWS).map(|flow| join(&mesh, flow)).collect();
+    steer(&mesh.lab);
+    let ends: Vec<[UdpSocket; 2]> = (0..FLOWS).map(|flow| join(mesh.pod(0), mesh.pod(1), flow)).collect();
     ends.iter().for_each(greet);
+    nothing_is_overtaken(&format!("{encap}, lanes {lanes:?}"), &ends, &[0, 1], megabytes(256));
+}
+
+/// These ends of the flows send as much as they can, until so much has arrived.
+fn nothing_is_overtaken(what: &str, ends: &[[UdpSocket; 2]], senders: &[usize], megabytes: u64) {
     let began = clock::now();
     let stop = AtomicBool::new(false);
     let received = AtomicU64::new(0);
     let swapped: u64 = std::thread::scope(|scope| {
         let _end = Ends(&stop);
-        for side in [0, 1] {
-            let (ends, stop) = (&ends, &stop);
+        for &side in senders {
+            let stop = &stop;
             scope.spawn(move || send(ends.iter().map(|pair| &pair[side]), stop));
         }
-        let listeners: Vec<_> = ends
-            .iter()
-            .flatten()
+        let listening = senders.iter().flat_map(|side| ends.iter().map(move |pair| &pair[1 - side]));
+        let listeners: Vec<_> = listening
             .map(|socket| scope.spawn(|| out_of_order(socket, &stop, &received, megabytes << 20)))
             .collect();
         listeners.into_iter().map(|listener| listener.join().expect("a listener that ends")).sum()
     });
     let datagrams = received.load(Ordering::Relaxed) / PAYLOAD as u64;
     println!(
-        "{encap}, lanes {lanes:?}: {datagrams} datagrams in {:.1} s, {swapped} out of order",
+        "{what}: {datagrams} datagrams in {:.1} s, {swapped} out of order",
         clock::now().duration_since(began).as_secs_f64()
     );
-    assert_eq!(
-        swapped, 0,
-        "{encap}, lanes {lanes:?}: of {datagrams} datagrams so many came after a later one"
-    );
+    assert_eq!(swapped, 0, "{what}: of {datagrams} datagrams so many came after a later one");
 }
 
 /// A veth hands packets to the processor on which their sender happens to run, and one that changes processors
 /// would be overtaken by itself: each flow gets one processor, everywhere but in the agents.
-fn steer(mesh: &Mesh) {
+fn steer(lab: &Lab) {
     let processors = std::thread::available_parallelism().map_or(1, usize::from).min(31);
     let all = format!("{:x}", (1_u32 << processors) - 1);
-    let nodes = mesh.lab.nodes.iter();
-    let places: Vec<&Netns> =
-        nodes.flat_map(|node| [&node.ns, &node.pods[0]]).chain([&mesh.lab.switch]).collect();
-    for place in places {
+    let nodes = lab.nodes.iter().flat_map(|node| node.pods.iter().chain([&node.ns]));
+    for place in nodes.chain([&lab.switch]) {
         let script = format!(
             "for d in /sys/class/net/*; do \
              case ${{d##*/}} in eth*|veth*|port*) echo {all} > $d/queues/rx-0/rps_cpus || exit 1;; esac; done"
@@ -100,9 +137,8 @@ fn steer(mesh: &Mesh) {
     }
 }
 
-/// Two ends of a flow from pod to pod.
-fn join(mesh: &Mesh, flow: usize) -> [UdpSocket; 2] {
-    let (a, b) = (mesh.pod(0), mesh.pod(1));
+/// Two ends of a flow.
+fn join(a: Station<'_>, b: Station<'_>, flow: usize) -> [UdpSocket; 2] {
     let family = flow % 2;
     let far = SocketAddr::new(b.addresses[family], 40_000 + flow as u16);
     let near = udp_socket(a.ns, a.addresses[family], far);
@@ -162,16 +198,18 @@ impl Drop for Ends<'_> {
 
 /// Counts datagrams that came after a later one of their flow, or twice, until all flows together have the bytes.
 fn out_of_order(socket: &UdpSocket, stop: &AtomicBool, received: &AtomicU64, wanted: u64) -> u64 {
-    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket.set_read_timeout(Some(GLANCE)).expect("set a timeout");
     let _end = Ends(stop);
     let (mut last, mut swapped) = (0, 0);
     let mut bytes = [0; PAYLOAD + 1];
+    let mut latest = clock::now();
     while !stop.load(Ordering::Relaxed) {
-        let read = socket.recv(&mut bytes);
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
-        let length = read.unwrap_or_else(|e| panic!("a flow is dead: {e}"));
+        let length = match socket.recv(&mut bytes) {
+            Ok(length) => length,
+            Err(e) if is_timeout(&e) && clock::now().duration_since(latest) < PATIENCE => continue,
+            Err(e) => panic!("a flow is dead: {e}"),
+        };
+        latest = clock::now();
         assert_eq!(length, PAYLOAD, "a datagram of another length");
         let number = u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"));
         swapped += u64::from(number <= last);

@@ -125,6 +125,19 @@ impl Agent {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("status is JSON: {e}: {}", text()))
     }
 
+    /// What each of its lanes has counted under this name.
+    pub fn counted(&self, total: &str) -> Vec<u64> {
+        let view = self.status();
+        let lanes = view["lanes"].as_array().expect("a list of lanes").iter();
+        let found = lanes.map(|lane| {
+            let totals = lane["totals"].as_array().expect("a list of totals").iter();
+            let count =
+                totals.filter(|count| count["name"] == total).find_map(|count| count["value"].as_u64());
+            count.unwrap_or_else(|| panic!("no {total}: {lane}"))
+        });
+        found.collect()
+    }
+
     /// What it wrote when it became ready.
     pub fn ready(&self) -> String {
         fs::read_to_string(self.folder.join("run/ready")).unwrap_or_default()

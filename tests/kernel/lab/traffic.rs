@@ -120,7 +120,8 @@ fn echo_udp(socket: &UdpSocket, stop: &AtomicBool) {
     }
 }
 
-fn is_timeout(error: &io::Error) -> bool {
+/// Whether a read found nothing in its time.
+pub fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
