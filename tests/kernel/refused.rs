@@ -4,13 +4,14 @@
 use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::lab::agent::{Agent, Mesh};
 use crate::lab::refuse::{Refused, on_a_kernel_without};
-use crate::lab::traffic::{Echo, pattern, tcp_bulk, udp_socket};
+use crate::lab::traffic::{Echo, pattern, reach, tcp_bulk, udp_socket};
 use crate::lab::{Lab, Node, Station};
 
 /// Bytes of a TCP connection, each way.
@@ -91,6 +92,40 @@ fn large_buffers() {
         }
         bulk(mesh.pod(0), mesh.pod(1));
     });
+}
+
+/// Agents whose tunnels have IPv4 only still carry both families. What is refused is refused to them alone: they
+/// live on a thread of their own until the test is over, or fails.
+#[test]
+fn ipv6_sockets() {
+    for encap in ["wireguard", "vxlan"] {
+        let lab = Lab::two().with_pods();
+        lab.write_nodes();
+        let (ready, started) = channel();
+        let (over, wait) = channel::<()>();
+        std::thread::scope(|scope| {
+            let lab = &lab;
+            scope.spawn(move || {
+                on_a_kernel_without(&[Refused::Ipv6Sockets], move || {
+                    let start = |node| Agent::start(lab, node, &["--encap", encap, "--lanes", "2"]);
+                    let agents: Vec<Agent> = lab.nodes.iter().map(start).collect();
+                    for (agent, node) in agents.iter().zip(&lab.nodes) {
+                        node.set_pod_mtu(agent.pod_mtu());
+                        let have =
+                            ["4", "6"].map(|v| node.ns.run(&format!("ss -{v}Hulnp")).contains("\"warren\""));
+                        assert_eq!(have, [true, false], "sockets for IPv4, and for IPv6");
+                    }
+                    ready.send(()).expect("somebody waits");
+                    let _ = wait.recv();
+                });
+            });
+            started.recv().expect("the agents are ready");
+            let [a, b] = [lab.nodes[0].pod(), lab.nodes[1].pod()];
+            reach(a, b);
+            bulk(a, b);
+            drop(over);
+        });
+    }
 }
 
 fn limit(name: &str) -> u64 {

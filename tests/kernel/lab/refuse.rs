@@ -22,6 +22,8 @@ pub enum Refused {
     ReceiveOffload,
     /// Socket buffers beyond the system's limit, as without CAP_NET_ADMIN in the first user namespace.
     LargeBuffers,
+    /// UDP sockets for IPv6, as with `ipv6.disable=1`.
+    Ipv6Sockets,
 }
 
 /// linux/if_tun.h
@@ -65,6 +67,11 @@ impl Refused {
             Refused::LargeBuffers => {
                 let both = [SO_SNDBUFFORCE, SO_RCVBUFFORCE].map(|name| option(libc::SOL_SOCKET, name));
                 (libc::SYS_setsockopt, both.into(), libc::EPERM)
+            }
+            Refused::Ipv6Sockets => {
+                // The type has flags in its upper bits; a ping socket has the same.
+                let datagrams = (1, MaskedEq(0xf), libc::SOCK_DGRAM as u32);
+                (libc::SYS_socket, vec![vec![(0, Eq, libc::AF_INET6 as u32), datagrams]], libc::EAFNOSUPPORT)
             }
         };
         let rules = calls.into_iter().map(|arguments| {
