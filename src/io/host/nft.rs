@@ -220,7 +220,8 @@ fn marks(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuild
         })
         .rule("prerouting", |rule| mark_reply(rule.match_iif_not(tun)))
         .chain("output", |chain| chain.base(BaseChain::route(Priority::Mangle)).exclusive())
-        .rule("output", mark_reply)
+        // What goes into the tunnel anyway is not routed a second time.
+        .rule("output", |rule| mark_reply(rule.match_oif_not(tun)))
 }
 
 fn mark_reply(rule: Rule) -> Rule {
@@ -238,13 +239,13 @@ fn redirects(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableB
             chain.base(base.policy(Policy::Accept)).exclusive()
         })
         .rule("redirects", |rule| {
-            rule.match_in_set(PacketField::Ip4Daddr, "pods4").match_icmp_type(ICMP_REDIRECT).drop()
+            rule.match_icmp_type(ICMP_REDIRECT).match_in_set(PacketField::Ip4Daddr, "pods4").drop()
         });
     if !config.has_v6() {
         return table;
     }
     table.rule("redirects", |rule| {
-        rule.match_in_set(PacketField::Ip6Daddr, "pods6").match_icmpv6_type(ND_REDIRECT).drop()
+        rule.match_icmpv6_type(ND_REDIRECT).match_in_set(PacketField::Ip6Daddr, "pods6").drop()
     })
 }
 
@@ -269,11 +270,11 @@ fn spoofed(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBui
     for v6 in families(config) {
         let (saddr, daddr) = addresses(v6);
         table = table.rule("spoofed", |rule| {
-            rule.match_in_set(saddr, set_name("cluster", v6))
+            rule.match_iif_not(&config.tun)
+                .match_iif_not("lo")
+                .match_in_set(saddr, set_name("cluster", v6))
                 .match_not_in_set(saddr, set_name("pods", v6))
                 .match_in_set(daddr, set_name("cluster", v6))
-                .match_iif_not(&config.tun)
-                .match_iif_not("lo")
                 .counter()
                 .drop()
                 .comment("cluster traffic arrives encrypted or not at all")
@@ -317,10 +318,10 @@ fn leak(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuilde
     for v6 in families(config) {
         let (_, daddr) = addresses(v6);
         table = table.rule("leak", |rule| {
-            rule.match_in_set(daddr, set_name("cluster", v6))
-                .match_not_in_set(daddr, set_name("pods", v6))
-                .match_oif_not(&config.tun)
+            rule.match_oif_not(&config.tun)
                 .match_oif_not("lo")
+                .match_in_set(daddr, set_name("cluster", v6))
+                .match_not_in_set(daddr, set_name("pods", v6))
                 .counter()
                 .drop()
                 .comment("cluster traffic leaves encrypted or not at all")
