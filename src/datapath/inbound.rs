@@ -15,6 +15,7 @@ use crate::packet::vnet::VnetHdr;
 use crate::packet::{DropReason, Fragment, Headers, L4, parse};
 use crate::snapshot::service::{Listen, Protocol, loop_address};
 use crate::snapshot::{Encap, Owner, PeerId, Snapshot};
+use crate::tunnel::vxlan::HEADER;
 use crate::tunnel::{vxlan_link, wireguard};
 
 /// The tag of frames that need nothing more: of our own making, or translated already. Others have their peer's
@@ -59,6 +60,11 @@ impl Inner {
     }
 }
 
+/// The tag of what a peer sent.
+fn tag_of(peer: PeerId, entry: Entry) -> u32 {
+    (peer.0 + 1) | if entry == Entry::Translated { MUST_TRANSLATE } else { 0 }
+}
+
 impl Lane {
     /// Takes datagrams that arrived; `receive` is the receive buffer they stand in. Frames for the TUN
     /// refer to it, so they are to be written before it is received into again.
@@ -73,11 +79,18 @@ impl Lane {
         self.follow(&snapshot.mesh);
         let end = (arrival.offset + arrival.len).min(receive.len());
         let mut at = arrival.offset;
+        // Of a run of VXLAN: the datagram before, and whose it was.
+        let mut before = None;
         while at < end {
             let len = arrival.stride.max(1).min(end - at);
             self.counters.add(Total::DatagramsReceived, 1);
-            if let Err(reason) = self.inbound(now, snapshot, &arrival, at, len, receive, out) {
-                self.counters.count_drop(reason);
+            if !self.repeats(now, before, at, len, receive, out) {
+                let delivered = self.inbound(now, snapshot, &arrival, at, len, receive, out);
+                let peer = delivered.unwrap_or_else(|reason| {
+                    self.counters.count_drop(reason);
+                    None
+                });
+                before = peer.filter(|_| arrival.encap == Encap::Vxlan).map(|peer| (at, peer));
             }
             at += len;
         }
@@ -94,15 +107,50 @@ impl Lane {
         len: usize,
         receive: &mut [u8],
         out: &mut Output,
-    ) -> Result<(), DropReason> {
+    ) -> Result<Option<PeerId>, DropReason> {
         // 1 open
         let datagram = &receive[at..at + len];
         let opened = match arrival.encap {
             Encap::WireGuard => self.open_wireguard(now, snapshot, arrival, datagram, out)?,
             Encap::Vxlan => self.open_vxlan(now, snapshot, arrival, datagram, at, out)?,
         };
-        let Some(inner) = opened else { return Ok(()) };
-        self.deliver(now, snapshot, inner, receive, out)
+        let Some(inner) = opened else { return Ok(None) };
+        if !self.repeats_inside(now, inner, receive, out) {
+            self.deliver(now, snapshot, inner, receive, out)?;
+        }
+        Ok(Some(inner.peer))
+    }
+
+    /// Takes a datagram of the same message that repeats the headers of the one before, VXLAN's and all within:
+    /// nothing about it is new but its payload. Says whether it was one.
+    fn repeats(
+        &mut self,
+        now: Instant,
+        before: Option<(usize, PeerId)>,
+        at: usize,
+        len: usize,
+        receive: &mut [u8],
+        out: &mut Output,
+    ) -> bool {
+        let Some((before, peer)) = before else { return false };
+        let same = receive.get(before..before + HEADER) == receive.get(at..at + HEADER);
+        if !same || len <= HEADER {
+            return false;
+        }
+        let inner = Inner { peer, region: Region::Receive, offset: at + HEADER, len: len - HEADER };
+        self.repeats_inside(now, inner, receive, out)
+    }
+
+    /// The same for what has been opened: parsed, admitted and joined as the packet before it.
+    fn repeats_inside(&mut self, now: Instant, inner: Inner, receive: &mut [u8], out: &mut Output) -> bool {
+        let Inner { peer, region, offset, len } = inner;
+        let memory = &Memory { receive, plain: &mut out.plain };
+        let Some(bytes) = out.tun.repeat(region, offset, len, memory, tag_of(peer, Entry::AsItIs)) else {
+            return false;
+        };
+        out.plain_used += if region == Region::Plain { len } else { 0 };
+        self.count_received(now, peer, bytes);
+        true
     }
 
     fn open_wireguard(
@@ -178,8 +226,7 @@ impl Lane {
         self.make_ready(snapshot, inner, packet, &headers);
 
         // 5 join
-        let tag = (inner.peer.0 + 1) | if entry == Entry::Translated { MUST_TRANSLATE } else { 0 };
-        self.join(now, inner, &mut headers, tag, receive, out)
+        self.join(now, inner, &mut headers, tag_of(inner.peer, entry), receive, out)
     }
 
     /// What another kernel's VXLAN sends within one host may still owe its checksum; and what our peers

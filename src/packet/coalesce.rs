@@ -16,10 +16,11 @@
 
 use super::vnet::{VNET_HDR_LEN, VnetHdr};
 use super::{DropReason, Headers, L4};
-use frame::{Building, Kind, ends_frame, is_right, kind};
+use frame::{Building, Kind, ends_frame, is_right, kind, tcp_flags};
 use table::{Table, flow_hash};
 
 mod frame;
+mod repeat;
 mod table;
 
 /// Most packets in one frame: the kernel's UDP_MAX_SEGMENTS was 64 until 6.9 (`include/linux/udp.h`), and it
@@ -150,6 +151,8 @@ pub struct TunBatch {
     /// The items in the order of the frames, once finished.
     pieces: Vec<Piece>,
     table: Table,
+    /// The frame that took the last packet, as long as it may take the next; see [`TunBatch::repeat`].
+    run: Option<u16>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -171,6 +174,7 @@ impl TunBatch {
             items: Vec::with_capacity(capacity),
             pieces: Vec::with_capacity(capacity),
             table: Table::new(),
+            run: None,
         }
     }
 
@@ -178,6 +182,7 @@ impl TunBatch {
     pub fn set_offloads(&mut self, offloads: Offloads) {
         // A protocol that is not looked at for a while must not find its old frames open afterwards.
         self.table.clear();
+        self.run = None;
         self.offloads = offloads;
     }
 
@@ -218,6 +223,7 @@ impl TunBatch {
         memory: &Memory<'_>,
         tag: u32,
     ) -> Result<bool, DropReason> {
+        self.run = None;
         if self.is_full() {
             return Err(DropReason::NoBuffer);
         }
@@ -236,7 +242,7 @@ impl TunBatch {
             Some(_) | None => Joined::Refused,
         };
         match joined {
-            Joined::Open => {}
+            Joined::Open => self.run = open.map(|(_, index)| index),
             Joined::Closed => self.table.forget(open),
             Joined::Refused | Joined::Damaged => {
                 self.table.forget(open);
@@ -245,6 +251,7 @@ impl TunBatch {
                 let index = (self.frames.len() - 1) as u16;
                 if kind != Kind::Alone && !ends_frame(headers) {
                     self.table.remember(hash, index);
+                    self.run = Some(index);
                 }
             }
         }
@@ -260,6 +267,7 @@ impl TunBatch {
         vnet: VnetHdr,
         packets: u16,
     ) -> Result<(), DropReason> {
+        self.run = None;
         if self.is_full() {
             return Err(DropReason::NoBuffer);
         }
@@ -303,6 +311,7 @@ impl TunBatch {
 
     /// Takes a frame out of the batch.
     pub fn discard(&mut self, index: usize) {
+        self.run = None;
         if let Some(frame) = self.frames.get_mut(index) {
             frame.kind = Kind::Discarded;
         }
@@ -311,6 +320,7 @@ impl TunBatch {
     /// Ends the batch: nothing joins any more, headers are complete.
     pub fn finish(&mut self, memory: &mut Memory<'_>) {
         self.table.clear();
+        self.run = None;
         self.pieces.clear();
         for frame in &mut self.frames {
             if frame.kind == Kind::Discarded {
@@ -346,6 +356,7 @@ impl TunBatch {
         self.items.clear();
         self.pieces.clear();
         self.table.clear();
+        self.run = None;
     }
 
     /// The flow's hash, if packets of its protocol are looked at all.
@@ -407,7 +418,7 @@ impl TunBatch {
         self.items.push(Item { piece: Piece { offset: piece.offset + skip, len, ..piece }, next: NONE });
         self.items[usize::from(frame.last)].next = item;
         frame.last = item;
-        if frame.extend(len, headers) { Joined::Open } else { Joined::Closed }
+        if frame.extend(len, tcp_flags(headers)) { Joined::Open } else { Joined::Closed }
     }
 }
 
@@ -468,8 +479,22 @@ mod tests {
         packets: u16,
     }
 
-    /// Pushes packets, alternating between the two regions, and gathers what comes out.
+    /// Pushes packets, alternating between the two regions, and gathers what comes out: the same, whether or not
+    /// runs take their short way.
     fn run(offloads: Offloads, packets: &[Vec<u8>], translate: impl Fn(&mut [u8])) -> Vec<Out> {
+        let (plain, _) = run_by(false, offloads, packets, &translate);
+        let (quick, _) = run_by(true, offloads, packets, &translate);
+        assert_eq!(plain, quick);
+        quick
+    }
+
+    /// Also says how many took it.
+    fn run_by(
+        quick: bool,
+        offloads: Offloads,
+        packets: &[Vec<u8>],
+        translate: impl Fn(&mut [u8]),
+    ) -> (Vec<Out>, usize) {
         let (mut receive, mut plain) = (vec![0xaa; 3], vec![0xbb; 7]);
         let mut places = Vec::new();
         for (i, packet) in packets.iter().enumerate() {
@@ -482,8 +507,21 @@ mod tests {
         let mut memory = Memory { receive: &mut receive, plain: &mut plain };
         let mut batch = TunBatch::new(packets.len());
         batch.set_offloads(offloads);
+        let mut repeated = 0;
         for ((region, offset), packet) in places.iter().zip(packets) {
-            batch.push(*region, *offset, &parse(packet).unwrap(), &memory).unwrap();
+            // What stands behind the packet does not count.
+            let room = packet.len() + 5;
+            assert_eq!(batch.repeat(*region, *offset as usize, room, &memory, 1), None, "another's");
+            let short = if quick { batch.repeat(*region, *offset as usize, room, &memory, 0) } else { None };
+            match short {
+                Some(len) => {
+                    assert_eq!(len as usize, packet.len());
+                    repeated += 1;
+                }
+                None => {
+                    batch.push(*region, *offset, &parse(packet).unwrap(), &memory).unwrap();
+                }
+            }
         }
         for index in 0..batch.count() {
             let piece = batch.head(index).unwrap().piece;
@@ -496,15 +534,13 @@ mod tests {
             packets.iter().map(Vec::len).sum::<usize>()
         );
         let mut out = vec![0; 70_000];
-        batch
-            .frames()
-            .map(|frame| {
-                let len = frame.gather(&memory, &mut out);
-                assert_eq!(len, frame.len());
-                let vnet = VnetHdr::decode(&frame.vnet).unwrap().0;
-                Out { vnet, packet: out[..len].to_vec(), packets: frame.packets }
-            })
-            .collect()
+        let frames = batch.frames().map(|frame| {
+            let len = frame.gather(&memory, &mut out);
+            assert_eq!(len, frame.len());
+            let vnet = VnetHdr::decode(&frame.vnet).unwrap().0;
+            Out { vnet, packet: out[..len].to_vec(), packets: frame.packets }
+        });
+        (frames.collect(), repeated)
     }
 
     fn join(packets: &[Vec<u8>]) -> Vec<u16> {
@@ -554,6 +590,19 @@ mod tests {
             let joined = run(JOIN, &segments, |_| ());
             let hdr_len = (packet.len() - spec.payload.len()) as u16;
             assert_eq!(joined, [Out { vnet: VnetHdr { hdr_len, ..vnet }, packet, packets: 17 }]);
+        }
+    }
+
+    #[test]
+    fn all_but_the_first_of_a_frame_take_the_short_way() {
+        for (v6, udp) in [(false, false), (true, false), (false, true), (true, true)] {
+            let spec = Spec { v6, udp, flags: if udp { 0 } else { TCP_ACK }, ..Spec::default() };
+            let mut specs = train(&spec, &[100; 20]);
+            assert_eq!(run_by(true, JOIN, &built(&specs), |_| ()).1, 19);
+            // A flow in between ends the run, not the frame.
+            specs.insert(10, Spec { source_port: 9, ..spec.clone() });
+            let (out, repeated) = run_by(true, JOIN, &built(&specs), |_| ());
+            assert_eq!((out.len(), repeated), (2, 18));
         }
     }
 

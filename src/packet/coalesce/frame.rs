@@ -39,7 +39,7 @@ pub(super) struct Building {
     /// Which queue of the TUN it is written to, if not the writer's own.
     pub(super) queue: Option<u8>,
     /// The sequence number that comes next.
-    next_seq: u32,
+    pub(super) next_seq: u32,
     /// The last packet's flags that the frame takes over.
     end_flags: u8,
     checked: Checked,
@@ -157,11 +157,11 @@ impl Building {
     }
 
     /// Takes over what a joined packet of `len` bytes of payload brings; says whether another may follow.
-    pub(super) fn extend(&mut self, len: u32, headers: &Headers) -> bool {
+    pub(super) fn extend(&mut self, len: u32, flags: u8) -> bool {
         self.total_len += len;
         self.next_seq = self.next_seq.wrapping_add(len);
-        self.end_flags = tcp_flags(headers) & (TCP_FIN | TCP_PSH);
-        len == u32::from(self.size) && self.packets < MAX_SEGMENTS && !ends_frame(headers)
+        self.end_flags = flags & (TCP_FIN | TCP_PSH);
+        len == u32::from(self.size) && self.packets < MAX_SEGMENTS && self.end_flags == 0
     }
 
     /// Whether the first packet's checksums are right.
@@ -177,7 +177,7 @@ impl Building {
     pub(super) fn takes_segment(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
         let flags = tcp_flags(&self.headers) ^ tcp_flags(headers);
         let (old, new) = (self.headers.transport(head), headers.transport(packet));
-        self.takes_payload(headers)
+        self.takes_payload(payload_len(headers))
             && self.same_ip(head, packet, headers)
             // CWR is for the first alone; a later one begins the next frame.
             && flags & !(TCP_PSH | TCP_FIN | TCP_CWR) == 0
@@ -190,7 +190,7 @@ impl Building {
     }
 
     pub(super) fn takes_datagram(&self, head: &[u8], packet: &[u8], headers: &Headers) -> bool {
-        self.takes_payload(headers) && self.same_ip(head, packet, headers)
+        self.takes_payload(payload_len(headers)) && self.same_ip(head, packet, headers)
     }
 
     /// See [`Offloads::acks`].
@@ -206,8 +206,7 @@ impl Building {
             && same(old, new, 18..headers.l4_header_len())
     }
 
-    fn takes_payload(&self, headers: &Headers) -> bool {
-        let len = headers.total_len.saturating_sub(headers.payload_offset() as u32);
+    pub(super) fn takes_payload(&self, len: u32) -> bool {
         len <= self.size.into() && self.total_len + len <= MAX_LEN && self.packets < MAX_SEGMENTS
     }
 
@@ -274,7 +273,11 @@ impl Building {
     }
 }
 
-fn same(old: &[u8], new: &[u8], range: Range<usize>) -> bool {
+fn payload_len(headers: &Headers) -> u32 {
+    headers.total_len.saturating_sub(headers.payload_offset() as u32)
+}
+
+pub(super) fn same(old: &[u8], new: &[u8], range: Range<usize>) -> bool {
     match (old.get(range.clone()), new.get(range)) {
         (Some(old), Some(new)) => old == new,
         (_, _) => false,

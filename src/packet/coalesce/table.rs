@@ -27,7 +27,7 @@ impl Table {
 
     /// The flow's place, and its open frame.
     pub(super) fn find(&self, hash: u32, headers: &Headers, frames: &[Building]) -> Option<(usize, u16)> {
-        let set = hash as usize % SETS;
+        let set = Table::set(hash);
         self.sets[set].iter().find_map(|&index| {
             let frame = frames.get(usize::from(index))?;
             (frame.hash == hash && same_flow(&frame.headers, headers)).then_some((set, index))
@@ -36,9 +36,14 @@ impl Table {
 
     /// Gives an open frame a place.
     pub(super) fn remember(&mut self, hash: u32, index: u16) {
-        let set = &mut self.sets[hash as usize % SETS];
+        let set = &mut self.sets[Table::set(hash)];
         set.rotate_right(1);
         set[0] = index;
+    }
+
+    /// Where flows of this hash are.
+    pub(super) fn set(hash: u32) -> usize {
+        hash as usize % SETS
     }
 
     /// Closes the frame at that place.
