@@ -4,7 +4,7 @@
 //!    handed over to it goes before
 //! 2. datagrams -> packet line -> TUN, one receive call's worth per encapsulation
 //! 3. commands, timers, and what is to be handed over
-//! 4. nothing to do: yield for a while, then sleep
+//! 4. nothing to do: yield for as long as that has paid off (`io::spin`), then sleep
 //!
 //! Each turn is bounded and waits for nothing; the snapshot is loaded once per turn. While a socket is full,
 //! 1 stands still: the TUN's own queue fills and drops, and what peers send is received all the same.
@@ -22,6 +22,7 @@ use tracing::warn;
 
 use super::kernel::{Kernel, Watch};
 use super::outbox::Outbox;
+use super::spin::Spin;
 use super::tun::{READ_BYTES, TunOffloads};
 use super::udp::{Received, SLOT, SLOTS};
 use crate::datapath::{Arrival, Lane, Output, Parcel, PeerTraffic, Total};
@@ -35,9 +36,8 @@ use crate::tunnel::wireguard::{Keys, SessionReport, WireGuardStats};
 
 /// Frames read from the TUN before the network gets its turn.
 const TUN_FRAMES: usize = 16;
-/// How long an idle lane keeps looking before it sleeps: waking up is most of the latency, and 100 us of
-/// looking with a yield in between brings it below that of kernel VXLAN.
-const SPIN: Duration = Duration::from_micros(100);
+/// A TCP super-packet of so many bytes tells of a stream; see `io::spin`.
+const BULK_BYTES: usize = 32 * 1024;
 /// Sessions begun in one turn: each costs three scalar multiplications, about 0.1 ms.
 const INITIATIONS: usize = 16;
 /// How long a lane tries to open the TUN again after somebody removed it, and how often.
@@ -135,6 +135,8 @@ pub struct LaneLoop<K> {
     outbox: Outbox,
     /// Peers that wait for [`Command::Initiate`] to come to them.
     initiate: VecDeque<PeerId>,
+    /// Whether TCP super-packets went through this turn.
+    bulk: bool,
 }
 
 impl<K> std::fmt::Debug for LaneLoop<K> {
@@ -166,17 +168,18 @@ impl<K: Kernel> LaneLoop<K> {
             received: Vec::with_capacity(SLOTS),
             outbox: Outbox::default(),
             initiate: VecDeque::new(),
+            bulk: false,
         }
     }
 
     /// Runs until asked to stop; an error is the end of the data path.
     pub fn run(&mut self) -> io::Result<()> {
-        let mut last_work = self.kernel.now();
+        let mut spin = Spin::new(self.kernel.now());
         while !self.stopping() {
             let now = self.kernel.now();
             match self.turn(now) {
                 Ok(true) => {
-                    last_work = now;
+                    spin.worked(now, self.bulk);
                     continue;
                 }
                 Ok(false) => {}
@@ -187,10 +190,11 @@ impl<K: Kernel> LaneLoop<K> {
                 }
                 Err(e) => return Err(e),
             }
-            if now.saturating_duration_since(last_work) < SPIN {
+            if spin.goes_on(now) {
                 self.kernel.yield_now();
                 continue;
             }
+            spin.slept();
             let timers = [self.lane.poll_timeout(), self.outbox.poll_timeout()];
             let next = timers.into_iter().flatten().min();
             let watch = self.outbox.full().map_or(Watch::Everything, Watch::AllButTun);
@@ -223,6 +227,7 @@ impl<K: Kernel> LaneLoop<K> {
     /// One bounded turn; whether there was anything to do.
     pub fn turn(&mut self, now: Instant) -> io::Result<bool> {
         let snapshot = self.shared.snapshot.load_full();
+        self.bulk = false;
         let mut worked = self.flush_datagrams(now);
         // Before what came to this lane itself: they are older packets of the same flows.
         worked |= self.take_parcels(now, &snapshot);
@@ -248,7 +253,10 @@ impl<K: Kernel> LaneLoop<K> {
         let mut frames = 0;
         while frames < TUN_FRAMES && self.out.has_room() {
             match self.kernel.read_tun(&mut self.frame) {
-                Ok(len) => self.lane.handle_tun(now, snapshot, &mut self.frame[..len], &mut self.out),
+                Ok(len) => {
+                    self.bulk |= is_bulk(&self.frame, len);
+                    self.lane.handle_tun(now, snapshot, &mut self.frame[..len], &mut self.out);
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 // Down, but not gone: whoever repairs the interface sets it up again.
@@ -368,6 +376,7 @@ impl<K: Kernel> LaneLoop<K> {
                 Ok(len) => {
                     counters.add(Total::TunWrites, 1);
                     counters.add(Total::TunWriteBytes, len);
+                    self.bulk |= is_bulk(&frame.vnet, len);
                 }
                 // Some kernels refuse joined packets: nothing is lost but the speed.
                 Err(e) if frame.packets > 1 && e.raw_os_error() == Some(libc::EINVAL) => {
@@ -386,7 +395,7 @@ impl<K: Kernel> LaneLoop<K> {
     }
 
     fn give_up_tun_offload(&mut self, vnet: &[u8]) {
-        let udp = VnetHdr::decode(vnet).is_ok_and(|(header, _)| header.gso() == GSO_UDP_L4);
+        let udp = is_udp(vnet);
         if udp {
             self.offloads.tun_udp = false;
         } else {
@@ -405,6 +414,16 @@ impl<K: Kernel> LaneLoop<K> {
         let counters = &self.lane.counters();
         self.outbox.flush(now, &mut self.kernel, &mut self.out.tx, segmentation, counters)
     }
+}
+
+/// Whether a frame is a TCP super-packet worth a wake-up.
+fn is_bulk(frame: &[u8], len: usize) -> bool {
+    len >= BULK_BYTES && !is_udp(frame)
+}
+
+/// Whether a frame is made of UDP datagrams.
+fn is_udp(vnet: &[u8]) -> bool {
+    VnetHdr::decode(vnet).is_ok_and(|(header, _)| header.gso() == GSO_UDP_L4)
 }
 
 /// Writes one frame in one call.

@@ -8,6 +8,7 @@ pub mod host;
 pub mod kernel;
 pub mod lane;
 mod outbox;
+mod spin;
 pub mod tun;
 pub mod udp;
 pub mod underlay;
