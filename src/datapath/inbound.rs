@@ -205,6 +205,8 @@ impl Lane {
         receive: &mut [u8],
         out: &mut Output,
     ) -> Result<(), DropReason> {
+        // What comes after it repeats this one, or nothing.
+        out.tun.end_run();
         // 2 parse
         let packet = inner.bytes_mut(receive, &mut out.plain);
         let mut headers = parse(packet)?;

@@ -174,7 +174,7 @@ impl<K: Kernel> LaneLoop<K> {
 
     /// Runs until asked to stop; an error is the end of the data path.
     pub fn run(&mut self) -> io::Result<()> {
-        let mut spin = Spin::new(self.kernel.now());
+        let mut spin = Spin::default();
         while !self.stopping() {
             let now = self.kernel.now();
             match self.turn(now) {
@@ -194,7 +194,6 @@ impl<K: Kernel> LaneLoop<K> {
                 self.kernel.yield_now();
                 continue;
             }
-            spin.slept();
             let timers = [self.lane.poll_timeout(), self.outbox.poll_timeout()];
             let next = timers.into_iter().flatten().min();
             let watch = self.outbox.full().map_or(Watch::Everything, Watch::AllButTun);

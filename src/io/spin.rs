@@ -2,62 +2,68 @@
 //!
 //! Being woken is most of a short round trip: 100 us of looking, with a yield in between, brings it below that of
 //! kernel VXLAN. But whoever looks takes time from others, so a lane looks only where that pays off:
-//! - as long as that finds something now and then: each sleep that took longer than the longest look halves it,
-//!   down to nothing; what was found by looking, or would have been, restores it;
+//! - as long as it finds something now and then: after some long sleeps in a row, which no look could have bridged,
+//!   it looks only once in a while, until that finds something or a sleep is short;
 //! - only briefly beside TCP super-packets, which are worth a wake-up each. A flood of datagrams is not: they gather
 //!   while a lane yields.
 
 use std::time::{Duration, Instant};
 
-/// The longest.
-const MOST: Duration = Duration::from_micros(100);
-/// Below this, sleeping is the better way to wait.
-const LEAST: Duration = Duration::from_micros(10);
+/// How long it looks.
+const LOOK: Duration = Duration::from_micros(100);
+/// A longer sleep would not have been bridged; wake-ups, here and of whoever is waited for, make it longer than the
+/// pause that a lane sees which looks.
+const LONG: Duration = Duration::from_micros(300);
+/// So many long sleeps in a row end it,
+const LONG_SLEEPS: u32 = 8;
+/// but for every so many-th.
+const ONCE_IN: u32 = 16;
 /// Beside super-packets.
-const BESIDE_BULK: Duration = Duration::from_micros(30);
+const LOOK_BESIDE_BULK: Duration = Duration::from_micros(20);
 /// And so long after the last.
 const BULK_FOR: Duration = Duration::from_millis(2);
 
 /// Remembers what came when.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Spin {
-    limit: Duration,
-    worked: Instant,
+    /// When it was first seen that there is nothing to do.
+    idle: Option<Instant>,
     /// Since then.
     slept: bool,
+    /// Long sleeps in a row.
+    long_sleeps: u32,
+    /// When a super-packet last came by.
     bulk: Option<Instant>,
 }
 
 impl Spin {
-    /// Begins as if there had just been work.
-    pub(super) fn new(now: Instant) -> Spin {
-        Spin { limit: MOST, worked: now, slept: false, bulk: None }
-    }
-
     /// A turn found something to do: super-packets, or nothing but others.
     pub(super) fn worked(&mut self, now: Instant, bulk: bool) {
-        let missed = self.slept && now.saturating_duration_since(self.worked) > MOST;
-        self.limit = match self.limit / 2 {
-            _ if !missed => MOST,
-            half if half < LEAST => Duration::ZERO,
-            half => half,
-        };
-        (self.worked, self.slept) = (now, false);
+        let long = self.idle.take().is_some_and(|since| now.saturating_duration_since(since) > LONG);
+        // What was found by looking counts, however long others had the processor meanwhile.
+        self.long_sleeps = if self.slept && long { self.long_sleeps.wrapping_add(1) } else { 0 };
+        self.slept = false;
         if bulk {
             self.bulk = Some(now);
         }
     }
 
-    /// The lane has slept.
-    pub(super) fn slept(&mut self) {
-        self.slept = true;
+    /// Nothing to do: whether to look once more. Else the lane sleeps.
+    pub(super) fn goes_on(&mut self, now: Instant) -> bool {
+        let idle = *self.idle.get_or_insert(now);
+        let looks = now.saturating_duration_since(idle) < self.look(idle);
+        self.slept |= !looks;
+        looks
     }
 
-    /// Whether to look once more.
-    pub(super) fn goes_on(&self, now: Instant) -> bool {
-        let beside_bulk = self.bulk.is_some_and(|at| now.saturating_duration_since(at) < BULK_FOR);
-        let limit = if beside_bulk { self.limit.min(BESIDE_BULK) } else { self.limit };
-        now.saturating_duration_since(self.worked) < limit
+    fn look(&self, idle: Instant) -> Duration {
+        if self.bulk.is_some_and(|at| idle.saturating_duration_since(at) < BULK_FOR) {
+            LOOK_BESIDE_BULK
+        } else if self.long_sleeps < LONG_SLEEPS || self.long_sleeps.is_multiple_of(ONCE_IN) {
+            LOOK
+        } else {
+            Duration::ZERO
+        }
     }
 }
 
@@ -68,69 +74,81 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// How many microseconds it looks after the last work.
-    fn looks(spin: &Spin) -> u32 {
-        (0..1000).find(|us| !spin.goes_on(spin.worked + *us * US)).expect("an end")
+    /// A lane's day: turns that take 2 us, and work that comes so long after the last.
+    struct Day {
+        now: Instant,
+        spin: Spin,
     }
 
-    /// After work at each of these pauses, slept through where looking ended.
-    fn after(pauses: &[u32], bulk: bool) -> Spin {
-        let mut now = clock::now();
-        let mut spin = Spin::new(now);
-        for pause in pauses {
-            if looks(&spin) <= *pause {
-                spin.slept();
+    impl Day {
+        fn begin() -> Day {
+            Day { now: clock::now(), spin: Spin::default() }
+        }
+
+        /// Waits `pause` microseconds for work; how many of them it looked, and it sleeps through the others.
+        fn wait(&mut self, pause: u32, bulk: bool) -> u32 {
+            let begun = self.now;
+            let mut looked = 0;
+            while looked < pause && self.spin.goes_on(begun + looked * US) {
+                looked += 2;
             }
-            now += *pause * US;
-            spin.worked(now, bulk);
+            self.now = begun + pause * US;
+            self.spin.worked(self.now, bulk);
+            looked
         }
-        spin
     }
 
     #[test]
-    fn it_looks_as_long_as_packets_come_at_short_intervals() {
-        assert_eq!(looks(&after(&[], false)), 100);
-        assert_eq!(looks(&after(&[50, 99, 100], false)), 100);
-    }
-
-    #[test]
-    fn what_was_found_by_looking_counts_however_long_others_had_the_processor() {
-        let mut spin = after(&[], false);
-        spin.worked(spin.worked + 5000 * US, false);
-        assert_eq!(looks(&spin), 100);
-        // Woken late: as good as never looked.
-        spin.slept();
-        spin.worked(spin.worked + 5000 * US, false);
-        assert_eq!(looks(&spin), 50);
-    }
-
-    #[test]
-    fn pauses_that_looking_cannot_bridge_end_it() {
-        let table: [(&[u32], u32); 6] = [
-            (&[101], 50),
-            (&[1000, 1000], 25),
-            (&[1000, 1000, 1000], 13),
-            (&[1000; 4], 0),
-            (&[1000; 40], 0),
-            // A question and its answer, every millisecond: the answer is waited for.
-            (&[1000, 60, 1000, 60], 100),
-        ];
-        for (pauses, expected) in table {
-            assert_eq!(looks(&after(pauses, false)), expected, "{pauses:?}");
+    fn it_looks_for_what_is_soon_there() {
+        let mut day = Day::begin();
+        for pause in [50, 98, 20] {
+            assert_eq!(day.wait(pause, false), pause);
         }
+        assert_eq!(day.wait(150, false), 100);
+        assert_eq!(day.wait(50, false), 50);
+    }
+
+    #[test]
+    fn an_answer_is_looked_for_however_rare_the_questions() {
+        let mut day = Day::begin();
+        for _ in 0..100 {
+            // The question; its answer; the acknowledgement of that, delayed; thinking.
+            assert_eq!(day.wait(60, false), 60);
+            assert_eq!(day.wait(40_000, false), 100);
+            assert_eq!(day.wait(200_000, false), 100);
+        }
+    }
+
+    #[test]
+    fn what_comes_now_and_then_only_costs_a_look_now_and_then() {
+        let mut day = Day::begin();
+        let looked: Vec<u32> = (0..40).map(|_| day.wait(1000, false)).collect();
+        let looks: Vec<usize> = (0..40).filter(|i| looked[*i] > 0).collect();
+        assert_eq!(looks, [0, 1, 2, 3, 4, 5, 6, 7, 16, 32]);
+        // One short sleep, or something found, and it looks again.
+        assert_eq!(day.wait(250, false), 0);
+        assert_eq!(day.wait(50, false), 50);
     }
 
     #[test]
     fn beside_super_packets_it_looks_briefly_and_soon_as_before() {
-        let mut spin = after(&[50], true);
-        assert_eq!(looks(&spin), 30);
+        let mut day = Day::begin();
+        day.wait(0, true);
+        assert_eq!(day.wait(60, true), 20);
         // Acknowledgements between two bursts change nothing.
-        spin.worked(spin.worked + 50 * US, false);
-        assert_eq!(looks(&spin), 30);
-        spin.worked(spin.worked + BULK_FOR, false);
-        spin.worked(spin.worked + 50 * US, false);
-        assert_eq!(looks(&spin), 100);
-        // And does not begin to, where it has not paid off.
-        assert_eq!(looks(&after(&[1000; 5], true)), 0);
+        assert_eq!([day.wait(60, false), day.wait(60, false)], [20, 20]);
+        day.wait(2000, false);
+        assert_eq!(day.wait(60, false), 60);
+    }
+
+    #[test]
+    fn a_lane_that_others_keep_from_looking_has_not_slept() {
+        let mut day = Day::begin();
+        for _ in 0..20 {
+            assert!(day.spin.goes_on(day.now));
+            day.now += 5000 * US;
+            day.spin.worked(day.now, false);
+        }
+        assert_eq!(day.wait(60, false), 60);
     }
 }

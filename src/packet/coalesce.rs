@@ -258,6 +258,11 @@ impl TunBatch {
         Ok(matches!(joined, Joined::Open | Joined::Closed))
     }
 
+    /// What comes next is no repetition of what was pushed: another packet came in between, or judgements change.
+    pub fn end_run(&mut self) {
+        self.run = None;
+    }
+
     /// Adds a packet that needs nothing more, with the virtio header that belongs to it: `packets` in one.
     pub fn push_ready(
         &mut self,

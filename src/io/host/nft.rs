@@ -220,8 +220,7 @@ fn marks(table: DeclaredTableBuilder, config: &HostConfig) -> DeclaredTableBuild
         })
         .rule("prerouting", |rule| mark_reply(rule.match_iif_not(tun)))
         .chain("output", |chain| chain.base(BaseChain::route(Priority::Mangle)).exclusive())
-        // What goes into the tunnel anyway is not routed a second time.
-        .rule("output", |rule| mark_reply(rule.match_oif_not(tun)))
+        .rule("output", mark_reply)
 }
 
 fn mark_reply(rule: Rule) -> Rule {
