@@ -108,7 +108,7 @@ pub fn write(out: &mut String, results: &Results) {
         let _ = write!(
             out,
             "\n## What Warren is to reach\n\nMedian of each round's ratio (least to most).\n\n| | measured | bar | aim | \
-             |\n|---|---|---|---|---|\n{rows}"
+             |\n|---|---|---|---|---|\n{rows}\nWhere the time goes, and what would get there: `bench/PROFILE.md`.\n"
         );
     }
 }
