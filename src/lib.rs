@@ -19,6 +19,9 @@
 //!    the Services (`datapath/service.rs`) and the routes of the [`snapshot`] it is given
 //! 4. [`tunnel`]: WireGuard ([`tunnel::wireguard`], the only file that names boringtun) and VXLAN wrap it
 //!
+//! Packets come in runs, cut from one super-packet by the sender: one that repeats the headers of the packet before it
+//! goes from decapsulation straight to joining (`packet/coalesce/repeat.rs`).
+//!
 //! How often a payload is copied, and why not less:
 //!
 //! | | outbound | inbound |
