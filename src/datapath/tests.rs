@@ -6,6 +6,7 @@ mod lanes;
 mod model;
 #[cfg(feature = "agent")]
 mod objects;
+mod runs;
 mod services;
 #[cfg(feature = "agent")]
 mod shares;
