@@ -42,8 +42,8 @@ fn apply_makes_everything_and_twice_changes_nothing() {
             ("nft list table inet warren", "snat ip to ip saddr"),
             ("nft list table inet warren", "snat ip6 to ip6 saddr"),
             ("nft list table inet warren", "masquerade"),
-            ("nft list table inet warren", "icmp type redirect drop"),
-            ("nft list table inet warren", "icmpv6 type nd-redirect drop"),
+            ("nft list table inet warren", "icmp type redirect ip daddr @pods4 drop"),
+            ("nft list table inet warren", "icmpv6 type nd-redirect ip6 daddr @pods6 drop"),
             ("nft list table bridge warren", "meta pkttype set host"),
         ] {
             let shown = sh(command);
