@@ -13,6 +13,8 @@
 //! |---|---|---|
 //! | `prerouting` | filter, -300 | same-node replies go up to the IP stack, so that the loop can reverse them |
 //!
+//! Every packet of the node passes most of these, so a rule asks for interface and protocol before it looks into a set.
+//!
 //! What Services add to translation has a table of its own, see `services`.
 //!
 //! The kernel is compared with the wanted tables and changed in one transaction, at the generation
