@@ -16,6 +16,7 @@
 #[path = "../tests/kernel/lab/mod.rs"]
 pub mod lab;
 
+pub mod build;
 pub mod contestant;
 pub mod cpu;
 pub mod figure;

@@ -7,6 +7,7 @@ use std::{fs, io};
 
 use serde_json::Value;
 
+use crate::build;
 use crate::contestant::Contestant;
 use crate::figure::Figure;
 use crate::goals;
@@ -276,11 +277,26 @@ fn about(out: &mut String, results: &Results, source: &str) {
     if runs.first().is_some_and(Run::is_continuation) {
         out.push_str("\nThe commands of the rounds before were not kept.\n");
     }
+    let _ = writeln!(out, "\n{}", builds(&runs));
+}
+
+/// Of which build the figures are: it should be the one that users run.
+fn builds(runs: &[Run]) -> &'static str {
+    let is = |wanted: &str| runs.iter().all(|run| run.build.as_deref() == Some(wanted));
+    if is(build::SHIPPED) {
+        "Warren is what is shipped: built by `deploy/build-static`. Its sum is below, under Who."
+    } else if runs.iter().any(|run| run.build.is_none()) {
+        "Which build of Warren this is was not recorded for all of them, but for its sum (below, under Who)."
+    } else {
+        "Warren is another build than the shipped one, in some of them at least: the one that stands in front of the \
+         command, or else cargo's. Its sum is below, under Who."
+    }
 }
 
 fn command(out: &mut String, run: &Run) {
-    let Run { command, date, commit, load_before, .. } = run;
-    let _ = writeln!(out, "    bench/run {command}  # {date}, commit {commit}, load {load_before}");
+    let Run { command, date, commit, build, load_before, .. } = run;
+    let prefix = build.as_deref().map(build::prefix).unwrap_or_default();
+    let _ = writeln!(out, "    {prefix}bench/run {command}  # {date}, commit {commit}, load {load_before}");
 }
 
 fn table(

@@ -6,6 +6,7 @@ use std::{fs, io};
 
 use serde_json::{Map, Value, json};
 
+use crate::build;
 use crate::contestant::{Contestant, first_line, kernel};
 use crate::figure::Figure;
 use crate::lab::agent::warren;
@@ -57,6 +58,8 @@ pub struct Run {
     pub date: String,
     /// Of the tree.
     pub commit: String,
+    /// Of Warren, as [`build::measured`] says it; of old it was not recorded.
+    pub build: Option<String>,
     /// The machine's load when it began.
     pub load_before: String,
     /// Whether the contestants came in another order in each round.
@@ -102,6 +105,7 @@ impl Results {
             "command": std::env::args().skip(1).filter(|word| word != "--bench").collect::<Vec<_>>().join(" "),
             "date": said("date", &["-u", "+%F %H:%M UTC"]),
             "commit": said("git", &["describe", "--always", "--dirty"]),
+            "build": build::measured(),
             "load_before": load.split_whitespace().next(),
             "takes_turns": true,
         });
@@ -290,15 +294,16 @@ impl Run {
 
     fn json(&self) -> Value {
         json!({
-            "command": self.command, "date": self.date, "commit": self.commit, "load_before": self.load_before,
-            "takes_turns": self.takes_turns,
+            "command": self.command, "date": self.date, "commit": self.commit, "build": self.build,
+            "load_before": self.load_before, "takes_turns": self.takes_turns,
         })
     }
 
     fn read(json: &Value) -> Run {
         let [command, date, commit, load_before] =
             ["command", "date", "commit", "load_before"].map(|key| text(&json[key]));
-        Run { command, date, commit, load_before, takes_turns: json["takes_turns"] == true }
+        let build = json["build"].as_str().map(str::to_owned);
+        Run { command, date, commit, build, load_before, takes_turns: json["takes_turns"] == true }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use serde_json::{Value, json};
 
-use crate::{proxy, tables};
+use crate::{build, proxy, tables};
 
 /// The middle of some values, and their ends.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +57,9 @@ pub fn about(warren: &str) -> Value {
         "commit": said("git", &["describe", "--always", "--dirty"]),
         "warren": said(warren, &["--version"]),
         "kube_proxy": proxy::version(),
+        // One version has many builds.
+        "sha256": said("sha256sum", &[warren]).get(..12),
+        "build": build::measured(),
         "debug_build": warren.contains("/debug/"),
         // Its work is system calls: optimizing it changes little.
         "bench_debug_build": cfg!(debug_assertions),
@@ -80,7 +83,10 @@ fn command() -> String {
             _ => words.push(word),
         }
     }
-    words.join(" ")
+    // Where no agent is measured, it does not matter which one was given.
+    let has_agent = words.iter().any(|word| word == "connections" || word == "throughput");
+    let prefix = if has_agent { build::prefix(&build::measured()) } else { String::new() };
+    prefix + &words.join(" ")
 }
 
 /// Puts a section into `NAME.json`, if there is one, and makes `NAME.md` of all that are there; gives the tables.

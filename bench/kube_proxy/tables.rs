@@ -259,7 +259,7 @@ fn footer(out: &mut String, section: &Value) {
         text(&about["processor"]),
         text(&about["kernel"]),
         text(&about["load_before"]),
-        text(&about["warren"]),
+        build(about),
         text(&about["kube_proxy"]),
         text(&about["nft"]),
         text(&about["commit"]),
@@ -270,6 +270,16 @@ fn footer(out: &mut String, section: &Value) {
     );
     for row in rows(section).iter().filter(|row| row["settings"].is_string()) {
         let _ = writeln!(out, "- {}: {}", text(&row["contestant"]), text(&row["settings"]));
+    }
+}
+
+/// Warren's version, and of which build the figures are, where that was recorded.
+fn build(about: &Value) -> String {
+    let version = text(&about["warren"]);
+    match (text(&about["build"]), text(&about["sha256"])) {
+        ("", _) => version.to_owned(),
+        (build, "") => format!("{version} ({build})"),
+        (build, sum) => format!("{version} ({build}, sha256 {sum})"),
     }
 }
 

@@ -5,6 +5,8 @@
 #[path = "../kernel/lab/mod.rs"]
 pub mod lab;
 
+#[path = "../../bench/build.rs"]
+pub mod build;
 #[path = "../../bench/contestant.rs"]
 pub mod contestant;
 #[path = "../../bench/cpu.rs"]
@@ -30,6 +32,7 @@ pub mod results;
 #[path = "../../bench/kube_proxy/tables.rs"]
 pub mod service_tables;
 
+mod scripts;
 mod terminal;
 
 use std::fs;
@@ -185,6 +188,32 @@ fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
     let mut more = results(4..=4, Figure::Tcp);
     more.continue_after(old).expect("the same machine");
     assert_eq!(more.runs().len(), 2);
+}
+
+#[test]
+fn the_page_says_of_which_build_it_is() {
+    let page = |builds: &[Value]| {
+        let mut json = results(1..=1, Figure::Tcp).json();
+        let run = json["about"]["runs"][0].clone();
+        let runs = builds.iter().map(|build| {
+            let mut run = run.clone();
+            run["build"] = build.clone();
+            run
+        });
+        json["about"]["runs"] = runs.collect();
+        let results = Results::read(&json.to_string()).expect("valid");
+        report::page(&read_again(&results), "here.json", None)
+    };
+    let shipped = page(&[json!("deploy/build-static"), json!("deploy/build-static")]);
+    assert!(shipped.contains("Warren is what is shipped") && !shipped.contains("WARREN="), "{shipped}");
+    let given = page(&[json!("deploy/build-static"), json!("WARREN=mine")]);
+    assert!(given.contains("    WARREN=mine bench/run ") && given.contains("another build"), "{given}");
+    assert!(page(&[json!("cargo")]).contains("another build"));
+    let old = page(&[json!("deploy/build-static"), Value::Null]);
+    assert!(old.contains("was not recorded"), "{old}");
+    for page in [shipped, given, old] {
+        assert!(page.contains(", sha256 ") && page.contains("under Who"), "{page}");
+    }
 }
 
 #[test]
