@@ -467,7 +467,6 @@ fn public(number: usize) -> PublicKey {
 fn lane(number: usize, now: Instant, flows: Arc<FlowTable>) -> Lane {
     Lane::new(LaneConfig {
         id: LaneId(0),
-        lanes: 1,
         private: PRIVATE[number],
         seed: (1, 2),
         vxlan_sources: 1,

@@ -30,9 +30,13 @@
 //! | we | a super-packet's segments get headers in between: VXLAN into the send buffer, WireGuard into a scratch segment that stays in the first-level cache | none: VXLAN stays where it was received, and the TUN gathers from there |
 //! | boringtun | from the scratch segment into the send buffer, where it seals | into a buffer of ours, where it opens |
 //!
-//! A lane is a thread with its own queue of the TUN, sockets and key. The TUN's kernel leads what is sent to the queue
-//! that was written to last, so each flow is written to the queue that its addresses and ports say, by whichever
-//! lane receives it (`datapath/inbound.rs`): one lane sends a flow, and the same as long as it is active.
+//! What goes from the TUN back into it (a Service with an endpoint on this node, or outside) is copied once more, for
+//! its frame's buffer is read into again before the TUN is written to; what goes from one tunnel into another is
+//! copied too, a packet at a time: no peer sends that by the dozen.
+//!
+//! A lane is a thread with its own queue of the TUN, sockets and key. Which queue a flow's packets come by is the
+//! kernel's symmetric hash of it, and stays so: lanes write in a way that the kernel does not remember (`io::tun`).
+//! Which lane receives is the sender's choice, by the key or the port. So either direction of a flow has one lane.
 //!
 //! # The state line
 //!

@@ -301,7 +301,6 @@ pub fn peer(node: usize, encap: Encap) -> Peer {
 pub fn lane(number: usize, now: Instant) -> Lane {
     Lane::new(LaneConfig {
         id: LaneId(0),
-        lanes: 1,
         private: PRIVATE[number],
         seed: (1, 2),
         vxlan_sources: 1,

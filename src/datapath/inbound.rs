@@ -255,12 +255,6 @@ impl Lane {
         let memory = &Memory { receive, plain: &mut out.plain };
         let joined = out.tun.push_tagged(inner.region, inner.offset as u32, headers, memory, tag)?;
         out.plain_used += used;
-        if tag == OWN
-            && !joined
-            && let Some(queue) = self.queue(inner.peer, headers)
-        {
-            out.tun.lead(out.tun.count() - 1, queue);
-        }
         self.count_received(now, inner.peer, headers.total_len);
         // The head of a frame is tracked with the frame; what opens or ends a connection may stand behind it.
         if joined {
@@ -458,19 +452,6 @@ impl Lane {
         }
     }
 
-    /// Which queue of the TUN a flow's packets are written to, where there are several. The kernel leads what is sent
-    /// the other way to the queue that was written to last, and so to that lane: were it each time the lane that
-    /// happens to receive, the two nodes could chase a flow from lane to lane for ever. An ordinary WireGuard peer
-    /// is lane 0's.
-    fn queue(&self, peer: PeerId, headers: &Headers) -> Option<u8> {
-        if self.lanes < 2 {
-            return None;
-        }
-        let peer = self.mesh.as_ref().and_then(|mesh| mesh.peer(peer));
-        let ordinary = peer.is_some_and(|peer| peer.ordinary && peer.encap == Some(Encap::WireGuard));
-        Some(if ordinary { 0 } else { (headers.flow_number() % u32::from(self.lanes)) as u8 })
-    }
-
     /// Ends the TUN batch: tracks and translates each frame's flow and completes the joined headers.
     pub fn finish_tun(&mut self, now: Instant, receive: &mut [u8], out: &mut Output) {
         for index in 0..out.tun.count() {
@@ -482,7 +463,6 @@ impl Lane {
             let (piece, packets) = (head.piece, usize::from(head.packets));
             let mut headers = Headers { total_len: head.bytes, ..*head.headers };
             let (peer, known) = (PeerId((head.tag & !MUST_TRANSLATE) - 1), head.tag & MUST_TRANSLATE != 0);
-            let queue = self.queue(peer, &headers);
             let changed = match self.track_from_peer(now, &headers, packets, peer, known) {
                 Ok(None) => Ok(()),
                 Ok(Some(change)) => {
@@ -494,13 +474,9 @@ impl Lane {
                 }
                 Err(reason) => Err(reason),
             };
-            match (changed, queue) {
-                (Ok(()), Some(queue)) => out.tun.lead(index, queue),
-                (Ok(()), None) => {}
-                (Err(reason), _) => {
-                    out.tun.discard(index);
-                    self.counters.count_drops(reason, packets);
-                }
+            if let Err(reason) = changed {
+                out.tun.discard(index);
+                self.counters.count_drops(reason, packets);
             }
         }
         out.tun.finish(&mut Memory { receive, plain: &mut out.plain });

@@ -56,14 +56,22 @@ use service::{Kept, Passage};
 const TX_BYTES: usize = 1 << 20;
 /// Bytes that decrypted packets of one receive batch may take.
 const PLAIN_BYTES: usize = 1 << 20;
-/// Packets that one receive call can bring (8 messages of 64 joined datagrams), and some of our own making.
-const TUN_PACKETS: usize = 8 * 64 + 64;
-/// Room in [`Output::tx`] that one read from the TUN can need: 64 KiB in segments as small as an MSS of
-/// 88 makes them (the kernel's floor, TCP_MIN_SND_MSS), each with the largest overhead.
-pub const TX_ROOM: usize = 256 << 10;
-
+/// Packets that one read from the TUN can become: 64 KiB in the smallest segments that a kernel makes by itself, for
+/// an MSS of 48 (TCP_MIN_SND_MSS, include/net/tcp.h) with timestamps. In smaller ones, what finds no room is dropped.
+const READ_PACKETS: usize = (64 << 10) / SMALLEST_PAYLOAD;
+const SMALLEST_PAYLOAD: usize = 48 - 12;
+/// Headers of such a segment: IPv6, TCP with timestamps.
+const SEGMENT_HEADERS: usize = 40 + 20 + 12;
+/// Most that a tunnel adds: WireGuard's header and tag, 16 bytes each, and padding; VXLAN's 22 are less.
+const OVERHEAD: usize = 16 + 16 + 15;
+/// Packets that one receive call can bring (8 messages of 64 joined datagrams), and some of our own making; then
+/// those of one read.
+const TUN_PACKETS: usize = 8 * 64 + 64 + READ_PACKETS;
+/// Room in [`Output::tx`] that one read from the TUN can need.
+pub const TX_ROOM: usize = READ_PACKETS * (SEGMENT_HEADERS + SMALLEST_PAYLOAD + OVERHEAD);
 /// Room in [`Output::plain`] that one read from the TUN can need, if it goes back there.
-const PLAIN_ROOM: usize = 128 << 10;
+const PLAIN_ROOM: usize = READ_PACKETS * (SEGMENT_HEADERS + SMALLEST_PAYLOAD);
+const _: () = assert!(2 * TX_ROOM <= TX_BYTES && 2 * PLAIN_ROOM <= PLAIN_BYTES);
 
 /// What a lane wants sent: datagrams, and frames for the TUN.
 pub struct Output {
@@ -100,7 +108,9 @@ impl Output {
 
     /// Whether another read from the TUN can be taken in.
     pub fn has_room(&self) -> bool {
-        self.tx.free() >= TX_ROOM && self.plain.len() - self.plain_used >= PLAIN_ROOM && !self.tun.is_full()
+        self.tx.free() >= TX_ROOM
+            && self.plain.len() - self.plain_used >= PLAIN_ROOM
+            && self.tun.free() >= READ_PACKETS
     }
 
     /// Puts a packet that came from the TUN into the batch that goes there, as it is.
@@ -176,8 +186,6 @@ pub struct PeerTraffic {
 pub struct LaneConfig {
     /// Which lane.
     pub id: LaneId,
-    /// How many there are.
-    pub lanes: u8,
     /// Its WireGuard key.
     pub private: [u8; 32],
     /// Randomness for the keyed hashes.
@@ -197,7 +205,6 @@ pub struct LaneConfig {
 /// One packet line.
 pub struct Lane {
     id: LaneId,
-    lanes: u8,
     wireguard: WireGuard,
     vxlan: VxlanLink,
     routes: RouteCache,
@@ -226,7 +233,6 @@ impl Lane {
     pub fn new(config: LaneConfig) -> Lane {
         Lane {
             id: config.id,
-            lanes: config.lanes,
             wireguard: WireGuard::new(StaticSecret::from(config.private), config.id, config.seed),
             vxlan: VxlanLink::new(config.vxlan_sources, config.neighbours),
             routes: RouteCache::default(),

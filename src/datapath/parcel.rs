@@ -1,15 +1,15 @@
 //! Packets that only lane 0 can send, on their way there from another lane.
 //!
 //! An ordinary WireGuard peer knows one key of ours, lane 0's: what another lane reads from the TUN for it goes by
-//! lane 0's session. That is the beginning of a flow, or all of one that is never answered: what the peer sends is
-//! written to lane 0's queue of the TUN ([`super::inbound`]), and the kernel leads a flow to the queue that was
-//! written to.
+//! lane 0's session, for as long as the flow lives. Leading such a flow to lane 0 would save a copy, and let it
+//! overtake what still waits where it was.
 
 use crate::packet::DropReason;
 use crate::snapshot::{Peer, PeerId, PublicKey};
 use crate::tunnel::Segments;
 
-/// Parcels that may wait in one lane's output, and bytes of one: more than one turn of the lane makes.
+/// Parcels that may wait in one lane's output: more than one turn of the lane makes. And bytes after which one is
+/// closed; the packets of one read may go beyond that.
 const MOST: usize = 64;
 const BYTES: usize = 64 << 10;
 
@@ -77,7 +77,7 @@ pub(super) fn put(parcels: &mut Vec<Parcel>, peer: &Peer, packets: &impl Segment
     if parcels.len() >= MOST {
         return Err(DropReason::HandOver);
     }
-    let mut parcel = Parcel { peer: peer.id, key, bytes: Vec::new(), ends: Vec::new() };
+    let mut parcel = Parcel { peer: peer.id, key, bytes: Vec::with_capacity(2 * BYTES), ends: Vec::new() };
     parcel.add(packets);
     parcels.push(parcel);
     Ok(())

@@ -80,7 +80,6 @@ fn world_with(seed: u64, flows: u32) -> World {
     };
     let lane = Lane::new(LaneConfig {
         id: LaneId(0),
-        lanes: 1,
         private: [7; 32],
         seed: (seed, seed + 1),
         vxlan_sources: 1,

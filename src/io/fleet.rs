@@ -171,7 +171,6 @@ impl Fleet {
             let (kernel, offloads) = open_kernel(&config, id, sockets, &queues)?;
             let mut lane = Lane::new(LaneConfig {
                 id,
-                lanes: lanes as u8,
                 private: key.current.to_bytes(),
                 seed: random_seed()?,
                 vxlan_sources: VXLAN_SOURCES,
@@ -276,7 +275,7 @@ fn open_kernel(
         );
     }
     let wanted = TunOffloads { tcp: config.offloads.tun_tcp, udp: config.offloads.tun_udp };
-    let tun = queues.open(&config.tun, id.0, wanted)?;
+    let tun = queues.open(&config.tun, wanted)?;
     let offloads = LaneOffloads {
         tun_tcp: tun.offloads().tcp,
         tun_udp: tun.offloads().udp,
@@ -290,7 +289,6 @@ fn open_kernel(
     }
     let kernel = Linux {
         name: config.tun.clone(),
-        lane: id.0,
         tun,
         queues: Arc::clone(queues),
         wireguard,

@@ -22,8 +22,8 @@ pub trait Kernel {
     fn now(&self) -> Instant;
     /// Reads one frame from the TUN without waiting.
     fn read_tun(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
-    /// Writes one frame to the TUN from pieces, to a lane's queue or to our own.
-    fn write_tun(&mut self, queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// Writes one frame to the TUN from pieces.
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
     /// Opens the TUN again after somebody removed it; which of the wanted offloads it has.
     fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads>;
     /// Uses only these TUN offloads from now on.
@@ -54,11 +54,9 @@ pub enum Watch {
 pub struct Linux {
     /// The interface.
     pub name: String,
-    /// Which lane it is.
-    pub lane: u8,
     /// The lane's TUN queue.
-    pub tun: Arc<TunQueue>,
-    /// All lanes' queues.
+    pub tun: TunQueue,
+    /// What all lanes' queues have in common.
     pub queues: Arc<TunQueues>,
     /// The lane's WireGuard socket.
     pub wireguard: UdpSocket,
@@ -83,14 +81,12 @@ impl Kernel for Linux {
         self.tun.read(buffer)
     }
 
-    fn write_tun(&mut self, queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        let other = queue.filter(|queue| *queue != self.lane);
-        let written = other.and_then(|queue| self.queues.write(queue, pieces));
-        written.unwrap_or_else(|| self.tun.write(pieces))
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.tun.write(pieces)
     }
 
     fn reopen_tun(&mut self, wanted: TunOffloads) -> io::Result<TunOffloads> {
-        let queue = self.queues.open(&self.name, self.lane, wanted);
+        let queue = self.queues.open(&self.name, wanted);
         self.tun = queue.map_err(|e| io::Error::other(e.to_string()))?;
         warn!("somebody removed the interface {}: it was made again", self.name);
         Ok(self.tun.offloads())
@@ -128,7 +124,7 @@ impl Kernel for Linux {
         let wireguard = borrow(&self.wireguard);
         let vxlan = self.vxlan.as_ref().map_or(bell, |s| borrow(s));
         let mut fds = match watch {
-            Watch::Everything => [bell, wireguard, vxlan, borrow(&*self.tun)].map(reading),
+            Watch::Everything => [bell, wireguard, vxlan, borrow(&self.tun)].map(reading),
             Watch::AllButTun(via) => {
                 let full =
                     self.socket(via).map_or(reading(bell), |s| PollFd::new(borrow(s), PollFlags::POLLOUT));

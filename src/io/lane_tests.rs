@@ -7,7 +7,7 @@ use std::sync::mpsc::sync_channel;
 use super::*;
 use crate::datapath::conntrack::{FlowTable, Seed};
 use crate::datapath::{Counters, LaneConfig};
-use crate::snapshot::{LaneId, LocalNode, Mesh, Owner, Peer, PeerVxlan};
+use crate::snapshot::{LaneId, LocalNode, Mesh, Owner, Peer, PeerLane, PeerVxlan};
 use crate::tunnel::batch::Run;
 use crate::tunnel::vxlan;
 use crate::tunnel::{TxBatch, Via};
@@ -58,7 +58,7 @@ impl Kernel for Fake {
         Ok(frame.len())
     }
 
-    fn write_tun(&mut self, _queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         let frame: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
         if let Some(error) = self.refuse_joined.filter(|_| frame[1] != 0) {
             return Err(io::Error::from_raw_os_error(error));
@@ -173,9 +173,12 @@ fn snapshot_of(peers: u8) -> Snapshot {
 }
 
 fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
+    lane_of(0, kernel, snapshot(), Desk::default())
+}
+
+fn lane_of(id: u8, kernel: Fake, snapshot: Snapshot, desk: Desk) -> (LaneLoop<Fake>, Arc<Counters>) {
     let lane = Lane::new(LaneConfig {
-        id: LaneId(0),
-        lanes: 1,
+        id: LaneId(id),
         private: [7; 32],
         seed: (1, 2),
         vxlan_sources: 1,
@@ -186,11 +189,10 @@ fn lane_on(kernel: Fake) -> (LaneLoop<Fake>, Arc<Counters>) {
     });
     let counters = lane.counters();
     let shared = Shared {
-        snapshot: Arc::new(ArcSwap::from_pointee(snapshot())),
+        snapshot: Arc::new(ArcSwap::from_pointee(snapshot)),
         stop: Arc::new(AtomicBool::new(false)),
     };
     let (_, orders) = sync_channel(1);
-    let desk = Desk::default();
     (LaneLoop::new(kernel, lane, shared, orders, desk, LaneOffloads::default()), counters)
 }
 
@@ -436,9 +438,12 @@ fn joined_datagrams_that_the_tun_refuses_are_written_apart() {
 
 /// One frame of the TUN in which a sender with this MSS has put so many bytes.
 fn super_frame(mss: u16, bytes: usize) -> Vec<u8> {
+    super_frame_to([10, 244, 1, 2], mss, bytes)
+}
+
+fn super_frame_to(to: [u8; 4], mss: u16, bytes: usize) -> Vec<u8> {
     let payload: Vec<u8> = (0..bytes).map(|i| (i / 7) as u8).collect();
-    let builder =
-        etherparse::PacketBuilder::ipv4([10, 244, 0, 2], [10, 244, 1, 2], 64).tcp(40_000, 80, 1, 4096).ack(1);
+    let builder = etherparse::PacketBuilder::ipv4([10, 244, 0, 2], to, 64).tcp(40_000, 80, 1, 4096).ack(1);
     let mut packet = Vec::new();
     builder.write(&mut packet, &payload).expect("a packet");
     packet[6] |= 0x40;
@@ -452,7 +457,8 @@ fn super_frame(mss: u16, bytes: usize) -> Vec<u8> {
 
 #[test]
 fn a_frame_of_very_many_segments_leaves_in_runs_that_the_kernel_takes() {
-    for mss in [88, 89, 536, 1379] {
+    // With 48 a peer can make the kernel send the smallest: 36 bytes beside timestamps.
+    for mss in [36, 88, 89, 536, 1379] {
         let bytes = 64_000;
         let fake = Fake { frames: (0..3).map(|_| super_frame(mss, bytes)).collect(), ..Fake::default() };
         let (mut lane, counters) = lane_on(fake);
@@ -470,6 +476,33 @@ fn a_frame_of_very_many_segments_leaves_in_runs_that_the_kernel_takes() {
         }
         assert_eq!(DropReason::ALL.iter().map(|reason| counters.dropped(*reason)).sum::<u64>(), 0);
     }
+}
+
+#[test]
+fn what_other_lanes_hand_over_leaves_a_lane_its_own_turn() {
+    let mut snapshot = snapshot_of(2);
+    let mesh = Arc::get_mut(&mut snapshot.mesh).expect("nobody has it yet");
+    let ordinary = mesh.peers[0].as_mut().and_then(Arc::get_mut).expect("nobody has it yet");
+    (ordinary.encap, ordinary.ordinary) = (Some(Encap::WireGuard), true);
+    // Any 32 bytes are a public key.
+    ordinary.lanes = vec![PeerLane { key: [9; 32], port: 51820 }];
+    ordinary.endpoints = vec!["192.0.2.2:51820".parse().expect("address")];
+    let (put, take) = sync_channel(100);
+    let bell = Arc::new(crate::io::kernel::bell().expect("a bell"));
+    let putting = Desk { taking: None, putting: Some((put, bell)) };
+    let (mut other, _) = lane_of(1, Fake::default(), snapshot.clone(), putting);
+    for _ in 0..100 {
+        other.kernel.frames.push_back(super_frame_to([10, 244, 1, 2], 1379, 1000));
+        other.turn(now()).expect("a turn");
+    }
+    let taking = Desk { taking: Some(take), putting: None };
+    let frames = (0..5).map(|_| super_frame_to([10, 244, 2, 2], 1379, 1000)).collect();
+    let (mut first, _) = lane_of(0, Fake { frames, ..Fake::default() }, snapshot, taking);
+    first.turn(now()).expect("a turn");
+    let handshakes = 1;
+    assert_eq!((first.lane.waiting(), first.kernel.sent.len()), (PARCELS, handshakes + 5));
+    while first.turn(now()).expect("a turn") {}
+    assert_eq!(first.lane.waiting(), 100);
 }
 
 #[test]

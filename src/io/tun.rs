@@ -6,9 +6,8 @@ use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwapOption;
 use thiserror::Error;
 
 /// Largest read: a virtio header and a super-packet of 64 KiB with IPv6 header.
@@ -17,6 +16,7 @@ pub const READ_BYTES: usize = 10 + 65_535 + 40;
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 /// include/uapi/linux/if_tun.h
 const TUN_F_CSUM: libc::c_uint = 0x01;
 const TUN_F_TSO4: libc::c_uint = 0x02;
@@ -79,9 +79,17 @@ impl TunOffloads {
     }
 }
 
-/// One queue of the TUN.
+/// One lane's queue of the TUN.
+///
+/// With several queues the kernel leads what is sent on a flow to the queue that was written to last on it, and
+/// after three seconds without a write to the one that its hash of the flow says (`tun_automq_select_queue`): a flow
+/// would change its lane, and overtake itself, with each answer that comes late or in the middle of a burst. What is
+/// written by a descriptor that is detached from its queue leaves no such trace (`tun_get_user`): then the hash alone
+/// decides, the same for both directions, for as long as there are as many queues.
 pub struct TunQueue {
-    device: tun::Device,
+    reader: tun::Device,
+    /// Detached; `None` where there is only one queue.
+    writer: Option<tun::Device>,
     offloads: TunOffloads,
 }
 
@@ -92,32 +100,6 @@ impl std::fmt::Debug for TunQueue {
 }
 
 impl TunQueue {
-    /// Opens one more queue of the interface, which is made if it is not there, and makes it outlive us.
-    /// Offloads are asked for from most to least; what the kernel refuses is not used.
-    fn open(name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
-        if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']) {
-            return Err(TunError::BadName(name.to_owned()));
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .map_err(|e| match e.raw_os_error() {
-                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::Missing,
-                Some(libc::EACCES | libc::EPERM) => TunError::Forbidden,
-                Some(_) | None => TunError::Io { name: name.to_owned(), source: e },
-            })?;
-        set_interface(file.as_raw_fd(), name)?;
-        let fd = file.into_raw_fd();
-        let mut config = tun::Configuration::default();
-        config.raw_fd(fd).close_fd_on_drop(true).tun_name(name);
-        let device = tun::Device::new(&config)
-            .map_err(|e| TunError::Io { name: name.to_owned(), source: io::Error::other(e.to_string()) })?;
-        let offloads = set_offloads(fd, wanted);
-        Ok(TunQueue { device, offloads })
-    }
-
     /// What this queue did when it was opened.
     pub fn offloads(&self) -> TunOffloads {
         self.offloads
@@ -125,7 +107,7 @@ impl TunQueue {
 
     /// Reads one frame: virtio header and packet.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.device.recv(buffer)
+        self.reader.recv(buffer)
     }
 
     /// Writes one frame from pieces.
@@ -134,7 +116,7 @@ impl TunQueue {
         // the descriptor is open for as long as `self` is.
         let written = unsafe {
             libc::writev(
-                self.as_raw_fd(),
+                self.writer.as_ref().unwrap_or(&self.reader).as_raw_fd(),
                 pieces.as_ptr().cast::<libc::iovec>(),
                 pieces.len().min(libc::UIO_MAXIOV as usize) as libc::c_int,
             )
@@ -143,31 +125,31 @@ impl TunQueue {
     }
 }
 
-/// The queues of all lanes: each reads its own, and writes to that of the lane which has a flow.
+/// What the queues of all lanes have in common.
 #[derive(Debug)]
 pub struct TunQueues {
-    queues: Vec<ArcSwapOption<TunQueue>>,
+    several: bool,
     /// What no lane has given up. Offloads are the device's, not a queue's: whoever sets them sets those of all.
-    /// Locked only for that, never for a packet.
+    /// Locked only for that and to open a queue, never for a packet.
     left: Mutex<TunOffloads>,
 }
 
 impl TunQueues {
-    /// Places for so many.
+    /// For so many lanes.
     pub fn new(lanes: usize) -> TunQueues {
-        let queues = (0..lanes).map(|_| ArcSwapOption::empty()).collect();
-        TunQueues { queues, left: Mutex::new(TunOffloads { tcp: true, udp: true }) }
+        TunQueues { several: lanes > 1, left: Mutex::new(TunOffloads { tcp: true, udp: true }) }
     }
 
-    /// Opens a lane's queue, in place of the one that it had, with those of the wanted offloads that are left.
-    pub fn open(&self, name: &str, lane: u8, wanted: TunOffloads) -> Result<Arc<TunQueue>, TunError> {
+    /// Opens one more queue of the interface, which is made if it is not there and outlives us. It has those of the
+    /// wanted offloads that are left; what the kernel refuses is not used, by no lane.
+    pub fn open(&self, name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
         let mut left = self.left();
-        let queue = Arc::new(TunQueue::open(name, left.and(wanted))?);
-        *left = queue.offloads();
-        if let Some(place) = self.queues.get(usize::from(lane)) {
-            place.store(Some(Arc::clone(&queue)));
-        }
-        Ok(queue)
+        // Before the queue itself: then both have the same number, and what is written bears one that exists.
+        let writer = self.several.then(|| detached(name)).transpose()?;
+        let reader = attached(name)?;
+        let offloads = set_offloads(reader.as_raw_fd(), left.and(wanted));
+        *left = offloads;
+        Ok(TunQueue { reader, writer, offloads })
     }
 
     /// Gives up offloads that turned out not to work, for the whole device and for every queue to come.
@@ -180,31 +162,60 @@ impl TunQueues {
         // A lane that panicked has left it whole.
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// Writes to a lane's queue; `None` if it has none that can be written to.
-    pub fn write(&self, lane: u8, pieces: &[IoSlice<'_>]) -> Option<io::Result<usize>> {
-        let queue = self.queues.get(usize::from(lane))?.load();
-        let written = queue.as_ref()?.write(pieces);
-        // Of a device that is gone: its lane has not noticed yet.
-        let gone = written.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EBADFD));
-        (!gone).then_some(written)
-    }
 }
 
 impl AsRawFd for TunQueue {
     fn as_raw_fd(&self) -> RawFd {
-        self.device.as_raw_fd()
+        self.reader.as_raw_fd()
     }
 }
 
-fn set_interface(fd: RawFd, name: &str) -> Result<(), TunError> {
+/// Opens a queue of the interface, which is made if it is not there, and makes it outlive us.
+fn attached(name: &str) -> Result<tun::Device, TunError> {
+    if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']) {
+        return Err(TunError::BadName(name.to_owned()));
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::Missing,
+            Some(libc::EACCES | libc::EPERM) => TunError::Forbidden,
+            Some(_) | None => TunError::Io { name: name.to_owned(), source: e },
+        })?;
+    set_interface(file.as_raw_fd(), name)?;
+    let mut config = tun::Configuration::default();
+    config.raw_fd(file.into_raw_fd()).close_fd_on_drop(true).tun_name(name);
+    tun::Device::new(&config)
+        .map_err(|e| TunError::Io { name: name.to_owned(), source: io::Error::other(e.to_string()) })
+}
+
+/// A descriptor that can write, but is led nothing to read.
+fn detached(name: &str) -> Result<tun::Device, TunError> {
+    let device = attached(name)?;
+    let request = request("", libc::IFF_DETACH_QUEUE);
+    // SAFETY: TUNSETQUEUE reads one ifreq, which lives on our stack.
+    if unsafe { libc::ioctl(device.as_raw_fd(), TUNSETQUEUE as _, &raw const request) } < 0 {
+        return Err(TunError::Io { name: name.to_owned(), source: io::Error::last_os_error() });
+    }
+    Ok(device)
+}
+
+fn request(name: &str, flags: libc::c_int) -> libc::ifreq {
     // SAFETY: an all-zero ifreq is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request
+}
+
+fn set_interface(fd: RawFd, name: &str) -> Result<(), TunError> {
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    let mut request = request(name, flags);
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives on our stack.
     if unsafe { libc::ioctl(fd, TUNSETIFF as _, &raw mut request) } < 0 {
         let error = io::Error::last_os_error();

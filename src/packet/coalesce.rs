@@ -94,8 +94,6 @@ pub struct Frame<'a> {
     pub pieces: &'a [Piece],
     /// How many packets it is made of.
     pub packets: u16,
-    /// Which queue of the TUN it is for, where that is not the writer's own ([`TunBatch::lead`]).
-    pub queue: Option<u8>,
 }
 
 impl Frame<'_> {
@@ -198,9 +196,9 @@ impl TunBatch {
         self.items.is_empty()
     }
 
-    /// Whether no further packet fits: write out and clear first.
-    pub fn is_full(&self) -> bool {
-        self.items.len() >= self.capacity
+    /// How many more packets fit: write out and clear before there are too few.
+    pub fn free(&self) -> usize {
+        self.capacity - self.items.len()
     }
 
     /// Adds the packet at `offset`, of which [`super::parse()`] said `headers`; whether it joined a frame that
@@ -226,7 +224,7 @@ impl TunBatch {
         tag: u32,
     ) -> Result<bool, DropReason> {
         self.run = None;
-        if self.is_full() {
+        if self.free() == 0 {
             return Err(DropReason::NoBuffer);
         }
         let piece = Piece { region, offset, len: headers.total_len };
@@ -275,7 +273,7 @@ impl TunBatch {
         packets: u16,
     ) -> Result<(), DropReason> {
         self.run = None;
-        if self.is_full() {
+        if self.free() == 0 {
             return Err(DropReason::NoBuffer);
         }
         let packet = memory.get(piece).ok_or(DropReason::Truncated)?;
@@ -307,13 +305,6 @@ impl TunBatch {
         let piece = self.items[usize::from(frame.first)].piece;
         let Building { headers, packets, bytes, tag, .. } = frame;
         Some(Head { index, piece, headers, packets: *packets, bytes: *bytes, tag: *tag })
-    }
-
-    /// Says to which queue of the TUN a frame goes.
-    pub fn lead(&mut self, index: usize, queue: u8) {
-        if let Some(frame) = self.frames.get_mut(index) {
-            frame.queue = Some(queue);
-        }
     }
 
     /// Takes a frame out of the batch.
@@ -351,8 +342,8 @@ impl TunBatch {
     pub fn frames(&self) -> impl Iterator<Item = Frame<'_>> {
         self.frames.iter().filter(|frame| frame.kind != Kind::Discarded).filter_map(|frame| {
             let pieces = self.pieces.get(frame.pieces.0 as usize..frame.pieces.1 as usize)?;
-            let Building { vnet, packets, queue, .. } = frame;
-            let frame = Frame { vnet: vnet.encode(), pieces, packets: *packets, queue: *queue };
+            let Building { vnet, packets, .. } = frame;
+            let frame = Frame { vnet: vnet.encode(), pieces, packets: *packets };
             (!pieces.is_empty()).then_some(frame)
         })
     }

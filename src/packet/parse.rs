@@ -211,31 +211,6 @@ impl Headers {
         packet.get(usize::from(self.l4_offset)..self.total_len as usize).unwrap_or(&[])
     }
 
-    /// A number that all packets of a flow share, those of the other direction too, and at both ends of a tunnel:
-    /// which lane the flow has. Not seeded, since it has to be the same elsewhere; whoever makes flows
-    /// that share a lane gets no more than that lane.
-    pub fn flow_number(&self) -> u32 {
-        let (first, second) = match (self.fragment, self.l4) {
-            // As the kernel, which leads what is sent the other way, tells flows apart.
-            (Fragment::First { .. } | Fragment::Later { .. }, _) | (Fragment::None, L4::Icmp { .. }) => {
-                (0, 0)
-            }
-            (Fragment::None, _) => self.ports().unwrap_or((0, 0)),
-        };
-        let fold = |address: IpAddr| match address {
-            IpAddr::V4(address) => u64::from(address.to_bits()),
-            IpAddr::V6(address) => {
-                let bits = address.to_bits();
-                (bits >> 64) as u64 ^ (bits as u64).rotate_left(32)
-            }
-        };
-        // Sums do not ask for the order; multiplying first keeps what two terms share from cancelling out.
-        let mix = |value: u64| (value ^ value >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let end = |address, port| mix(fold(address).wrapping_add(u64::from(port) << 48));
-        let both = end(self.source, first).wrapping_add(end(self.destination, second));
-        (mix(both) >> 32) as u32
-    }
-
     /// A hash of the flow, the same for every packet of one direction of it, seeded so that no
     /// sender can aim at a value. All fragments of two hosts share one, since only first fragments
     /// show ports: a datagram's fragments must take one path.
@@ -776,29 +751,6 @@ mod tests {
                 prop_assert_eq!((quoted.ports(), quoted.l4_offset), (whole.ports(), whole.l4_offset));
                 prop_assert_eq!(quoted.total_len, whole.total_len);
             }
-        }
-    }
-
-    #[test]
-    fn both_directions_of_a_flow_have_one_number_and_flows_spread() {
-        let mut turned = SYN;
-        let (source, destination) = (12..16, 16..20);
-        turned[12..16].copy_from_slice(&SYN[destination]);
-        turned[16..20].copy_from_slice(&SYN[source]);
-        turned[20..22].copy_from_slice(&SYN[22..24]);
-        turned[22..24].copy_from_slice(&SYN[20..22]);
-        let number = |packet: &[u8]| parse(packet).unwrap().flow_number();
-        assert_eq!(number(&SYN), number(&turned));
-        for lanes in [2, 3, 4] {
-            let mut shares = [0_u32; 4];
-            for port in 40_000..41_000_u16 {
-                let mut packet = SYN;
-                packet[20..22].copy_from_slice(&port.to_be_bytes());
-                shares[(number(&packet) % lanes) as usize] += 1;
-            }
-            let fair = 1000 / lanes;
-            let used = &shares[..lanes as usize];
-            assert!(used.iter().all(|share| share.abs_diff(fair) < fair / 4), "{lanes} lanes: {used:?}");
         }
     }
 

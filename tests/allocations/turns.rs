@@ -59,7 +59,7 @@ impl Kernel for End {
         Ok(frame.len())
     }
 
-    fn write_tun(&mut self, _queue: Option<u8>, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+    fn write_tun(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         let [header, packet @ ..] = pieces else { return Err(io::ErrorKind::InvalidInput.into()) };
         let len: usize = packet.iter().map(|piece| piece.len()).sum();
         self.0.borrow_mut().written += len;

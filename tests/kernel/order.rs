@@ -73,14 +73,15 @@ fn to_an_ordinary_peer_from_several_lanes() {
     nothing_is_overtaken("to wireguard-go, 3 lanes", &ends, &[0], megabytes(64));
     let busy: Vec<bool> = agent.counted("tun-reads").into_iter().map(|reads| reads > 100).collect();
     assert_eq!(busy, [true; 3], "lanes that had something to hand over or to send");
-    // Answers come to lane 0, and from then on it has the flows. Others, for late datagrams of these are still there.
+    // Answers come to lane 0, and move nothing. Other flows: the numbers begin anew, and late datagrams of these are
+    // still there.
     let ends: Vec<[UdpSocket; 2]> = (FLOWS..2 * FLOWS).map(|flow| join(pod, host, flow)).collect();
     ends.iter().for_each(greet);
     let before = agent.counted("tun-reads");
     nothing_is_overtaken("with wireguard-go, 3 lanes", &ends, &[0, 1], megabytes(64));
     let reads = agent.counted("tun-reads").into_iter().zip(before).map(|(after, before)| after - before);
-    let reads: Vec<u64> = reads.collect();
-    assert!(reads[1] + reads[2] < reads[0] / 10, "reads of each lane: {reads:?}");
+    let busy: Vec<bool> = reads.map(|reads| reads > 100).collect();
+    assert_eq!(busy, [true; 3], "lanes that still have what they had");
 }
 
 fn megabytes(default: u64) -> u64 {
@@ -147,7 +148,7 @@ fn join(a: Station<'_>, b: Station<'_>, flow: usize) -> [UdpSocket; 2] {
     [near, other]
 }
 
-/// Twice there and back: which lane a flow has is settled by its first answer.
+/// Twice there and back.
 fn greet([near, other]: &[UdpSocket; 2]) {
     for (from, to) in [(near, other), (other, near), (near, other), (other, near)] {
         to.set_read_timeout(Some(PATIENCE)).expect("set a timeout");

@@ -208,7 +208,6 @@ impl World {
             .map(|(i, (key, seed))| {
                 Lane::new(LaneConfig {
                     id: LaneId(i as u8),
-                    lanes: node.keys.len() as u8,
                     private: *key,
                     seed,
                     vxlan_sources: 4,

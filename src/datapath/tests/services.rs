@@ -700,3 +700,33 @@ fn a_stranger_is_not_sent_as_himself_to_who_takes_none() {
     let (frames, _) = world.take_datagram(0, &tcp_between((PEERS[0], 8080), (ME, 5000), "SA"));
     assert_eq!(ends(&one(frames)), ((LOOP, 30080), (OUTSIDE, 5000)));
 }
+
+#[test]
+fn what_goes_back_into_the_tun_packet_by_packet_finds_room() {
+    // The smallest that a kernel makes by itself, and an ordinary one.
+    for size in [36_u16, 1379] {
+        let mut world = serving(&service(&[[10, 244, 9, 5]]));
+        world.out.tun.set_offloads(Offloads::default());
+        let packet = udp_between((OURS, 4000), (VIP, 80), &[7; 64_000]);
+        let vnet = VnetHdr {
+            flags: 1, // NEEDS_CSUM, include/uapi/linux/virtio_net.h
+            gso_type: crate::packet::vnet::GSO_UDP_L4,
+            hdr_len: 28,
+            gso_size: size,
+            csum_start: 20,
+            csum_offset: 6,
+        };
+        let frame = [&vnet.encode()[..], &packet].concat();
+        let (mut reads, mut written) = (0, 0);
+        while reads < 40 {
+            let before = reads;
+            while reads < 40 && world.out.has_room() {
+                world.lane.handle_tun(world.now, &world.snapshot, &mut frame.clone(), &mut world.out);
+                reads += 1;
+            }
+            assert!(reads > before, "an empty batch takes a read");
+            written += world.results(&mut []).0.len();
+        }
+        assert_eq!((written, world.drops()), (40 * 64_000_usize.div_ceil(usize::from(size)), vec![]));
+    }
+}

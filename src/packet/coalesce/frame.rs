@@ -36,8 +36,6 @@ pub(super) struct Building {
     pub(super) bytes: u32,
     /// Where its packets came from, for the caller.
     pub(super) tag: u32,
-    /// Which queue of the TUN it is written to, if not the writer's own.
-    pub(super) queue: Option<u8>,
     /// The sequence number that comes next.
     pub(super) next_seq: u32,
     /// The last packet's flags that the frame takes over.
@@ -147,7 +145,6 @@ impl Building {
             total_len: headers.total_len,
             bytes: headers.total_len,
             tag: 0,
-            queue: None,
             next_seq,
             end_flags: 0,
             checked: Checked::NotYet,

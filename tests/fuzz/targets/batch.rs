@@ -31,7 +31,7 @@ pub(crate) fn run(data: &[u8]) {
             if in_plain { (Region::Plain, &mut plain) } else { (Region::Receive, &mut receive) };
         let offset = room.len() as u32;
         room.extend_from_slice(&packet);
-        let full = batch.is_full();
+        let full = batch.free() == 0;
         let memory = &Memory { receive: &mut receive, plain: &mut plain };
         let pushed = batch.push(region, offset, &headers, memory);
         assert_eq!(pushed.is_err(), full);

@@ -141,7 +141,6 @@ impl World {
         let (ours, theirs) = (secret(1), secret(2));
         let lane = Lane::new(LaneConfig {
             id: LaneId(0),
-            lanes: 1,
             private: ours.to_bytes(),
             seed: (1, 2),
             vxlan_sources: 4,
