@@ -83,7 +83,8 @@ pub fn write(out: &mut String, results: &Results) {
             Some(other) => results.ratio(goal.contestant, other, goal.figure),
             None => results.spread(goal.contestant, goal.figure),
         };
-        let Some(Spread { median, least, most, .. }) = measured else { continue };
+        let Some(spread) = measured else { continue };
+        let Spread { median, .. } = spread;
         let limits = match goal.limits {
             None => "- | - | ".to_owned(),
             Some((bar, aim)) => {
@@ -99,9 +100,10 @@ pub fn write(out: &mut String, results: &Results) {
         let to = goal.beside.map_or_else(String::new, |other| format!(", to {}", other.name()));
         let _ = writeln!(
             rows,
-            "| {}, {}{to} | {median:.2} ({least:.2} to {most:.2}) | {limits} |",
+            "| {}, {}{to} | {median:.2}{} | {limits} |",
             goal.contestant.name(),
             goal.what,
+            spread.ends(|value| format!("{value:.2}")),
         );
     }
     if !rows.is_empty() {

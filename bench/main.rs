@@ -40,12 +40,12 @@ use clap::Parser;
 use serde_json::json;
 
 use contestant::{Contestant, Running};
-use figure::Work;
-use results::{Reading, Results, Sample};
+use figure::{Figure, Work};
+use results::{Reading, Results};
 
-/// Idle programs are looked at for so many times the seconds of a measurement, in the first so many rounds.
+/// Idle programs are looked at for so many times the seconds of a measurement, until there are so many samples.
 const IDLE_TIMES: u32 = 6;
-const IDLE_ROUNDS: u32 = 3;
+const IDLE_ROUNDS: usize = 5;
 
 /// What to measure, and how long.
 #[derive(Debug, Parser)]
@@ -72,8 +72,8 @@ struct Arguments {
     /// Where the results go: NAME.json and NAME.md.
     #[arg(long, default_value = "bench/results/latest")]
     output: PathBuf,
-    /// Adds rounds to those that are there already, of the same build, machine and settings. Each contestant counts
-    /// its own: who has fewer catches up, no longer at the same time as the others.
+    /// Adds rounds to those that are there already, of the same build, machine and settings. Ratios are of rounds of one
+    /// command: who is added alone has none.
     #[arg(long)]
     append: bool,
     /// Measures nothing: makes tables, plots, bench/RESULTS.md and README's part from these results.
@@ -131,13 +131,11 @@ fn take_services(output: &Path, services: &Path) -> io::Result<String> {
 /// Writes what there is after each contestant: an hour's work should not be lost with its last minute.
 fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String> {
     let contestants = or_all(&arguments.only, &Contestant::ALL);
-    // Each counts its own: who was left out before catches up, and finds the others' rounds to be compared with.
-    let before: Vec<u32> = contestants.iter().map(|contestant| results.rounds_of(*contestant)).collect();
-    let last = before.iter().copied().max().unwrap_or(0);
+    let last = results.last_round();
     let mut page = String::new();
-    for more in 1..=arguments.rounds {
-        for index in order::of(contestants.len(), last + more) {
-            let (contestant, round) = (contestants[index], before[index] + more);
+    for round in last + 1..=last + arguments.rounds {
+        for index in order::of(contestants.len(), round) {
+            let contestant = contestants[index];
             let (idle, works): (Vec<Work>, Vec<Work>) =
                 arguments.works_of(contestant).into_iter().partition(|work| *work == Work::Idle);
             if !works.is_empty() {
@@ -151,7 +149,8 @@ fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String
                     add(&mut results, round, contestant, work, measured);
                 }
             }
-            if !idle.is_empty() && round <= IDLE_ROUNDS && idle::is_measured(contestant) {
+            let is_known = results.count(contestant, Figure::IdleMemory) >= IDLE_ROUNDS;
+            if !idle.is_empty() && !is_known && idle::is_measured(contestant) {
                 let seconds = arguments.seconds * IDLE_TIMES;
                 let measured = caught(|| idle::measure(contestant, &arguments.lanes, seconds));
                 add(&mut results, round, contestant, Work::Idle, measured);
@@ -199,7 +198,7 @@ fn add(
         };
         let shown = value.as_ref().map_or_else(String::clone, |reading| figure.show(reading.value));
         eprintln!("round {round}: {}, {}: {shown}", contestant.name(), figure.name());
-        results.add(Sample { round, contestant, figure, value });
+        results.add(round, contestant, figure, value);
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use crate::contestant::Contestant;
 use crate::figure::Figure;
-use crate::results::{Results, Spread};
+use crate::results::{ENOUGH, Results, Spread};
 
 const WIDTH: f64 = 760.0;
 /// Where bars begin, and how long the longest is.
@@ -102,12 +102,28 @@ fn chart(results: &Results, panels: &[Panel]) -> Option<String> {
     if body.is_empty() {
         return None;
     }
+    if few(results, panels) {
+        let _ = writeln!(
+            body,
+            "<text x=\"{MARGIN}\" y=\"{:.1}\">In brackets: of how many samples, where they are fewer than {ENOUGH}</text>",
+            y + 4.0
+        );
+        y += MARGIN;
+    }
     Some(format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {y}\" width=\"{WIDTH}\" height=\"{y}\">\n\
          <style>{STYLE}</style>\n<rect class=\"ground\" x=\"0.5\" y=\"0.5\" width=\"{}\" height=\"{}\" rx=\"6\"/>\n{body}</svg>\n",
         WIDTH - 1.0,
         y - 1.0,
     ))
+}
+
+fn few(results: &Results, panels: &[Panel]) -> bool {
+    let contestants = results.contestants();
+    let of = |panel: &Panel| {
+        contestants.iter().filter_map(|c| results.spread(*c, panel.figure)).collect::<Vec<_>>()
+    };
+    panels.iter().flat_map(of).any(|spread| !spread.mark().is_empty())
 }
 
 /// Draws a panel from `y` down; returns where it ends.
@@ -153,6 +169,7 @@ fn draw(out: &mut String, results: &Results, panel: &Panel, mut y: f64) -> f64 {
         let value = spread.middle(panel.figure);
         let value =
             mark.map_or_else(|| value.clone(), |mark| format!("{value}, {}", panel.figure.show(mark)));
+        let value = value + &spread.mark();
         let _ = writeln!(
             out,
             "<text class=\"{name}\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>\n\

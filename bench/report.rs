@@ -88,6 +88,9 @@ const GROUPS: [Group; 6] = [
     },
 ];
 
+/// How figures of few samples are marked.
+const FEW: &str = " In brackets: of how many rounds, where they are fewer than five.";
+
 /// The figures of README's table and of the ratios, with the heads of their columns.
 const HEADLINE: [(Figure, &str); 9] = [
     (Figure::Tcp, "TCP, 1 stream"),
@@ -205,9 +208,15 @@ pub fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
     let headline = headline(results);
     for reference in [Contestant::WireguardGo, Contestant::KernelVxlan] {
         if !headline.is_empty() && results.contestants().contains(&reference) {
-            let _ = writeln!(out, "\n## Ratios to {}\n\nMedian of each round's ratio.\n", reference.name());
+            let _ = writeln!(
+                out,
+                "\n## Ratios to {}\n\nMedian of each round's ratio. `-`: not measured in the same round of the same \
+                 command.{}\n",
+                reference.name(),
+                if results.has_few() { FEW } else { "" },
+            );
             table(&mut out, results, &headline, |c, f| {
-                results.ratio(c, reference, f).map(|s| format!("{:.2}", s.median))
+                results.ratio(c, reference, f).map(|s| format!("{:.2}{}", s.median, s.mark()))
             });
         }
     }
@@ -245,12 +254,19 @@ fn about(out: &mut String, results: &Results, source: &str) {
         }
         false => "in the same order in each round, or in some of them",
     };
+    let few = if results.has_few() { "Those of fewer than five say so. " } else { "" };
+    let times = match runs.len() {
+        1 => "",
+        _ => {
+            "What several commands measured was measured at different times: ratios are of rounds of one command."
+        }
+    };
     let _ = writeln!(
         out,
         "Two namespaces joined by a veth pair, both ends, both agents and the load on the same processors. Each \
          contestant is set up anew in every round, so that what the machine does meanwhile hits all alike: compare \
-         rows, not runs. Median of {} rounds of {} s (least to most), interleaved, {order}.\n",
-        results.rounds(),
+         rows, not runs. Each figure is the median (least to most) of {} of {} s, interleaved, {order}. {few}{times}\n",
+        results.samples(),
         s("seconds"),
     );
     if results.is_debug_build() {
@@ -288,8 +304,8 @@ fn builds(runs: &[Run]) -> &'static str {
     } else if runs.iter().any(|run| run.build.is_none()) {
         "Which build of Warren this is was not recorded for all of them, but for its sum (below, under Who)."
     } else {
-        "Warren is another build than the shipped one, in some of them at least: the one that stands in front of the \
-         command, or else cargo's. Its sum is below, under Who."
+        "Warren is another build than the shipped one: that which stands in front of a command, or else cargo's. Its \
+         sum is below, under Who."
     }
 }
 
@@ -310,7 +326,8 @@ fn table(
     for contestant in results.contestants() {
         let cells: Vec<Option<String>> =
             columns.iter().map(|(figure, _)| cell(contestant, *figure)).collect();
-        if cells.iter().all(Option::is_none) {
+        // A row without a ratio stays: that there is none should be seen.
+        if columns.iter().all(|(figure, _)| results.count(contestant, *figure) == 0) {
             continue;
         }
         let cells: Vec<String> = cells.into_iter().map(|c| c.unwrap_or_else(|| "-".to_owned())).collect();
@@ -325,8 +342,7 @@ fn headline(results: &Results) -> Vec<(Figure, &'static str)> {
 }
 
 fn with_ends(spread: Spread, figure: Figure) -> String {
-    let Spread { least, most, .. } = spread;
-    format!("{} ({} to {})", spread.middle(figure), figure.show(least), figure.show(most))
+    spread.middle(figure) + &spread.ends(|value| figure.show(value))
 }
 
 // --- README --------------------------------------------------------------------------------------
@@ -347,15 +363,16 @@ fn short(results: &Results) -> String {
     let _ = writeln!(
         out,
         "![TCP throughput](bench/results/tcp.svg)\n\nBoth ends, both agents and iperf3 (cubic) on the same {} \
-         processors ({}, Linux {}), veth MTU {}, medians of {} rounds; Gbit/s, and microseconds one way:\n",
+         processors ({}, Linux {}), veth MTU {}, medians of {}{}; Gbit/s, and microseconds one way:\n",
         results.about("processors"),
         results.about("processor"),
         results.about("kernel"),
         results.setting("underlay_mtu"),
-        results.rounds(),
+        results.samples(),
+        if results.has_few() { " (in brackets: of how many, where they are fewer than five)" } else { "" },
     );
     table(&mut out, results, &headline(results), |contestant, figure| {
-        results.spread(contestant, figure).map(|spread| spread.middle(figure))
+        results.spread(contestant, figure).map(|spread| spread.middle(figure) + &spread.mark())
     });
     out.push_str(
         "\nAbsolute figures drift with the machine and the hour; compare rows of one run. Spread, more figures, \

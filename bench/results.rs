@@ -11,10 +11,15 @@ use crate::contestant::{Contestant, first_line, kernel};
 use crate::figure::Figure;
 use crate::lab::agent::warren;
 
+/// With fewer samples than these a median is said to be of so many.
+pub const ENOUGH: usize = 5;
+
 /// One measurement.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Counts from 1.
+    /// Which command made it, counted from 1 in the order of [`Results::runs`]; 0 where that cannot be told.
+    pub run: usize,
+    /// Counts from 1, on through all commands.
     pub round: u32,
     /// Whose.
     pub contestant: Contestant,
@@ -77,20 +82,38 @@ pub struct Spread {
     pub most: f64,
     /// Whether the middle is one of [`Reading::at_least`].
     pub at_least: bool,
+    /// Of how many.
+    pub samples: usize,
 }
 
 impl Spread {
     fn of(mut readings: Vec<Reading>) -> Option<Spread> {
+        let samples = readings.len();
         readings.sort_by(|a, b| a.value.total_cmp(&b.value));
         let (least, most) = (readings.first()?.value, readings.last()?.value);
         let (low, high) = (readings[(readings.len() - 1) / 2], readings[readings.len() / 2]);
         let median = f64::midpoint(low.value, high.value);
-        Some(Spread { median, least, most, at_least: low.at_least || high.at_least })
+        Some(Spread { median, least, most, at_least: low.at_least || high.at_least, samples })
     }
 
     /// The middle as tables and charts have it.
     pub fn middle(self, figure: Figure) -> String {
         format!("{}{}", if self.at_least { "≥ " } else { "" }, figure.show(self.median))
+    }
+
+    /// How many samples there are, in brackets, where they are too few.
+    pub fn mark(self) -> String {
+        if self.samples < ENOUGH { format!(" ({})", self.samples) } else { String::new() }
+    }
+
+    /// What stands behind the middle: least and most, and how many samples there are where they are too few.
+    pub fn ends(self, show: impl Fn(f64) -> String) -> String {
+        let ends = format!("{} to {}", show(self.least), show(self.most));
+        match self.samples {
+            1 => " (1 sample)".to_owned(),
+            n if n < ENOUGH => format!(" ({ends}, {n} samples)"),
+            _ => format!(" ({ends})"),
+        }
     }
 }
 
@@ -125,9 +148,16 @@ impl Results {
         Results { about, contestants: contestants.into(), samples: Vec::new(), services: Value::Null }
     }
 
-    /// One more.
-    pub fn add(&mut self, sample: Sample) {
-        self.samples.push(sample);
+    /// One more, of the last command.
+    pub fn add(
+        &mut self,
+        round: u32,
+        contestant: Contestant,
+        figure: Figure,
+        value: Result<Reading, String>,
+    ) {
+        let run = self.runs().len();
+        self.samples.push(Sample { run, round, contestant, figure, value });
     }
 
     /// How many lanes its agents turned out to have.
@@ -188,17 +218,31 @@ impl Results {
         self.services = services;
     }
 
-    /// How many rounds a contestant has.
-    pub fn rounds_of(&self, contestant: Contestant) -> u32 {
-        let own = self.samples.iter().filter(|sample| sample.contestant == contestant);
-        own.map(|sample| sample.round).max().unwrap_or(0)
+    /// The last round that there is.
+    pub fn last_round(&self) -> u32 {
+        self.samples.iter().map(|sample| sample.round).max().unwrap_or(0)
     }
 
-    /// How many rounds there are, as text: not everybody need have as many.
-    pub fn rounds(&self) -> String {
-        let rounds = self.contestants().into_iter().map(|contestant| self.rounds_of(contestant));
-        let (least, most) = rounds.fold((u32::MAX, 0), |(least, most), n| (least.min(n), most.max(n)));
-        if least < most { format!("{least} to {most}") } else { most.to_string() }
+    /// How many samples a contestant has of a figure.
+    pub fn count(&self, contestant: Contestant, figure: Figure) -> usize {
+        self.values(contestant, figure).len()
+    }
+
+    /// How many samples a cell of the tables has, as text: the least and the most.
+    pub fn samples(&self) -> String {
+        let cells = self.contestants().into_iter().flat_map(|c| Figure::ALL.map(|f| self.count(c, f)));
+        let cells: Vec<usize> = cells.filter(|count| *count > 0).collect();
+        match (cells.iter().min(), cells.iter().max()) {
+            (Some(least), Some(most)) if least < most => format!("{least} to {most} samples"),
+            (Some(1), _) => "1 sample".to_owned(),
+            (_, most) => format!("{} samples", most.copied().unwrap_or(0)),
+        }
+    }
+
+    /// Whether some cell has too few of them.
+    pub fn has_few(&self) -> bool {
+        let mut cells = self.contestants().into_iter().flat_map(|c| Figure::ALL.map(|f| self.count(c, f)));
+        cells.any(|count| (1..ENOUGH).contains(&count))
     }
 
     /// What was said about the machine, as text.
@@ -237,10 +281,10 @@ impl Results {
         Spread::of(self.values(contestant, figure).into_values().collect())
     }
 
-    /// Each round's ratio of a contestant to another.
+    /// Each round's ratio of a contestant to another. What another command measured, at another time, has none.
     pub fn ratio(&self, contestant: Contestant, to: Contestant, figure: Figure) -> Option<Spread> {
         let others = self.values(to, figure);
-        let ratio = |(round, own): (u32, Reading)| Some((own.value / others.get(&round)?.value).into());
+        let ratio = |(at, own): ((usize, u32), Reading)| Some((own.value / others.get(&at)?.value).into());
         Spread::of(self.values(contestant, figure).into_iter().filter_map(ratio).collect())
     }
 
@@ -249,9 +293,10 @@ impl Results {
         self.samples.iter().filter_map(|s| Some((s, s.value.as_ref().err()?.as_str())))
     }
 
-    fn values(&self, contestant: Contestant, figure: Figure) -> BTreeMap<u32, Reading> {
+    /// By command and round.
+    fn values(&self, contestant: Contestant, figure: Figure) -> BTreeMap<(usize, u32), Reading> {
         let samples = self.samples.iter().filter(|s| s.contestant == contestant && s.figure == figure);
-        samples.filter_map(|s| Some((s.round, *s.value.as_ref().ok()?))).collect()
+        samples.filter_map(|s| Some(((s.run, s.round), *s.value.as_ref().ok()?))).collect()
     }
 
     /// For programs.
@@ -260,9 +305,9 @@ impl Results {
         let pairs = self.contestants().into_iter().flat_map(|c| Figure::ALL.map(|f| (c, f)));
         let medians: Vec<Value> = pairs
             .filter_map(|(c, f)| {
-                let Spread { median, least, most, at_least } = self.spread(c, f)?;
+                let Spread { median, least, most, at_least, samples } = self.spread(c, f)?;
                 Some(json!({
-                    "contestant": c.name(), "figure": f.name(),
+                    "contestant": c.name(), "figure": f.name(), "samples": samples,
                     "median": median, "least": least, "most": most, "at_least": at_least,
                 }))
             })
@@ -282,7 +327,34 @@ impl Results {
         let samples = samples.ok_or_else(|| wrong("a sample of a contestant or figure that is not known"))?;
         let [about, contestants, services] =
             ["about", "contestants", "services"].map(|key| json[key].clone());
-        Ok(Results { about, contestants, samples, services })
+        let mut results = Results { about, contestants, samples, services };
+        let runs = results.runs();
+        if results.samples.iter().all(|sample| sample.run == 0) {
+            tell_runs(&mut results.samples, &runs);
+        }
+        Ok(results)
+    }
+}
+
+/// Says of old samples which command made them, by what the commands ask for. It cannot be told where the first ones
+/// were not kept: then all stay as they are.
+fn tell_runs(samples: &mut [Sample], runs: &[Run]) {
+    if runs.first().is_none_or(Run::is_continuation) {
+        return;
+    }
+    let (mut run, mut before, mut so_far) = (0, BTreeMap::new(), BTreeMap::new());
+    for sample in samples {
+        let name = sample.contestant.name();
+        let is_of = |run: &Run, before: &BTreeMap<&str, u32>| {
+            run.asks_for(name) && sample.round <= before.get(name).unwrap_or(&0) + run.rounds()
+        };
+        while run + 1 < runs.len() && !is_of(&runs[run], &before) {
+            run += 1;
+            // Of old each contestant counted its own rounds.
+            before.clone_from(&so_far);
+        }
+        sample.run = run + 1;
+        so_far.insert(name, sample.round);
     }
 }
 
@@ -290,6 +362,24 @@ impl Run {
     /// Whether it added its rounds to those of others.
     pub fn is_continuation(&self) -> bool {
         self.command.split(' ').any(|word| word == "--append")
+    }
+
+    /// How many rounds it makes.
+    fn rounds(&self) -> u32 {
+        self.option("--rounds").and_then(|rounds| rounds.parse().ok()).unwrap_or(5)
+    }
+
+    /// Whether it measures that contestant.
+    fn asks_for(&self, contestant: &str) -> bool {
+        self.option("--only").is_none_or(|only| only.split(',').any(|name| name == contestant))
+    }
+
+    fn option(&self, name: &str) -> Option<&str> {
+        let words: Vec<&str> = self.command.split(' ').collect();
+        let at = words.iter().position(|word| {
+            word.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+        })?;
+        words[at].split_once('=').map(|(_, value)| value).or_else(|| words.get(at + 1).copied())
     }
 
     fn json(&self) -> Value {
@@ -314,13 +404,14 @@ impl Sample {
             Err(error) => (None, Some(error)),
         };
         json!({
-            "round": self.round, "contestant": self.contestant.name(), "figure": self.figure.name(),
+            "run": self.run, "round": self.round, "contestant": self.contestant.name(), "figure": self.figure.name(),
             "value": reading.map(|r| r.value), "at_least": reading.is_some_and(|r| r.at_least), "error": error,
         })
     }
 
     fn read(json: &Value) -> Option<Sample> {
         Some(Sample {
+            run: json["run"].as_u64().and_then(|run| usize::try_from(run).ok()).unwrap_or(0),
             round: u32::try_from(json["round"].as_u64()?).ok()?,
             contestant: Contestant::named(json["contestant"].as_str()?)?,
             figure: Figure::named(json["figure"].as_str()?)?,

@@ -44,7 +44,7 @@ use serde_json::{Value, json};
 use contestant::Contestant;
 use figure::{Figure, Work};
 use measure::Attempt;
-use results::{Reading, Results, Sample};
+use results::{Reading, Results};
 
 // --- who comes when ------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ fn results(rounds: impl Iterator<Item = u32> + Clone, figure: Figure) -> Results
     for round in rounds {
         for (place, contestant) in contestants.into_iter().enumerate() {
             let reading = Reading { value: f64::from(round) + 10.0 * place as f64, at_least: place == 1 };
-            results.add(Sample { round, contestant, figure, value: Ok(reading) });
+            results.add(round, contestant, figure, Ok(reading));
         }
     }
     results
@@ -225,15 +225,95 @@ fn rounds_of_another_machine_are_refused() {
     assert!(error.to_string().contains("kernel"), "{error}");
 }
 
+/// What one command measured, and what another adds to it: one contestant alone.
+fn of_two_commands(rounds: u32) -> Results {
+    let mut both = results(std::iter::empty(), Figure::Tcp);
+    both.continue_after(read_again(&results(1..=rounds, Figure::Tcp))).expect("the same machine");
+    assert_eq!(both.last_round(), rounds);
+    for round in rounds + 1..=rounds + 5 {
+        both.add(round, Contestant::WarrenVxlan, Figure::Tcp, Ok(1.0.into()));
+    }
+    read_again(&both)
+}
+
+#[test]
+fn ratios_are_of_rounds_of_one_command() {
+    let both = of_two_commands(5);
+    let ratio = |contestant| both.ratio(contestant, Contestant::WireguardGo, Figure::Tcp).map(|s| s.samples);
+    assert_eq!(ratio(Contestant::WarrenWireguard), Some(5));
+    assert_eq!(ratio(Contestant::WarrenVxlan), None);
+    let page = report::page(&both, "here.json", None);
+    let (_, ratios) = page.split_once("## Ratios to wireguard-go").expect("ratios");
+    assert!(ratios.contains("| **warren-vxlan** | - |"), "{page}");
+    assert!(page.contains("ratios are of rounds of one command"), "{page}");
+
+    // The same number of a round does not make it the same round.
+    let mut json = both.json();
+    for sample in json["samples"].as_array_mut().expect("samples") {
+        sample["round"] = json!(sample["round"].as_u64().map(|round| (round - 1) % 5 + 1));
+    }
+    let again = Results::read(&json.to_string()).expect("valid");
+    assert!(again.ratio(Contestant::WarrenVxlan, Contestant::WireguardGo, Figure::Tcp).is_none());
+    assert_eq!(again.count(Contestant::WarrenVxlan, Figure::Tcp), 5);
+}
+
+#[test]
+fn commands_of_old_samples_are_told_by_what_they_asked_for() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results/2026-11-22b.json");
+    let text = fs::read_to_string(path).expect("results");
+    assert!(!text.contains("\"run\":"), "old results, which do not say it");
+    let results = Results::read(&text).expect("results");
+    let pairs =
+        |contestant, to, figure| results.ratio(contestant, to, figure).map_or(0, |spread| spread.samples);
+    use Contestant::{Bare, FlannelUdp, WarrenWireguard, WireguardGo};
+    assert_eq!(pairs(WarrenWireguard, WireguardGo, Figure::Tcp), 5);
+    assert_eq!(pairs(WarrenWireguard, WireguardGo, Figure::Tcp16), 1);
+    assert_eq!(pairs(FlannelUdp, Bare, Figure::Tcp), 1);
+    assert_eq!(pairs(Bare, WireguardGo, Figure::Tcp), 0, "forty minutes later");
+
+    // Of these the commands of all but the last round are not known.
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results/2026-11-22.json");
+    let results = Results::read(&fs::read_to_string(path).expect("results")).expect("results");
+    let ratio = results.ratio(WarrenWireguard, WireguardGo, Figure::Tcp).expect("pairs");
+    assert_eq!(ratio.samples, 5);
+}
+
+#[test]
+fn few_samples_are_marked_and_counted_by_cell() {
+    let page = |results: &Results| report::page(&read_again(results), "here.json", None);
+    let enough = page(&results(1..=5, Figure::Tcp));
+    assert!(enough.contains("of 5 samples of 1 s, interleaved"), "{enough}");
+    assert!(enough.contains("| wireguard-go | 3.00 (1.00 to 5.00) |"), "{enough}");
+    assert!(!enough.contains("sample)") && !enough.contains("fewer than five"), "{enough}");
+
+    let mut few = results(1..=5, Figure::Tcp);
+    for round in 1..=6 {
+        few.add(round, Contestant::WireguardGo, Figure::Tcp4, Ok(f64::from(round).into()));
+    }
+    few.add(1, Contestant::WarrenWireguard, Figure::Tcp4, Ok(7.0.into()));
+    few.add(2, Contestant::WarrenWireguard, Figure::Tcp4, Err("did not start".to_owned()));
+    let page = page(&few);
+    assert!(page.contains("of 1 to 6 samples of 1 s, interleaved"), "{page}");
+    assert!(page.contains("Those of fewer than five say so."), "{page}");
+    assert!(page.contains("| wireguard-go | 3.00 (1.00 to 5.00) | 3.50 (1.00 to 6.00) |"), "{page}");
+    assert!(page.contains("| **warren-wireguard** | ≥ 13.00 (11.00 to 15.00) | 7.00 (1 sample) |"), "{page}");
+    assert!(page.contains("| 4.33 | 7.00 (1) |"), "the ratios: {page}");
+    assert!(page.contains("4 TCP streams, to wireguard-go | 7.00 (1 sample) |"), "{page}");
+    let charts = plot::all(&few);
+    let marked =
+        charts.iter().any(|(_, svg)| svg.contains(">7.00 (1)</text>") && svg.contains("In brackets"));
+    assert!(marked, "{charts:?}");
+}
+
 #[test]
 fn a_figure_that_the_sender_limits_is_marked() {
     let page = report::page(&read_again(&results(1..=3, Figure::UdpSmallLossFree)), "here.json", None);
-    assert!(page.contains("| **warren-wireguard** | ≥ 12 (11 to 13) |"), "{page}");
-    assert!(page.contains("| wireguard-go | 2 (1 to 3) |"), "{page}");
-    assert!(page.contains("| **warren-wireguard-2-lanes** | 22 (21 to 23) |"), "{page}");
+    assert!(page.contains("| **warren-wireguard** | ≥ 12 (11 to 13, 3 samples) |"), "{page}");
+    assert!(page.contains("| wireguard-go | 2 (1 to 3, 3 samples) |"), "{page}");
+    assert!(page.contains("| **warren-wireguard-2-lanes** | 22 (21 to 23, 3 samples) |"), "{page}");
     let charts = plot::all(&results(1..=3, Figure::UdpSmallLossFree));
     assert!(
-        charts.iter().any(|(name, svg)| *name == "udp.svg" && svg.contains(">≥ 12</text>")),
+        charts.iter().any(|(name, svg)| *name == "udp.svg" && svg.contains(">≥ 12 (3)</text>")),
         "{charts:?}"
     );
 }
@@ -246,11 +326,11 @@ fn the_judged_cost_is_the_machines_and_the_programs_stand_beside_it() {
         text
     };
     let machine = goals(Figure::CpuMachine);
-    assert!(machine.contains("11.00 (11.00 to 11.00) | 0.5 | 0.3 | **missed** |"), "{machine}");
+    assert!(machine.contains("11.00 (1 sample) | 0.5 | 0.3 | **missed** |"), "{machine}");
     for figure in [Figure::CpuSender, Figure::CpuReceiver] {
         let program = goals(figure);
         assert!(
-            program.contains("s program for each GB, to wireguard-go | 11.00 (11.00 to 11.00) | - | - |  |"),
+            program.contains("s program for each GB, to wireguard-go | 11.00 (1 sample) | - | - |  |"),
             "{program}"
         );
     }
