@@ -115,17 +115,26 @@ pub fn write(results: &Results, name: &Path) -> io::Result<String> {
     Ok(page)
 }
 
-/// Makes everything anew that is made from results: their page, the plots, `bench/RESULTS.md`, README's part.
+/// Makes everything anew that is made from results; gives what it has written.
 pub fn render(json: &Path) -> io::Result<Vec<PathBuf>> {
-    let results = Results::read(&fs::read_to_string(json)?)?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = root.join("bench/results");
-    let mut written = vec![json.with_extension("md")];
-    fs::write(&written[0], page(&results, &file_name(json, "json"), None))?;
-    for (name, svg) in plot::all(&results) {
-        fs::write(folder.join(name), svg)?;
-        written.push(folder.join(name));
+    let mut written = Vec::new();
+    for (path, text) in rendered(root, json)? {
+        if fs::read_to_string(&path).is_ok_and(|before| before == text) {
+            continue;
+        }
+        fs::write(&path, text)?;
+        written.push(path);
     }
+    Ok(written)
+}
+
+/// What results make: their page, the plots, `bench/RESULTS.md`, and README with its part of them.
+pub fn rendered(root: &Path, json: &Path) -> io::Result<Vec<(PathBuf, String)>> {
+    let results = Results::read(&fs::read_to_string(json)?)?;
+    let folder = root.join("bench/results");
+    let mut files = vec![(json.with_extension("md"), page(&results, &file_name(json, "json"), None))];
+    files.extend(plot::all(&results).into_iter().map(|(name, svg)| (folder.join(name), svg)));
     let source = format!("results/{}", file_name(json, "json"));
     let mut page = page(&results, &source, Some("results/"));
     if results.services().is_none()
@@ -134,19 +143,21 @@ pub fn render(json: &Path) -> io::Result<Vec<PathBuf>> {
         let _ = write!(page, "\n## Services\n\nBeside kube-proxy: [{services}](results/{services}).\n");
     }
     page.push_str(&instructions(&fs::read_to_string(root.join("bench/instructions.json"))?)?);
-    fs::write(root.join("bench/RESULTS.md"), page)?;
-    written.push(root.join("bench/RESULTS.md"));
+    files.push((root.join("bench/RESULTS.md"), page));
     let readme = root.join("README.md");
     let text = fs::read_to_string(&readme)?;
-    let mut changed = between_marks(&text, SPEED, &short(&results)).unwrap_or_else(|| text.clone());
+    let no_marks = || io::Error::other("README.md has lost the marks around its part of the results");
+    let mut text = between_marks(&text, SPEED, &short(&results)).ok_or_else(no_marks)?;
     if let Some(services) = results.services() {
-        changed = between_marks(&changed, SERVICES, &service_tables::short(services)).unwrap_or(changed);
+        text = between_marks(&text, SERVICES, &service_tables::short(services)).ok_or_else(no_marks)?;
     }
-    if changed != text {
-        fs::write(&readme, changed)?;
-        written.push(readme);
-    }
-    Ok(written)
+    files.push((readme, text));
+    Ok(files)
+}
+
+/// The results that `bench/RESULTS.md` says it is made of, as its first lines name them.
+pub fn source_of(page: &str) -> Option<&str> {
+    page.lines().nth(2)?.strip_prefix("Made by `bench/run --render ")?.split('`').next()
 }
 
 /// What `bench/instructions` has counted.

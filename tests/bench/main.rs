@@ -160,6 +160,57 @@ fn every_result_that_was_kept_still_makes_a_page() {
     assert!(pages > 0 && pages_of_services > 0, "no results");
 }
 
+/// Whatever is made from results and committed is what `--render` makes of them now.
+#[test]
+fn pages_and_charts_are_those_of_the_results_they_name() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(root.join("bench/RESULTS.md")).expect("bench/RESULTS.md");
+    let json = report::source_of(&page).expect("the third line of bench/RESULTS.md names its results");
+    let files = report::rendered(root, &root.join(json)).unwrap_or_else(|e| panic!("{json}: {e}"));
+    let names: Vec<String> = files.iter().map(|(path, _)| path.display().to_string()).collect();
+    for name in ["README.md", "bench/RESULTS.md", "tcp.svg", &json.replace(".json", ".md")] {
+        assert!(names.iter().any(|made| made.ends_with(name)), "{name}: {names:?}");
+    }
+    for (path, made) in files {
+        let committed = fs::read_to_string(&path).unwrap_or_default();
+        let differs = committed.lines().zip(made.lines()).find(|(committed, made)| committed != made);
+        assert!(
+            committed == made,
+            "{} is not what {json} and bench/instructions.json make: {differs:?}. `bench/run --render {json}` writes it.",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn instructions_and_readme_are_part_of_what_is_rendered() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let copy = tempfile::tempdir().expect("a folder");
+    fs::create_dir_all(copy.path().join("bench/results")).expect("a folder");
+    let files = ["README.md", "bench/RESULTS.md", "bench/instructions.json"];
+    let text = |name: &str| fs::read_to_string(root.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    files.iter().for_each(|name| fs::write(copy.path().join(name), text(name)).expect("a copy"));
+    let page = text("bench/RESULTS.md");
+    let json = root.join(report::source_of(&page).expect("its results"));
+    let rendered = |name: &str| {
+        let files = report::rendered(copy.path(), &json).expect("rendered");
+        files.into_iter().find(|(path, _)| *path == copy.path().join(name)).expect("is made").1
+    };
+    let change = |name: &str, from: &str, to: &str| {
+        let before = fs::read_to_string(copy.path().join(name)).expect("a copy");
+        assert!(before.contains(from), "{name}");
+        fs::write(copy.path().join(name), before.replace(from, to)).expect("a change");
+    };
+    let before = rendered("bench/RESULTS.md");
+    change("bench/instructions.json", "\"vxlan-bulk-in\": ", "\"vxlan-bulk-in\": 1");
+    assert_ne!(rendered("bench/RESULTS.md"), before);
+    change("README.md", "| kernel-vxlan | ", "| kernel-vxlan | 9");
+    assert_eq!(rendered("README.md"), text("README.md"));
+    change("README.md", "<!-- speed: end -->", "");
+    let error = report::rendered(copy.path(), &json).expect_err("no marks");
+    assert!(error.to_string().contains("marks"), "{error}");
+}
+
 #[test]
 fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
     let mut last = results(3..=3, Figure::Tcp);
