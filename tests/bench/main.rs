@@ -7,6 +7,8 @@ pub mod lab;
 
 #[path = "../../bench/build.rs"]
 pub mod build;
+#[path = "../../bench/packets/committed.rs"]
+pub mod committed;
 #[path = "../../bench/contestant.rs"]
 pub mod contestant;
 #[path = "../../bench/cpu.rs"]
@@ -32,6 +34,7 @@ pub mod results;
 #[path = "../../bench/kube_proxy/tables.rs"]
 pub mod service_tables;
 
+mod instructions;
 mod scripts;
 mod terminal;
 

@@ -8,10 +8,10 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 /// A tree with some scripts of this one, and stand-ins for others.
-struct Tree(TempDir);
+pub(crate) struct Tree(TempDir);
 
 impl Tree {
-    fn of(scripts: &[&str], stand_ins: &[(&str, &str)]) -> Tree {
+    pub(crate) fn of(scripts: &[&str], stand_ins: &[(&str, &str)]) -> Tree {
         let tree = Tree(tempfile::tempdir().expect("a folder"));
         for script in scripts {
             let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(script));
@@ -31,7 +31,7 @@ impl Tree {
     }
 
     /// What lies in `bin` comes before other programs.
-    fn run(&self, command: &str, variables: &[(&str, &str)]) -> Output {
+    pub(crate) fn run(&self, command: &str, variables: &[(&str, &str)]) -> Output {
         let path = format!("{}/bin:{}", self.0.path().display(), std::env::var("PATH").unwrap_or_default());
         let mut shell = Command::new("bash");
         shell.args(["-c", command]).current_dir(self.0.path()).env("PATH", path);
