@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::lab::agent::{Agent, Mesh};
+use crate::lab::joined::{self, Pieces};
 use crate::lab::refuse::{Refused, on_a_kernel_without};
 use crate::lab::traffic::{Echo, pattern, reach, tcp_bulk, udp_socket};
 use crate::lab::{Lab, Node, Station};
@@ -22,17 +23,12 @@ const PAYLOAD: usize = 1200;
 const SENDS: usize = 100;
 /// How long an answer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Longer than any packet that nobody has joined.
-const JOINED: &str = "meta length > 1600";
 
-/// What goes through a node's hands in one piece, as nft sees it.
+/// What goes through a node's hands in one piece.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Joined {
-    /// TCP packets that the agent has joined and written to its TUN.
     tcp: bool,
-    /// UDP packets that it has.
     udp: bool,
-    /// Runs of datagrams that it has given its socket in one piece.
     runs: bool,
 }
 
@@ -138,7 +134,7 @@ fn carries(refused: &[Refused], off: &[&str], joined: Joined) {
     for encap in ["wireguard", "vxlan"] {
         on_a_kernel_without(refused, || {
             let mesh = Mesh::start(Lab::two(), &["--encap", encap, "--lanes", "2"]);
-            mesh.lab.nodes.iter().for_each(watch);
+            mesh.lab.nodes.iter().for_each(joined::watch);
             bulk(mesh.pod(0), mesh.pod(1));
             for (agent, node) in mesh.agents.iter().zip(&mesh.lab.nodes) {
                 assert_eq!(given_up(agent), off, "{encap} without {refused:?}, {}", node.name);
@@ -171,28 +167,9 @@ fn given_up(agent: &Agent) -> Vec<String> {
     off.into_iter().next().expect("a lane")
 }
 
-/// Counts what is joined.
-fn watch(node: &Node) {
-    node.ns.run_all(&format!(
-        "nft add table inet joined
-         nft add chain inet joined in {{ type filter hook prerouting priority -400 ; }}
-         nft add chain inet joined out {{ type filter hook postrouting priority 400 ; }}
-         nft add counter inet joined joined-tcp
-         nft add counter inet joined joined-udp
-         nft add counter inet joined joined-runs
-         nft add rule inet joined in iifname warren0 meta l4proto tcp {JOINED} counter name joined-tcp
-         nft add rule inet joined in iifname warren0 meta l4proto udp {JOINED} counter name joined-udp
-         nft add rule inet joined out oifname eth0 udp dport {{ 8472, 51820-51829 }} {JOINED} counter name joined-runs"
-    ));
-}
-
 fn seen(node: &Node) -> Joined {
-    let counted = |name: &str| {
-        let text = node.ns.run(&format!("nft list counter inet joined joined-{name}"));
-        assert!(text.contains("packets "), "{text}");
-        !text.contains("packets 0 ")
-    };
-    Joined { tcp: counted("tcp"), udp: counted("udp"), runs: counted("runs") }
+    let seen = |pieces| joined::seen(node, pieces) > 0;
+    Joined { tcp: seen(Pieces::Tcp), udp: seen(Pieces::Udp), runs: seen(Pieces::Runs) }
 }
 
 /// Much TCP and UDP, both families, there and back.

@@ -89,6 +89,24 @@ impl Agent {
         self.wait_ready();
     }
 
+    /// Does something while the agent stands still, so that what comes meanwhile comes to it at once.
+    pub fn frozen<R>(&self, during: impl FnOnce() -> R) -> R {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits"));
+        kill(pid, Signal::SIGSTOP).expect("stop the agent");
+        wait_for("every thread of the agent stands still", Duration::from_secs(5), || {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the agent's threads");
+            let stands = |task: fs::DirEntry| {
+                let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                // proc(5): the state comes behind the name, which is in brackets.
+                stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+            };
+            tasks.flatten().all(stands).then_some(())
+        });
+        let result = during();
+        kill(pid, Signal::SIGCONT).expect("let the agent go on");
+        result
+    }
+
     /// Its process.
     #[allow(dead_code)] // for those who measure it
     pub fn pid(&self) -> u32 {

@@ -2,6 +2,7 @@
 //! folder of Kubernetes objects, agents and other people's programs, and traffic that checks every byte.
 
 pub mod agent;
+pub mod joined;
 pub mod netns;
 pub mod peer;
 pub mod probe;
