@@ -1,5 +1,6 @@
 //! Much data through an underlay that loses packets and lets others overtake them, by each encapsulation, on one
-//! lane and on two: every byte arrives, once and in its place.
+//! lane, on two, and on as many as the agent finds right: every byte arrives, once and in its place. So it does while
+//! what the card does for runs of datagrams comes and goes.
 //!
 //! ```text
 //! WARREN=target/release/warren WARREN_BULK_MB=10240 cargo test --test kernel bulk -- --nocapture
@@ -13,7 +14,7 @@ use warren::io::clock;
 
 use crate::lab::agent::Mesh;
 use crate::lab::traffic::{Echo, tcp_bulk};
-use crate::lab::{Lab, Node};
+use crate::lab::{Lab, Node, wait_for};
 
 /// Of what a node receives for a tunnel, one in so many is lost: datagrams, or runs of them where the kernel joins.
 const LOST: u32 = 100;
@@ -22,6 +23,8 @@ const LATE: u32 = 50;
 /// How often the card changes its mind, and how fast.
 const TURNS: usize = 6;
 const TURN: Duration = Duration::from_millis(150);
+/// Much longer than it takes until a run is sent.
+const SOON: Duration = Duration::from_secs(10);
 /// The ports of both encapsulations, as nft has them.
 const TUNNELS: &str = "udp dport { 8472, 51820-51829 }";
 
@@ -46,18 +49,74 @@ fn vxlan_on_two_lanes() {
 }
 
 #[test]
-fn wireguard_while_the_card_loses_its_offloads() {
+fn wireguard_on_lanes_by_themselves() {
+    through_trouble("wireguard", "auto");
+}
+
+#[test]
+fn wireguard_while_the_card_changes_its_offloads() {
     while_offloads_change("wireguard");
 }
 
 #[test]
-fn vxlan_while_the_card_loses_its_offloads() {
+fn vxlan_while_the_card_changes_its_offloads() {
     while_offloads_change("vxlan");
 }
 
-/// What the card did for runs of datagrams it does no more, then again: in the middle of connections.
+#[test]
+fn wireguard_while_the_path_takes_no_more_runs() {
+    when_runs_are_refused("wireguard");
+}
+
+#[test]
+fn vxlan_while_the_path_takes_no_more_runs() {
+    when_runs_are_refused("vxlan");
+}
+
+/// What the card did for runs of datagrams it does no more, then again: in the middle of connections. Its kernel then
+/// cuts them and computes their checksums itself, or before Linux 6.11 refuses what has no card for its checksums.
 fn while_offloads_change(encap: &str) {
     let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+    in_the_middle_of_transfers(&mesh, || {
+        for turn in 0..TURNS {
+            std::thread::sleep(TURN);
+            let to = if turn % 2 == 0 { "off" } else { "on" };
+            for node in &mesh.lab.nodes {
+                // Some of them follow others, so that one alone may be refused.
+                for offload in ["tx-udp-segmentation", "gso", "gro", "tx"] {
+                    node.ns.attempt(&format!("ethtool -K eth0 {offload} {to}"));
+                }
+                let state = node.ns.run("ethtool -k eth0");
+                assert!(state.contains(&format!("tx-udp-segmentation: {to}")), "{state}");
+            }
+        }
+    });
+}
+
+/// In the middle of connections their datagrams no longer fit the card whole. It still takes them, in fragments, but
+/// not as runs: the agents send them one by one from then on, say so, and stay with it for as long as they said.
+fn when_runs_are_refused(encap: &str) {
+    let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+    let fallbacks = || mesh.agents.iter().map(|agent| agent.counted("offload-fallbacks")[0]);
+    in_the_middle_of_transfers(&mesh, || {
+        std::thread::sleep(TURN);
+        assert_eq!(fallbacks().collect::<Vec<u64>>(), [0, 0], "{encap}: while runs fit");
+        mesh.lab.nodes.iter().for_each(|node| drop(node.ns.run("ip link set eth0 mtu 1400")));
+        let both = || fallbacks().all(|count| count > 0).then_some(());
+        wait_for("both agents have been refused a run", SOON, both);
+        std::thread::sleep(TURN);
+        mesh.lab.nodes.iter().for_each(|node| drop(node.ns.run("ip link set eth0 mtu 1500")));
+        std::thread::sleep(TURN);
+    });
+    for agent in &mesh.agents {
+        let said = "no UDP segmentation on this path: sending datagrams one by one";
+        assert!(agent.log().contains(said), "{encap}: {}", agent.log());
+        assert_eq!(agent.dropped("send-failed"), 0, "{encap}: datagrams of refused runs");
+    }
+}
+
+/// While both nodes send to each other by TCP, over both families, as much as they can.
+fn in_the_middle_of_transfers(mesh: &Mesh, change: impl FnOnce()) {
     let echo = Echo::start(mesh.pod(1));
     let going = AtomicBool::new(true);
     std::thread::scope(|scope| {
@@ -74,18 +133,7 @@ fn while_offloads_change(encap: &str) {
             });
         }
         let _end = Ends(&going);
-        for turn in 0..TURNS {
-            std::thread::sleep(TURN);
-            let to = if turn % 2 == 0 { "off" } else { "on" };
-            for node in &mesh.lab.nodes {
-                // Some of them follow others, so that one alone may be refused.
-                for offload in ["tx-udp-segmentation", "gso", "gro", "tx"] {
-                    node.ns.attempt(&format!("ethtool -K eth0 {offload} {to}"));
-                }
-                let state = node.ns.run("ethtool -k eth0");
-                assert!(state.contains(&format!("tx-udp-segmentation: {to}")), "{state}");
-            }
-        }
+        change();
     });
 }
 

@@ -1,5 +1,5 @@
-//! Kernels that offer less: every offload that is refused when an agent starts is done without, the status says so,
-//! and every byte arrives all the same.
+//! Kernels that offer less: every offload that is refused, when an agent starts or when it makes use of it, is done
+//! without, the status says so, and every byte arrives all the same.
 
 use std::io::IoSlice;
 use std::net::SocketAddr;
@@ -8,6 +8,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use serde_json::Value;
 
 use crate::lab::agent::{Agent, Mesh};
 use crate::lab::joined::{self, Pieces};
@@ -64,6 +65,35 @@ fn receive_offload() {
 fn everything() {
     let all = [Refused::Tun, Refused::Segmentation, Refused::ReceiveOffload, Refused::LargeBuffers];
     carries(&all, &["tun-tcp", "tun-udp", "udp-segmentation", "udp-receive"], Joined::default());
+}
+
+/// The kernel has taken the offloads, and refuses what is made by them: the lane learns it by its first joined packets,
+/// in the middle of a transfer.
+#[test]
+fn joined_packets_on_the_tun() {
+    for encap in ["wireguard", "vxlan"] {
+        on_a_kernel_without(&[Refused::JoinedWrites], || {
+            let mesh = Mesh::start(Lab::two(), &["--encap", encap]);
+            mesh.lab.nodes.iter().for_each(joined::watch);
+            for agent in &mesh.agents {
+                assert_eq!(not_on(agent), [""; 0], "{encap}: before there was anything to join");
+                assert_eq!(agent.counted("offload-fallbacks"), [0], "{encap}");
+            }
+            bulk(mesh.pod(0), mesh.pod(1));
+            for (agent, node) in mesh.agents.iter().zip(&mesh.lab.nodes) {
+                let fallen = ["tun-tcp fallen-back", "tun-udp fallen-back"];
+                assert_eq!(not_on(agent), fallen, "{encap}, {}", node.name);
+                assert_eq!(agent.counted("offload-fallbacks"), [2], "{encap}, {}", node.name);
+                assert_eq!(agent.dropped("tun-write-failed"), 0, "{encap}, {}", node.name);
+                let runs = Joined { runs: true, ..Joined::default() };
+                assert_eq!(seen(node), runs, "{encap}, {}", node.name);
+                let features = node.ns.run("ethtool -k warren0");
+                for feature in ["tx-tcp-segmentation", "tx-udp-segmentation"] {
+                    assert!(features.contains(&format!("{feature}: off")), "{encap}: {features}");
+                }
+            }
+        });
+    }
 }
 
 /// The agent takes what the system allows everybody, and says what to set.
@@ -137,7 +167,8 @@ fn carries(refused: &[Refused], off: &[&str], joined: Joined) {
             mesh.lab.nodes.iter().for_each(joined::watch);
             bulk(mesh.pod(0), mesh.pod(1));
             for (agent, node) in mesh.agents.iter().zip(&mesh.lab.nodes) {
-                assert_eq!(given_up(agent), off, "{encap} without {refused:?}, {}", node.name);
+                let expected: Vec<String> = off.iter().map(|name| format!("{name} off")).collect();
+                assert_eq!(not_on(agent), expected, "{encap} without {refused:?}, {}", node.name);
                 assert_eq!(seen(node), joined, "{encap} without {refused:?}, {}", node.name);
                 let features = node.ns.run("ethtool -k warren0");
                 for (offload, feature) in
@@ -151,16 +182,15 @@ fn carries(refused: &[Refused], off: &[&str], joined: Joined) {
     }
 }
 
-/// The offloads that every lane says are off.
-fn given_up(agent: &Agent) -> Vec<String> {
+/// The offloads that every lane says are not in use, and how it says so.
+fn not_on(agent: &Agent) -> Vec<String> {
     let view = agent.status();
     let lanes = view["lanes"].as_array().expect("a list of lanes").iter();
     let off = lanes.map(|lane| {
         let offloads = lane["offloads"].as_array().expect("a list of offloads").iter();
-        let off = offloads.filter(|offload| offload["state"] == "off");
-        let names: Vec<String> =
-            off.map(|offload| offload["name"].as_str().expect("a name").to_owned()).collect();
-        names
+        let word = |offload: &Value, key: &str| offload[key].as_str().expect("a word").to_owned();
+        let states = offloads.map(|offload| [word(offload, "name"), word(offload, "state")]);
+        states.filter(|[_, state]| state != "on").map(|words| words.join(" ")).collect()
     });
     let off: Vec<Vec<String>> = off.collect();
     assert!(off.windows(2).all(|pair| pair[0] == pair[1]), "the lanes do not agree: {off:?}");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use warren::packet::DropReason;
 
 use super::traffic::{exchange, reach};
 use super::{CLUSTER, Lab, Node, Station, wait_for};
@@ -154,6 +155,18 @@ impl Agent {
             count.unwrap_or_else(|| panic!("no {total}: {lane}"))
         });
         found.collect()
+    }
+
+    /// How often it dropped packets for this reason.
+    pub fn dropped(&self, reason: &str) -> u64 {
+        assert!(DropReason::ALL.iter().any(|known| known.name() == reason), "no drop is called {reason}");
+        let view = self.status();
+        let drops = view["drops"].as_array().expect("a list of drops");
+        let found = drops.iter().find(|drop| drop["name"] == reason);
+        found.map_or(0, |drop| {
+            let count = &drop["count"];
+            count.as_u64().or_else(|| count.as_str()?.parse().ok()).expect("a count")
+        })
     }
 
     /// What it wrote when it became ready.

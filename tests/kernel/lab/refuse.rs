@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use seccompiler::SeccompCmpArgLen::Dword;
-use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
+use seccompiler::SeccompCmpOp::{Eq, Ge, MaskedEq};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, apply_filter,
 };
@@ -16,6 +16,9 @@ pub enum Refused {
     TunUdp,
     /// Every offload of a TUN but none.
     Tun,
+    /// Writing a packet that was joined, though the offload was taken: the virtio header and one piece for each packet
+    /// that is in it, at least two.
+    JoinedWrites,
     /// Cutting one send into datagrams, as before Linux 4.18.
     Segmentation,
     /// Joining datagrams on receive, as before Linux 5.0.
@@ -58,6 +61,7 @@ impl Refused {
         let (call, calls, error) = match self {
             Refused::TunUdp => (libc::SYS_ioctl, vec![offload(TUN_F_USO4)], libc::EINVAL),
             Refused::Tun => (libc::SYS_ioctl, vec![offload(TUN_F_CSUM)], libc::EINVAL),
+            Refused::JoinedWrites => (libc::SYS_writev, vec![vec![(2, Ge, 3)]], libc::EINVAL),
             Refused::Segmentation => {
                 (libc::SYS_setsockopt, vec![option(libc::SOL_UDP, UDP_SEGMENT)], libc::ENOPROTOOPT)
             }

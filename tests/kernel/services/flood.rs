@@ -1,7 +1,6 @@
 //! One pod that floods a Service, and everybody else.
 
 use std::net::{IpAddr, SocketAddr};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -9,7 +8,6 @@ use std::time::Duration;
 use warren::io::clock;
 
 use super::{NODE_PORT, asked, pods, service, services, vips};
-use crate::lab::agent::{Agent, warren};
 use crate::lab::netns::Netns;
 use crate::lab::raw::Raw;
 use crate::lab::service::{BOTH, Over, PORT, Service, Who, ask};
@@ -24,20 +22,6 @@ const TARGETS: u8 = 18;
 /// fast the loop is, and not who pays.
 const BURST: u64 = 200;
 const PAUSE: Duration = Duration::from_millis(5);
-
-/// How often the agent dropped packets for this reason.
-fn dropped(agent: &Agent, reason: &str) -> u64 {
-    let run = agent.folder().join("run");
-    let output = Command::new(warren()).args(["status", "--json", "--run-dir"]).arg(run).output();
-    let view: serde_json::Value =
-        serde_json::from_slice(&output.expect("run warren status").stdout).expect("status is JSON");
-    let drops = view["drops"].as_array().expect("a list of drops");
-    let found = drops.iter().find(|drop| drop["name"] == reason);
-    found.map_or(0, |drop| {
-        let count = &drop["count"];
-        count.as_u64().or_else(|| count.as_str()?.parse().ok()).expect("a count")
-    })
-}
 
 fn number(ns: &Netns, key: &str) -> u64 {
     ns.run(&format!("sysctl -n {key}")).trim().parse().expect("a number")
@@ -177,14 +161,14 @@ fn a_flood_costs_the_pod(door: Door) {
         answered
     });
     let (sent, fullest) = (sent.into_inner(), fullest.into_inner());
-    let quota = dropped(&mesh.agents[0], "flow-quota");
+    let quota = mesh.agents[0].dropped("flow-quota");
     eprintln!(
         "{sent} flows, {quota} dropped for the quota, {asked} questions answered, conntrack at most \
          {fullest} of {most}, longest pause {:?}",
         flow.longest_pause()
     );
     assert!(quota > 0, "nothing was dropped for the pod's quota");
-    assert_eq!(dropped(&mesh.agents[0], "flow-table-full"), 0);
+    assert_eq!(mesh.agents[0].dropped("flow-table-full"), 0);
     // Left to itself the flood fills it in seven seconds.
     assert!(fullest < most / 20 * 19, "the kernel's connection table: {fullest} of {most}");
     let log = mesh.agents[0].log();
