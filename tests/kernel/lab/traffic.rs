@@ -310,6 +310,8 @@ fn tcp_sizes(ns: &Netns, source: IpAddr, target: SocketAddr, sizes: &[usize]) {
 /// As many bytes as said, both ways at once, then the end of the stream both ways.
 pub fn tcp_bulk(ns: &Netns, source: IpAddr, target: SocketAddr, bytes: u64) {
     let stream = connect(ns, source, target).unwrap_or_else(|e| panic!("TCP {source} -> {target}: {e}"));
+    // A writer whom nobody reads would wait for many minutes, and the reader's failure with it.
+    stream.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
     let mut writer = stream.try_clone().expect("a second handle");
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -348,6 +350,17 @@ impl Checked {
         assert!(buffer[..n] == pattern(self.position, n), "wrong bytes at {}", self.position);
         self.position += n as u64;
         Ok(n)
+    }
+
+    /// Reads until there were so many bytes in all.
+    pub fn read_until(&mut self, position: u64, patience: Duration) {
+        while self.position < position {
+            match self.read(patience) {
+                Ok(0) => panic!("the stream ended at byte {}", self.position),
+                Ok(_) => {}
+                Err(e) => panic!("the stream broke at byte {}: {e}", self.position),
+            }
+        }
     }
 
     /// Reads until the end; how many bytes there were.

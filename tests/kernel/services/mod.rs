@@ -12,6 +12,7 @@ mod path;
 mod policies;
 mod sctp;
 mod trouble;
+mod turned;
 mod unsummed;
 
 use std::io;
