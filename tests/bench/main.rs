@@ -185,6 +185,35 @@ fn pages_and_charts_are_those_of_the_results_they_name() {
     }
 }
 
+/// What is said to have changed is what the results say that are named beside it.
+#[test]
+fn the_profile_says_what_its_sources_say() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench");
+    let text = fs::read_to_string(folder.join("PROFILE.md")).expect("bench/PROFILE.md");
+    let (_, table) = text.split_once("| | before | after | how |").expect("a table of what has changed");
+    let (mut kept, mut counted) = (0, 0);
+    for row in table.lines().skip(2).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let names: Vec<&str> = cells[1].split('`').skip(1).step_by(2).collect();
+        for cell in &cells[2..4] {
+            if let Some((said, link)) = cell.split_once(" ([") {
+                let file = link.split(['(', ')']).nth(1).expect("a link");
+                let json = fs::read_to_string(folder.join(file.replace(".md", ".json"))).expect(file);
+                let results = Results::read(&json).expect(file);
+                let contestant = Contestant::named(names[0]).expect(row);
+                let figure = Figure::named(names[1]).expect(row);
+                let spread = results.spread(contestant, figure).expect(row);
+                assert_eq!(said, figure.show(spread.median), "{file} and {row}");
+                kept += 1;
+            } else {
+                assert!(cell.contains(" (commit ") && names[0].ends_with("-in"), "no source: {row}");
+                counted += 1;
+            }
+        }
+    }
+    assert!(kept >= 4 && counted >= 2, "{table}");
+}
+
 #[test]
 fn instructions_and_readme_are_part_of_what_is_rendered() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
