@@ -3,7 +3,7 @@
 //! what the card does for runs of datagrams comes and goes.
 //!
 //! ```text
-//! WARREN=target/release/warren WARREN_BULK_MB=10240 cargo test --test kernel bulk -- --nocapture
+//! tests/run bulk      # 10 GB each, in a release build
 //! ```
 
 use std::net::SocketAddr;

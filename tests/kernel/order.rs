@@ -3,7 +3,7 @@
 //! keeps its lane, whenever answers come and however long they stay away.
 //!
 //! ```text
-//! WARREN=target/release/warren WARREN_BULK_MB=10240 cargo test --test kernel order -- --nocapture
+//! tests/run bulk      # 10 GB each, in a release build
 //! ```
 
 use std::io::IoSlice;
