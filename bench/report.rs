@@ -280,6 +280,11 @@ fn about(out: &mut String, results: &Results, source: &str) {
         results.samples(),
         s("seconds"),
     );
+    out.push_str(
+        "As everything shares the processors, no table here can show how the packet loop scales with them: two lanes \
+         beside one are measured in memory, by `bench/scaling`, and `tests/run instructions` holds them to 1.6 times as \
+         much.\n\n",
+    );
     if results.is_debug_build() {
         out.push_str("**A debug build: these figures mean nothing.**\n\n");
     }

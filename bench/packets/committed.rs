@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::process::ExitCode;
 
 use serde_json::Value;
+
+use crate::verdict::Verdict;
 
 /// Percent that a burst may cost more than committed.
 const TOLERANCE: f64 = 3.0;
@@ -12,28 +13,6 @@ const TOLERANCE: f64 = 3.0;
 const TOLERANCE_OTHER_COMPILER: f64 = 10.0;
 /// Percent that a Service may add to a burst from pod to pod.
 const SERVICE_MORE: f64 = 3.0;
-
-/// What is to be said of the counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// They are what was committed, or less.
-    Kept,
-    /// They are for another processor: nothing is known.
-    NotCompared,
-    /// One costs more, or not the same bursts were counted.
-    Broken,
-}
-
-impl Verdict {
-    /// For `tests/run`: what was not compared did not pass.
-    pub fn exit_code(self) -> ExitCode {
-        match self {
-            Verdict::Kept => ExitCode::SUCCESS,
-            Verdict::Broken => ExitCode::FAILURE,
-            Verdict::NotCompared => ExitCode::from(3),
-        }
-    }
-}
 
 /// Compares, and says in a table how.
 pub fn judge(

@@ -13,6 +13,7 @@
 
 pub mod committed;
 pub mod pair;
+pub mod verdict;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -16,6 +16,7 @@ use warren::snapshot::service::{
     Endpoint, Frontend, Known, Listen, Protocol, ServicePort, ServiceTable, Way,
 };
 use warren::snapshot::{Encap, LaneId, LocalNode, Mesh, Owner, Peer, PeerId, PeerLane, PeerVxlan, Snapshot};
+use warren::tunnel::vxlan_link::Neighbours;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// An address and a port.
@@ -35,6 +36,8 @@ const SMALL: usize = 64;
 const SMALL_PACKETS: usize = 16;
 /// IPv4 and TCP header.
 const HEADERS: usize = 40;
+/// Bytes of a frame that a lane may write into.
+const HEADERS_AT_MOST: usize = 128;
 /// Keys that need be no secret.
 pub const PRIVATE: [[u8; 32]; 2] = [[1; 32], [2; 32]];
 
@@ -67,17 +70,35 @@ pub struct Carriage {
     pub load: Load,
 }
 
+/// What the lanes of one node share.
+#[derive(Clone)]
+pub struct Shared {
+    snapshot: Arc<Snapshot>,
+    neighbours: Arc<Neighbours>,
+    flows: Arc<FlowTable>,
+    affinity: Arc<Affinity>,
+}
+
 struct Node {
     lane: Lane,
-    snapshot: Snapshot,
+    snapshot: Arc<Snapshot>,
     out: Output,
     receive: Vec<u8>,
+}
+
+/// Bursts that are ready to be worked on.
+pub struct Bursts {
+    /// Frames from the TUN, each with itself as it was; the same ones each time.
+    out: Vec<(Vec<u8>, Vec<u8>)>,
+    /// What was received. WireGuard opens each datagram only once.
+    inward: Vec<(Vec<u8>, Vec<Arrival>)>,
 }
 
 /// Both nodes, with an open connection between their pods.
 pub struct Pair {
     nodes: [Node; 2],
     carriage: Carriage,
+    client: Socket,
     now: Instant,
     /// What node 0 is about to read from its TUN.
     frames: Vec<Vec<u8>>,
@@ -88,15 +109,21 @@ pub struct Pair {
 impl Pair {
     /// Two nodes whose pods have spoken.
     pub fn new(carriage: Carriage) -> Pair {
+        Pair::of_lane(carriage, 0, &[0, 1].map(|number| Shared::of(number, carriage.encap, 1)))
+    }
+
+    /// The lanes of that number of two nodes, with a client of their own.
+    pub fn of_lane(carriage: Carriage, number: u8, shared: &[Shared; 2]) -> Pair {
         #[allow(clippy::disallowed_methods)] // where time begins does not matter
         let now = Instant::now();
-        let nodes = [0, 1].map(|number| Node {
-            lane: lane(number, now),
-            snapshot: snapshot(number, carriage.encap),
+        let nodes = [0, 1].map(|node| Node {
+            lane: lane_of(node, number, &shared[node], now),
+            snapshot: Arc::clone(&shared[node].snapshot),
             out: Output::new(Offloads { tcp: true, udp: true, acks: true }),
             receive: Vec::new(),
         });
-        let mut pair = Pair { nodes, carriage, now, frames: Vec::new(), arrivals: Vec::new() };
+        let client = (CLIENT.0, CLIENT.1 + u16::from(number));
+        let mut pair = Pair { nodes, carriage, client, now, frames: Vec::new(), arrivals: Vec::new() };
         let opening: [(usize, &str); 3] = [(0, "S"), (1, "SA"), (0, "A")];
         for (node, flags) in opening {
             let mut frame = match carriage.load {
@@ -177,6 +204,44 @@ impl Pair {
         out.clear_tun();
     }
 
+    /// Makes ready as many bursts each way as [`Self::run`] is to work on.
+    pub fn prepare_many(&mut self, bursts: usize) -> Bursts {
+        self.prepare(Heading::Out);
+        let out = self.frames.iter().map(|frame| (frame.clone(), frame.clone())).collect();
+        let mut inward = Vec::with_capacity(bursts);
+        for _ in 0..bursts {
+            self.prepare(Heading::In);
+            inward.push((std::mem::take(&mut self.nodes[0].receive), self.arrivals.clone()));
+        }
+        Bursts { out, inward }
+    }
+
+    /// Works on them, in turns out and in, up to what system calls would take over. Says how many packets came through.
+    pub fn run(&mut self, bursts: &mut Bursts) -> usize {
+        let node = &mut self.nodes[0];
+        let mut packets = 0;
+        for (receive, arrivals) in &mut bursts.inward {
+            for (frame, original) in &mut bursts.out {
+                // A lane writes into headers, as those of a packet to a Service; the payload stays.
+                let headers = frame.len().min(HEADERS_AT_MOST);
+                frame[..headers].copy_from_slice(&original[..headers]);
+                node.take_frame(self.now, frame);
+            }
+            packets += node.out.tx.runs().iter().map(|run| run.count).sum::<usize>();
+            node.out.tx.clear();
+
+            std::mem::swap(&mut node.receive, receive);
+            for arrival in arrivals {
+                node.take_datagrams(self.now, *arrival);
+            }
+            node.lane.finish_tun(self.now, &mut node.receive, &mut node.out);
+            packets += node.out.tun.frames().map(|frame| usize::from(frame.packets)).sum::<usize>();
+            node.out.clear_tun();
+            std::mem::swap(&mut node.receive, receive);
+        }
+        packets
+    }
+
     fn mss(&self) -> usize {
         usize::from(mtu(self.carriage.encap)) - HEADERS
     }
@@ -184,8 +249,8 @@ impl Pair {
     /// Who node `from`'s pod is, and whom it speaks to.
     fn sockets(&self, from: usize) -> (Socket, Socket) {
         match from {
-            0 => (CLIENT, if self.carriage.service { SERVICE } else { ENDPOINT }),
-            _ => (ENDPOINT, CLIENT),
+            0 => (self.client, if self.carriage.service { SERVICE } else { ENDPOINT }),
+            _ => (ENDPOINT, self.client),
         }
     }
 
@@ -277,14 +342,20 @@ pub fn outer(node: usize) -> IpAddr {
     IpAddr::from([192, 0, 2, 1 + node as u8])
 }
 
-/// One node as its peer sees it.
+/// A node of one lane as its peer sees it.
 pub fn peer(node: usize, encap: Encap) -> Peer {
+    peer_of(node, encap, 1)
+}
+
+fn peer_of(node: usize, encap: Encap, lanes: u8) -> Peer {
     let address = outer(node);
     Peer {
         id: PeerId(0),
         name: format!("node{node}"),
         encap: Some(encap),
-        lanes: vec![PeerLane { key: public(node), port: 51820 }],
+        lanes: (0..lanes)
+            .map(|lane| PeerLane { key: public_of(node, lane), port: 51820 + u16::from(lane) })
+            .collect(),
         endpoints: vec![SocketAddr::new(address, 51820)],
         vxlan: Some(PeerVxlan { address, port: 8472, mac: Some(mac(node)) }),
         pod_ranges: vec![pods(node)],
@@ -297,26 +368,48 @@ pub fn peer(node: usize, encap: Encap) -> Peer {
     }
 }
 
+impl Shared {
+    /// Of a node with so many lanes, whose peer has as many.
+    pub fn of(number: usize, encap: Encap, lanes: u8) -> Shared {
+        Shared {
+            snapshot: Arc::new(snapshot_of(number, encap, lanes)),
+            neighbours: Arc::default(),
+            flows: Arc::new(FlowTable::in_memory(1 << 16, Seed(1, 2)).expect("a table")),
+            affinity: Arc::new(Affinity::in_memory(1024)),
+        }
+    }
+}
+
 /// The only lane of a node.
-pub fn lane(number: usize, now: Instant) -> Lane {
+pub fn lane(node: usize, now: Instant) -> Lane {
+    lane_of(node, 0, &Shared::of(node, Encap::WireGuard, 1), now)
+}
+
+fn lane_of(node: usize, number: u8, shared: &Shared, now: Instant) -> Lane {
     Lane::new(LaneConfig {
-        id: LaneId(0),
-        private: PRIVATE[number],
+        id: LaneId(number),
+        private: private(node, number),
         seed: (1, 2),
         vxlan_sources: 1,
-        neighbours: Arc::default(),
-        flows: Arc::new(FlowTable::in_memory(1 << 16, Seed(1, 2)).expect("a table")),
-        affinity: Arc::new(Affinity::in_memory(1024)),
+        neighbours: Arc::clone(&shared.neighbours),
+        flows: Arc::clone(&shared.flows),
+        affinity: Arc::clone(&shared.affinity),
         epoch: (now, 0),
     })
 }
 
 /// What a node knows.
 pub fn snapshot(number: usize, encap: Encap) -> Snapshot {
+    snapshot_of(number, encap, 1)
+}
+
+fn snapshot_of(number: usize, encap: Encap, lanes: u8) -> Snapshot {
     let other = 1 - number;
     let mut mesh = Mesh::default();
-    mesh.peers.push(Some(Arc::new(peer(other, encap))));
-    mesh.keys.insert(public(other), (PeerId(0), LaneId(0)));
+    mesh.peers.push(Some(Arc::new(peer_of(other, encap, lanes))));
+    for lane in 0..lanes {
+        mesh.keys.insert(public_of(other, lane), (PeerId(0), LaneId(lane)));
+    }
     mesh.vxlan_sources.insert(outer(other), PeerId(0));
     for (range, owner) in [
         (pods(number), Owner::LocalPod),
@@ -371,7 +464,16 @@ fn mac(node: usize) -> [u8; 6] {
     [2, 0, 0, 0, 0, node as u8]
 }
 
-/// A node's public key.
+/// The public key of a node's first lane.
 pub fn public(node: usize) -> [u8; 32] {
-    PublicKey::from(&StaticSecret::from(PRIVATE[node])).to_bytes()
+    public_of(node, 0)
+}
+
+fn public_of(node: usize, lane: u8) -> [u8; 32] {
+    PublicKey::from(&StaticSecret::from(private(node, lane))).to_bytes()
+}
+
+/// Each lane has a key of its own.
+fn private(node: usize, lane: u8) -> [u8; 32] {
+    PRIVATE[node].map(|byte| byte + 2 * lane)
 }

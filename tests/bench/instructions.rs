@@ -6,7 +6,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::committed::{Verdict, judge};
+use crate::committed::judge;
+use crate::scaling;
+use crate::verdict::Verdict;
 
 /// What is committed, and counts that are the same.
 fn committed() -> (Value, BTreeMap<String, u64>) {
@@ -69,12 +71,26 @@ fn on_another_processor_nothing_is_compared_but_services() {
     assert_eq!(judge(&without, &counts, "y", "x").0, Verdict::Broken, "no Service at all");
 }
 
+#[test]
+fn lanes_that_do_not_scale_fail_where_the_processors_can() {
+    let judged = |processors, shared, apart| scaling::judge(processors, shared, || apart).0;
+    assert_eq!(judged(2, scaling::BAR, 0.0), Verdict::Kept);
+    assert_eq!(judged(2, 1.59, 1.9), Verdict::Broken);
+    assert_eq!(judged(64, 1.0, 1.6), Verdict::Broken);
+    assert_eq!(judged(1, 1.9, 1.9), Verdict::NotCompared, "no pass on one processor");
+    assert_eq!(judged(2, 1.3, 1.4), Verdict::NotCompared, "two threads of one core");
+    for (processors, shared) in [(1, 1.0), (2, 1.3)] {
+        let text = scaling::judge(processors, shared, || 1.4).1;
+        assert!(text.starts_with("WARNING: NOT COMPARED: "), "{text}");
+    }
+}
+
 /// `tests/run instructions`, with a gate that ends so.
 fn section(says: &str, ends: u8) -> (bool, String) {
     let gate = format!("echo '{says}'; exit {ends}");
     let tree = crate::scripts::Tree::of(
         &["tests/run", "Cargo.toml"],
-        &[("bench/instructions", &gate), ("bench/micro", "exit 0")],
+        &[("bench/instructions", &gate), ("bench/scaling", "exit 0"), ("bench/micro", "exit 0")],
     );
     let output = tree.run("tests/run instructions", &[]);
     (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
@@ -83,13 +99,13 @@ fn section(says: &str, ends: u8) -> (bool, String) {
 #[test]
 fn what_was_not_compared_is_no_pass() {
     let (is_well, said) = section("all of it", 0);
-    assert!(is_well && said.contains("\n2 passed, 0 failed"), "{said}");
+    assert!(is_well && said.contains("\n3 passed, 0 failed"), "{said}");
     let (is_well, said) = section("WARNING: NOT COMPARED: another processor", 3);
-    assert!(is_well && said.contains("\n1 passed, 0 failed"), "{said}");
+    assert!(is_well && said.contains("\n2 passed, 0 failed"), "{said}");
     let (_, summary) = said.split_once("=== summary").expect("a summary");
     assert!(summary.contains("WARNING: NOT COMPARED: another processor"), "{said}");
     let (_, said) = section("not a word", 3);
     assert!(said.contains("WARNING: NOT COMPARED: bench/instructions"), "{said}");
     let (is_well, said) = section("FAILED: costs more", 1);
-    assert!(!is_well && said.contains("\n1 passed, 1 failed"), "{said}");
+    assert!(!is_well && said.contains("\n2 passed, 1 failed"), "{said}");
 }

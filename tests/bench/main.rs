@@ -31,8 +31,12 @@ pub mod plot;
 pub mod report;
 #[path = "../../bench/results.rs"]
 pub mod results;
+#[path = "../../bench/packets/scaling/judge.rs"]
+pub mod scaling;
 #[path = "../../bench/kube_proxy/tables.rs"]
 pub mod service_tables;
+#[path = "../../bench/packets/verdict.rs"]
+pub mod verdict;
 
 mod instructions;
 mod scripts;
@@ -366,6 +370,7 @@ fn few_samples_are_marked_and_counted_by_cell() {
     let page = |results: &Results| report::page(&read_again(results), "here.json", None);
     let enough = page(&results(1..=5, Figure::Tcp));
     assert!(enough.contains("of 5 samples of 1 s, interleaved"), "{enough}");
+    assert!(enough.contains("`bench/scaling`"), "what these tables cannot show: {enough}");
     assert!(enough.contains("| wireguard-go | 3.00 (1.00 to 5.00) |"), "{enough}");
     assert!(!enough.contains("sample)") && !enough.contains("fewer than five"), "{enough}");
 
