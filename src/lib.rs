@@ -35,8 +35,9 @@
 //! copied too, a packet at a time: no peer sends that by the dozen.
 //!
 //! A lane is a thread with its own queue of the TUN, sockets and key. Which queue a flow's packets come by is the
-//! kernel's symmetric hash of it, and stays so: lanes write in a way that the kernel does not remember (`io::tun`).
-//! Which lane receives is the sender's choice, by the key or the port. So either direction of a flow has one lane.
+//! kernel's symmetric hash of it, as long as there are the same queues: lanes write in a way that the kernel does not
+//! remember (`io::tun`). Which lane receives is the sender's choice, by the key or the port. So each direction of a flow
+//! has one lane; they are the same one only by chance, as each node's hash has a secret of its own.
 //!
 //! # The state line
 //!

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A [`Lane`] is one such line: one thread drives it with what it read, and sends what stands in
-//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter. Lanes share a table of flows and
-//! nothing else; only what an ordinary WireGuard peer is sent may change lanes, as a [`Parcel`].
+//! [`Output`] afterwards. Every drop has its [`DropReason`] and a counter. Lanes share tables (flows,
+//! clients, neighbours) and nothing else; only what an ordinary WireGuard peer is sent may change lanes, as a [`Parcel`].
 
 pub mod affinity;
 pub mod conntrack;
@@ -57,7 +57,8 @@ const TX_BYTES: usize = 1 << 20;
 /// Bytes that decrypted packets of one receive batch may take.
 const PLAIN_BYTES: usize = 1 << 20;
 /// Packets that one read from the TUN can become: 64 KiB in the smallest segments that a kernel makes by itself, for
-/// an MSS of 48 (TCP_MIN_SND_MSS, include/net/tcp.h) with timestamps. In smaller ones, what finds no room is dropped.
+/// an MSS of 48 (TCP_MIN_SND_MSS, include/net/tcp.h) with timestamps, without SACK. In smaller ones, what finds no room
+/// is dropped.
 const READ_PACKETS: usize = (64 << 10) / SMALLEST_PAYLOAD;
 const SMALLEST_PAYLOAD: usize = 48 - 12;
 /// Headers of such a segment: IPv6, TCP with timestamps.

@@ -8,7 +8,7 @@ use crate::packet::DropReason;
 use crate::snapshot::{Peer, PeerId, PublicKey};
 use crate::tunnel::Segments;
 
-/// Parcels that may wait in one lane's output: more than one turn of the lane makes. And bytes after which one is
+/// Parcels that may wait in one lane's output: more than its own pods make in one turn. And bytes after which one is
 /// closed; the packets of one read may go beyond that.
 const MOST: usize = 64;
 const BYTES: usize = 64 << 10;
@@ -77,7 +77,10 @@ pub(super) fn put(parcels: &mut Vec<Parcel>, peer: &Peer, packets: &impl Segment
     if parcels.len() >= MOST {
         return Err(DropReason::HandOver);
     }
-    let mut parcel = Parcel { peer: peer.id, key, bytes: Vec::with_capacity(2 * BYTES), ends: Vec::new() };
+    let count = packets.count();
+    let bytes = (0..count).map(|index| packets.len(index)).sum();
+    let mut parcel =
+        Parcel { peer: peer.id, key, bytes: Vec::with_capacity(bytes), ends: Vec::with_capacity(count) };
     parcel.add(packets);
     parcels.push(parcel);
     Ok(())

@@ -30,7 +30,7 @@ use crate::tunnel::wireguard::Keys;
 const VXLAN_SOURCES: u8 = 4;
 /// Commands that may wait for a lane.
 const COMMANDS: usize = 64;
-/// Parcels that may wait for lane 0, each of up to 128 KiB.
+/// Parcels that may wait for lane 0, each of 64 KiB and what one read adds, mostly as much again.
 const PARCELS: usize = 128;
 
 /// Why the lanes cannot be started.

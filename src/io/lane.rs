@@ -1,7 +1,7 @@
 //! The lane's thread: reads what there is, lets the packet line work on it, sends what came out.
 //!
-//! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full; on lane 0, what the other lanes have
-//!    handed over to it goes before
+//! 1. TUN -> packet line -> datagrams, until the TUN is empty or the batch is full; on lane 0 in turn with what the
+//!    other lanes have handed over to it
 //! 2. datagrams -> packet line -> TUN, one receive call's worth per encapsulation
 //! 3. commands, timers, and what is to be handed over
 //! 4. nothing to do: yield for as long as that has paid off (`io::spin`), then sleep
@@ -36,7 +36,7 @@ use crate::tunnel::wireguard::{Keys, SessionReport, WireGuardStats};
 
 /// Frames read from the TUN before the network gets its turn.
 const TUN_FRAMES: usize = 16;
-/// Parcels taken from other lanes before the TUN gets its turn.
+/// Parcels taken from other lanes in one turn.
 const PARCELS: usize = 16;
 /// A TCP super-packet of so many bytes tells of a stream; see `io::spin`.
 const BULK_BYTES: usize = 32 * 1024;
@@ -139,6 +139,8 @@ pub struct LaneLoop<K> {
     initiate: VecDeque<PeerId>,
     /// Whether TCP super-packets went through this turn.
     bulk: bool,
+    /// Whether what other lanes handed over came before what the TUN has, last turn.
+    parcels_first: bool,
 }
 
 impl<K> std::fmt::Debug for LaneLoop<K> {
@@ -171,6 +173,7 @@ impl<K: Kernel> LaneLoop<K> {
             outbox: Outbox::default(),
             initiate: VecDeque::new(),
             bulk: false,
+            parcels_first: false,
         }
     }
 
@@ -230,9 +233,16 @@ impl<K: Kernel> LaneLoop<K> {
         let snapshot = self.shared.snapshot.load();
         self.bulk = false;
         let mut worked = self.flush_datagrams(now);
-        worked |= self.take_parcels(now, &snapshot);
-        if self.outbox.full().is_none() {
-            worked |= self.take_frames(now, &snapshot)?;
+        // Whoever comes second may find the socket full.
+        self.parcels_first = !self.parcels_first;
+        for parcels in [self.parcels_first, !self.parcels_first] {
+            if self.outbox.full().is_none() {
+                worked |= if parcels {
+                    self.take_parcels(now, &snapshot)
+                } else {
+                    self.take_frames(now, &snapshot)?
+                };
+            }
         }
         for encap in [Encap::WireGuard, Encap::Vxlan] {
             worked |= self.take_datagrams(now, &snapshot, encap)?;
@@ -339,18 +349,18 @@ impl<K: Kernel> LaneLoop<K> {
         let _ = bell.write(1);
     }
 
-    /// Sends what the other lanes have put down: no more than leaves this lane's own TUN queue its share, however
-    /// much they put down.
+    /// Sends what the other lanes have put down.
     fn take_parcels(&mut self, now: Instant, snapshot: &Snapshot) -> bool {
         let Some(parcels) = &self.desk.taking else { return false };
         let mut taken = 0;
-        while taken < PARCELS && self.outbox.full().is_none() && self.out.has_room() {
+        while taken < PARCELS && self.out.has_room() {
             let Ok(parcel) = parcels.try_recv() else { break };
             self.lane.take_parcel(now, snapshot, &parcel, &mut self.out);
             taken += 1;
         }
-        // What they filled is wanted again.
-        self.flush_datagrams(now);
+        if taken > 0 {
+            self.flush_datagrams(now);
+        }
         taken > 0
     }
 

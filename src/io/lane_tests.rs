@@ -498,11 +498,18 @@ fn what_other_lanes_hand_over_leaves_a_lane_its_own_turn() {
     let taking = Desk { taking: Some(take), putting: None };
     let frames = (0..5).map(|_| super_frame_to([10, 244, 2, 2], 1379, 1000)).collect();
     let (mut first, _) = lane_of(0, Fake { frames, ..Fake::default() }, snapshot, taking);
+    let frames_left = |first: &LaneLoop<Fake>| first.kernel.frames.len();
+    // The handshake finds the socket full, and so there is no looking at the TUN;
+    first.kernel.next_sends = [libc::EAGAIN].into();
     first.turn(now()).expect("a turn");
-    let handshakes = 1;
-    assert_eq!((first.lane.waiting(), first.kernel.sent.len()), (PARCELS, handshakes + 5));
+    assert_eq!((first.lane.waiting(), frames_left(&first)), (PARCELS, 5));
+    // then it is the TUN's turn, which finds it full too.
+    first.kernel.next_sends = [libc::EAGAIN].into();
+    first.turn(now()).expect("a turn");
+    assert_eq!((first.lane.waiting(), frames_left(&first)), (PARCELS, 0));
     while first.turn(now()).expect("a turn") {}
-    assert_eq!(first.lane.waiting(), 100);
+    let handshakes = 1;
+    assert_eq!((first.lane.waiting(), first.kernel.sent.len()), (100, handshakes + 5));
 }
 
 #[test]

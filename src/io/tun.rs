@@ -85,7 +85,8 @@ impl TunOffloads {
 /// after three seconds without a write to the one that its hash of the flow says (`tun_automq_select_queue`): a flow
 /// would change its lane, and overtake itself, with each answer that comes late or in the middle of a burst. What is
 /// written by a descriptor that is detached from its queue leaves no such trace (`tun_get_user`): then the hash alone
-/// decides, the same for both directions, for as long as there are as many queues.
+/// decides, for as long as there are the same queues. It is of addresses and ports, of fragments and what has no ports
+/// of addresses alone, and so of all IPv6 with a flow label on kernels before a5e2151ff9d5 (September 2023).
 pub struct TunQueue {
     reader: tun::Device,
     /// Detached; `None` where there is only one queue.
@@ -144,9 +145,14 @@ impl TunQueues {
     /// wanted offloads that are left; what the kernel refuses is not used, by no lane.
     pub fn open(&self, name: &str, wanted: TunOffloads) -> Result<TunQueue, TunError> {
         let mut left = self.left();
-        // Before the queue itself: then both have the same number, and what is written bears one that exists.
+        // Before the queue itself: then both have the same number, and what is written bears one that exists, as long as
+        // nobody else has queues of the device (`agent::presence` sees to that).
         let writer = self.several.then(|| detached(name)).transpose()?;
         let reader = attached(name)?;
+        // SAFETY: TUNSETPERSIST takes its argument by value.
+        if unsafe { libc::ioctl(reader.as_raw_fd(), TUNSETPERSIST as _, 1 as libc::c_ulong) } < 0 {
+            return Err(TunError::Io { name: name.to_owned(), source: io::Error::last_os_error() });
+        }
         let offloads = set_offloads(reader.as_raw_fd(), left.and(wanted));
         *left = offloads;
         Ok(TunQueue { reader, writer, offloads })
@@ -170,7 +176,7 @@ impl AsRawFd for TunQueue {
     }
 }
 
-/// Opens a queue of the interface, which is made if it is not there, and makes it outlive us.
+/// Opens a queue of the interface, which is made if it is not there.
 fn attached(name: &str) -> Result<tun::Device, TunError> {
     if name.is_empty() || name.len() > 15 || name.contains(['/', ' ', '\0']) {
         return Err(TunError::BadName(name.to_owned()));
@@ -192,7 +198,8 @@ fn attached(name: &str) -> Result<tun::Device, TunError> {
         .map_err(|e| TunError::Io { name: name.to_owned(), source: io::Error::other(e.to_string()) })
 }
 
-/// A descriptor that can write, but is led nothing to read.
+/// A descriptor that can write, but is led nothing to read: but for the moment before it is detached, what the kernel
+/// leads there is lost.
 fn detached(name: &str) -> Result<tun::Device, TunError> {
     let device = attached(name)?;
     let request = request("", libc::IFF_DETACH_QUEUE);
@@ -225,10 +232,6 @@ fn set_interface(fd: RawFd, name: &str) -> Result<(), TunError> {
             Some(libc::EBUSY | libc::E2BIG) => TunError::Busy(name.to_owned()),
             Some(_) | None => TunError::Io { name: name.to_owned(), source: error },
         });
-    }
-    // SAFETY: TUNSETPERSIST takes its argument by value.
-    if unsafe { libc::ioctl(fd, TUNSETPERSIST as _, 1 as libc::c_ulong) } < 0 {
-        return Err(TunError::Io { name: name.to_owned(), source: io::Error::last_os_error() });
     }
     Ok(())
 }
