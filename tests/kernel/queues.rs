@@ -106,7 +106,7 @@ fn answers_never_move_a_flow_to_another_queue() {
             );
         }
         // Each lane answers each flow: one of the two is not where it is.
-        for (lane, wait) in [(0, 0), (1, 0), (0, 3500), (1, 3500)] {
+        for (lane, wait) in [(0, 0), (1, 0), (0, 5000), (1, 5000)] {
             for flow in &flows {
                 let builder = etherparse::PacketBuilder::ipv4(THEIRS, [10, 9, 0, 1], 64);
                 let port = flow.local_addr().expect("an address").port();
