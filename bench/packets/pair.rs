@@ -99,6 +99,8 @@ pub struct Pair {
     nodes: [Node; 2],
     carriage: Carriage,
     client: Socket,
+    /// Whose answers come in: mostly the same one's.
+    answered: Socket,
     now: Instant,
     /// What node 0 is about to read from its TUN.
     frames: Vec<Vec<u8>>,
@@ -122,8 +124,9 @@ impl Pair {
             out: Output::new(Offloads { tcp: true, udp: true, acks: true }),
             receive: Vec::new(),
         });
-        let client = (CLIENT.0, CLIENT.1 + u16::from(number));
-        let mut pair = Pair { nodes, carriage, client, now, frames: Vec::new(), arrivals: Vec::new() };
+        let client = client_of(number);
+        let (frames, arrivals) = (Vec::new(), Vec::new());
+        let mut pair = Pair { nodes, carriage, client, answered: client, now, frames, arrivals };
         let opening: [(usize, &str); 3] = [(0, "S"), (1, "SA"), (0, "A")];
         for (node, flags) in opening {
             let mut frame = match carriage.load {
@@ -134,6 +137,12 @@ impl Pair {
             pair.talk();
         }
         pair
+    }
+
+    /// From now on what comes in are answers to that lane's client, whose connection is open too: each node chooses
+    /// the lane that sends by its own hash, so that a flow mostly leaves by one lane and comes back by another.
+    pub fn cross(&mut self, number: u8) {
+        self.answered = client_of(number);
     }
 
     /// Packets of one burst.
@@ -250,7 +259,7 @@ impl Pair {
     fn sockets(&self, from: usize) -> (Socket, Socket) {
         match from {
             0 => (self.client, if self.carriage.service { SERVICE } else { ENDPOINT }),
-            _ => (ENDPOINT, self.client),
+            _ => (ENDPOINT, self.answered),
         }
     }
 
@@ -302,6 +311,11 @@ impl Pair {
         sender.out.tx.clear();
         arrivals
     }
+}
+
+/// The client whose flow goes out by a lane.
+fn client_of(lane: u8) -> Socket {
+    (CLIENT.0, CLIENT.1 + u16::from(lane))
 }
 
 impl Node {
@@ -377,6 +391,13 @@ impl Shared {
             flows: Arc::new(FlowTable::in_memory(1 << 16, Seed(1, 2)).expect("a table")),
             affinity: Arc::new(Affinity::in_memory(1024)),
         }
+    }
+
+    /// Of each flow, the lane that has seen it last.
+    pub fn seen_by(&self) -> Vec<u8> {
+        let mut records = Vec::new();
+        self.flows.page(0, 0, usize::MAX, &mut records);
+        records.iter().map(|record| record.lane).collect()
     }
 }
 

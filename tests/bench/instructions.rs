@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::committed::judge;
-use crate::scaling;
+use crate::scaling::{self, Both};
 use crate::verdict::Verdict;
 
 /// What is committed, and counts that are the same.
@@ -73,14 +73,19 @@ fn on_another_processor_nothing_is_compared_but_services() {
 
 #[test]
 fn lanes_that_do_not_scale_fail_where_the_processors_can() {
-    let judged = |processors, shared, apart| scaling::judge(processors, shared, || apart).0;
-    assert_eq!(judged(2, scaling::BAR, 0.0), Verdict::Kept);
+    let judged = |processors, shared, apart| scaling::judge(processors, 1.0, || Both { shared, apart }).0;
+    let not_again = || panic!("enough is known");
+    assert_eq!(scaling::judge(2, scaling::BAR, not_again).0, Verdict::Kept);
+    assert_eq!(scaling::judge(1, 1.9, not_again).0, Verdict::NotCompared, "no pass on one processor");
+    assert_eq!(judged(2, scaling::BAR, 2.0), Verdict::Kept, "the second time");
     assert_eq!(judged(2, 1.59, 1.9), Verdict::Broken);
-    assert_eq!(judged(64, 1.0, 1.6), Verdict::Broken);
-    assert_eq!(judged(1, 1.9, 1.9), Verdict::NotCompared, "no pass on one processor");
+    assert_eq!(judged(2, 1.0, 1.9), Verdict::Broken, "a lock");
+    assert_eq!(judged(2, 0.95, 1.3), Verdict::Broken, "a lock, and two threads of one core");
     assert_eq!(judged(2, 1.3, 1.4), Verdict::NotCompared, "two threads of one core");
-    for (processors, shared) in [(1, 1.0), (2, 1.3)] {
-        let text = scaling::judge(processors, shared, || 1.4).1;
+    assert_eq!(judged(2, 1.58, 1.61), Verdict::NotCompared, "and of a better one");
+    assert_eq!(judged(64, 0.95, 1.0), Verdict::NotCompared, "busy");
+    for processors in [1, 2] {
+        let (_, text) = scaling::judge(processors, 1.0, || Both { shared: 1.3, apart: 1.4 });
         assert!(text.starts_with("WARNING: NOT COMPARED: "), "{text}");
     }
 }
