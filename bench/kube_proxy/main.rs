@@ -80,11 +80,8 @@ enum Figure {
 /// What another program of ours has said, as a section of the results.
 fn taken_in(said: &Path) -> io::Result<Value> {
     let rows: Value = serde_json::from_str(&fs::read_to_string(said)?)?;
-    let mut about = report::about(&lab::agent::warren());
-    // What was measured is that program itself, and its rows say whether it is a debug build.
-    about["build"] = json!("cargo bench");
-    about["sha256"] = Value::Null;
-    about["debug_build"] = json!(false);
+    let mut about = report::about_one_process();
+    // Nothing was measured from here.
     about["bench_debug_build"] = json!(false);
     Ok(json!({ "about": about, "rows": rows }))
 }

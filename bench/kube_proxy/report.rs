@@ -67,6 +67,16 @@ pub fn about(warren: &str) -> Value {
     })
 }
 
+/// The same where no agent is measured, but a program that `cargo bench` builds from this tree; its rows say whether it
+/// is a debug build.
+pub fn about_one_process() -> Value {
+    let mut about = about(env!("CARGO_BIN_EXE_warren"));
+    about["build"] = json!("cargo bench");
+    about["sha256"] = Value::Null;
+    about["debug_build"] = json!(false);
+    about
+}
+
 /// What a person types for the same; what `bench/kube-proxy` adds is left out.
 fn command() -> String {
     let mut words = vec!["bench/kube-proxy".to_owned()];

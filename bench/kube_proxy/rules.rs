@@ -16,7 +16,6 @@ use serde_json::{Value, json};
 use warren::io::clock;
 
 use crate::api::Api;
-use crate::lab::agent::warren;
 use crate::lab::netns::{Netns, veth};
 use crate::lab::wait_for;
 use crate::objects::{self, NODES};
@@ -53,7 +52,8 @@ const TARGET: u16 = 8080;
 
 /// The section of the results.
 pub fn measure(options: &Options) -> Value {
-    let about = report::about(&warren());
+    // kube-proxy is beside no agent here, but beside what `--beside` has of Warren.
+    let about = report::about_one_process();
     let beside = options.beside.as_ref().map(|file| fs::read_to_string(file).expect("read --beside"));
     let beside: Value =
         beside.map_or(Value::Null, |text| serde_json::from_str(&text).expect("--beside is JSON"));

@@ -46,7 +46,7 @@ impl Tree {
 }
 
 /// Writes down what is called, with which Warren.
-const CARGO: &str = r#"echo "${WARREN:-}|${BENCH_BUILD:-}|cargo $*" >>calls"#;
+const CARGO: &str = r#"echo "${WARREN:-}|${BENCH_BUILD:-}|cargo $*" >>calls; [[ $1 != bench ]] || echo "[]""#;
 const BUILD_STATIC: &str = r#"echo "build-static" >>calls; echo /somewhere/dist/warren"#;
 
 fn measuring(command: &str, variables: &[(&str, &str)]) -> (String, String) {
@@ -101,9 +101,29 @@ fn the_services_of_a_run_are_of_the_same_build() {
 }
 
 #[test]
+fn what_a_shell_happens_to_say_of_a_build_is_not_believed() {
+    let said = |command, variables: &[(&str, &str)]| {
+        let mut all = vec![("BENCH_BUILD", "deploy/build-static"), ("is_shipped", "yes")];
+        all.extend(variables);
+        measuring(command, &all).0
+    };
+    for command in ["bench/run --services --rounds 1", "bench/kube-proxy connections"] {
+        let calls = said(command, &[("WARREN", "/of/mine/warren-2")]);
+        assert!(calls.contains("/of/mine/warren-2|WARREN=warren-2|cargo test "), "{command}: {calls}");
+        assert!(!calls.contains("build-static|cargo test "), "{command}: {calls}");
+    }
+    let calls = measuring("bench/kube-proxy connections", &[("BENCH_BUILD", "WARREN=mine")]).0;
+    assert!(calls.contains("|deploy/build-static|cargo test ") && !calls.contains("mine"), "{calls}");
+}
+
+#[test]
 fn no_agent_is_built_where_none_is_measured() {
-    let (calls, _) = measuring("bench/kube-proxy changes || true", &[]);
-    assert!(calls.contains("--bench services") && !calls.contains("build-static"), "{calls}");
+    for figure in ["changes", "instructions", "rules"] {
+        let (calls, said) = measuring(&format!("bench/kube-proxy {figure} --note x"), &[]);
+        assert!(calls.contains("|cargo bench --quiet --bench services -- "), "{figure}: {calls}");
+        assert!(calls.contains(&format!("||cargo test --quiet --bench kube_proxy -- {figure} ")), "{calls}");
+        assert!(!calls.contains("build-static") && !said.contains("shipped"), "{figure}: {calls}{said}");
+    }
 }
 
 #[test]
