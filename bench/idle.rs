@@ -15,6 +15,8 @@ use crate::results::Reading;
 pub const PEERS: usize = 1000;
 /// The first /26 of 10.244.0.0/16 that is a peer's; the node's own are before.
 const FIRST: usize = 16;
+/// For how many times the seconds of other measurements a program is looked at: idle ones do little at a time.
+pub const TIMES: u32 = 6;
 /// How long a program has to settle after it knows all peers.
 const SETTLE: Duration = Duration::from_secs(5);
 

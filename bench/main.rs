@@ -43,8 +43,7 @@ use contestant::{Contestant, Running};
 use figure::{Figure, Work};
 use results::{Reading, Results};
 
-/// Idle programs are looked at for so many times the seconds of a measurement, until there are so many samples.
-const IDLE_TIMES: u32 = 6;
+/// Idle programs are looked at until there are so many samples.
 const IDLE_ROUNDS: usize = 5;
 
 /// What to measure, and how long.
@@ -151,7 +150,7 @@ fn measure_all(arguments: &Arguments, mut results: Results) -> io::Result<String
             }
             let is_known = results.count(contestant, Figure::IdleMemory) >= IDLE_ROUNDS;
             if !idle.is_empty() && !is_known && idle::is_measured(contestant) {
-                let seconds = arguments.seconds * IDLE_TIMES;
+                let seconds = arguments.seconds * idle::TIMES;
                 let measured = caught(|| idle::measure(contestant, &arguments.lanes, seconds));
                 add(&mut results, round, contestant, Work::Idle, measured);
             }

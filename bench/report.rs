@@ -34,11 +34,12 @@ const GROUPS: [Group; 6] = [
     },
     Group {
         title: "UDP",
-        how: "`iperf3 -u -b 0 -l 1372` and `-l 64`: what arrives of as much as the sender can send. Free of loss: the \
-              highest `-b` of which less than 0.1 % is lost in a second (`--pacing-timer 100`; doubled from 400 \
-              Mbit/s, with 64 bytes from 10, then five halvings, two tries each; `-w 2M` if the machine allows, so \
-              that what is lost is lost on the way and not by iperf3). \"≥\": iperf3 itself, on these processors, could \
-              send hardly more than that (a tenth at most); who was measured may carry more. `bare` is what iperf3 and the \
+        how: "`iperf3 -u -b 0 -l 1372` and `-l 64`: what arrives of as much as the sender can send. Free of loss: \
+              a sample is a search for the highest `-b` of which less than 0.1 % is lost, in tries of 1 s, \
+              whatever the seconds of the others (`--pacing-timer 100`; doubled from 400 Mbit/s, with 64 bytes \
+              from 10, then five halvings, two tries each; `-w 2M` if the machine allows, so that what is lost is \
+              lost on the way and not by iperf3). \"≥\": iperf3 itself, on these processors, could send hardly \
+              more than that (a tenth at most); who was measured may carry more. `bare` is what iperf3 and the \
               kernel do without any tunnel.",
         figures: &[Figure::Udp, Figure::UdpLossFree, Figure::UdpSmall, Figure::UdpSmallLossFree],
         plot: Some("udp.svg"),
@@ -82,14 +83,18 @@ const GROUPS: [Group; 6] = [
     Group {
         title: "Idle, with 1,000 peers",
         how: "One node that knows 1,000 others, of which none says a word: resident memory and processor time of its \
-              program. Warren has them as 1,000 Node objects in a folder, the others by `wg addconf`.",
+              program, looked at for six times the seconds of the other samples. Warren has them as 1,000 Node \
+              objects in a folder, the others by `wg addconf`.",
         figures: &[Figure::IdleMemory, Figure::IdleCpu],
         plot: None,
     },
 ];
 
-/// How figures of few samples are marked.
+/// How ratios of few rounds are marked.
 const FEW: &str = " In brackets: of how many rounds, where they are fewer than five.";
+/// What goes for ratios of samples whose command is not known.
+const UNKNOWN_COMMANDS: &str = "Of which command a sample is was not kept for all: their ratios are of rounds of the \
+                                same number, which may be of different commands.";
 
 /// The figures of README's table and of the ratios, with the heads of their columns.
 const HEADLINE: [(Figure, &str); 9] = [
@@ -221,10 +226,10 @@ pub fn page(results: &Results, source: &str, plots: Option<&str>) -> String {
         if !headline.is_empty() && results.contestants().contains(&reference) {
             let _ = writeln!(
                 out,
-                "\n## Ratios to {}\n\nMedian of each round's ratio. `-`: not measured in the same round of the same \
-                 command.{}\n",
+                "\n## Ratios to {}\n\nMedian of each round's ratio. `-`: not measured in the same round{}.{}\n",
                 reference.name(),
-                if results.has_few() { FEW } else { "" },
+                if results.knows_commands() { " of the same command" } else { "" },
+                if few(results, &headline, |c, f| results.ratio(c, reference, f)) { FEW } else { "" },
             );
             table(&mut out, results, &headline, |c, f| {
                 results.ratio(c, reference, f).map(|s| format!("{:.2}{}", s.median, s.mark()))
@@ -266,9 +271,10 @@ fn about(out: &mut String, results: &Results, source: &str) {
         false => "in the same order in each round, or in some of them",
     };
     let few = if results.has_few() { "Those of fewer than five say so. " } else { "" };
-    let times = match runs.len() {
-        1 => "",
-        _ => {
+    let times = match (results.knows_commands(), runs.len()) {
+        (false, _) => UNKNOWN_COMMANDS,
+        (true, 1) => "",
+        (true, _) => {
             "What several commands measured was measured at different times: ratios are of rounds of one command."
         }
     };
@@ -276,7 +282,8 @@ fn about(out: &mut String, results: &Results, source: &str) {
         out,
         "Two namespaces joined by a veth pair, both ends, both agents and the load on the same processors. Each \
          contestant is set up anew in every round, so that what the machine does meanwhile hits all alike: compare \
-         rows, not runs. Each figure is the median (least to most) of {} of {} s, interleaved, {order}. {few}{times}\n",
+         rows, not runs. Each figure is the median (least to most) of {}, each of {} s where its section does not say \
+         otherwise, interleaved, {order}. {few}{times}\n",
         results.samples(),
         s("seconds"),
     );
@@ -353,6 +360,18 @@ fn table(
     }
 }
 
+/// Whether some cell of a table has few samples, as [`Spread::mark`] says there.
+fn few(
+    results: &Results,
+    columns: &[(Figure, &str)],
+    cell: impl Fn(Contestant, Figure) -> Option<Spread>,
+) -> bool {
+    let contestants = results.contestants();
+    let mut cells =
+        contestants.iter().flat_map(|c| columns.iter().filter_map(|(figure, _)| cell(*c, *figure)));
+    cells.any(|spread| !spread.mark().is_empty())
+}
+
 fn headline(results: &Results) -> Vec<(Figure, &'static str)> {
     HEADLINE.into_iter().filter(|(figure, _)| results.has(*figure)).collect()
 }
@@ -376,6 +395,7 @@ fn between_marks(text: &str, (begin, end): Marks, part: &str) -> Option<String> 
 
 fn short(results: &Results) -> String {
     let mut out = String::new();
+    let headline = headline(results);
     let _ = writeln!(
         out,
         "![TCP throughput](bench/results/tcp.svg)\n\nBoth ends, both agents and iperf3 (cubic) on the same {} \
@@ -385,9 +405,13 @@ fn short(results: &Results) -> String {
         results.about("kernel"),
         results.setting("underlay_mtu"),
         results.samples(),
-        if results.has_few() { " (in brackets: of how many, where they are fewer than five)" } else { "" },
+        if few(results, &headline, |c, f| results.spread(c, f)) {
+            " (in brackets: of how many, where they are fewer than five)"
+        } else {
+            ""
+        },
     );
-    table(&mut out, results, &headline(results), |contestant, figure| {
+    table(&mut out, results, &headline, |contestant, figure| {
         results.spread(contestant, figure).map(|spread| spread.middle(figure) + &spread.mark())
     });
     out.push_str(

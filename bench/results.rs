@@ -199,6 +199,11 @@ impl Results {
         Ok(())
     }
 
+    /// Whether each sample's command can be told. Where it cannot, rounds of the same number stand beside each other.
+    pub fn knows_commands(&self) -> bool {
+        self.samples.iter().all(|sample| sample.run != 0)
+    }
+
     /// The commands whose rounds these are, the first one first.
     pub fn runs(&self) -> Vec<Run> {
         match &self.about["runs"] {
@@ -281,7 +286,8 @@ impl Results {
         Spread::of(self.values(contestant, figure).into_values().collect())
     }
 
-    /// Each round's ratio of a contestant to another. What another command measured, at another time, has none.
+    /// Each round's ratio of a contestant to another. What another command measured, at another time, has none, as far as
+    /// that is known ([`Self::knows_commands`]).
     pub fn ratio(&self, contestant: Contestant, to: Contestant, figure: Figure) -> Option<Spread> {
         let others = self.values(to, figure);
         let ratio = |(at, own): ((usize, u32), Reading)| Some((own.value / others.get(&at)?.value).into());

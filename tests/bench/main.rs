@@ -259,7 +259,7 @@ fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
     assert!(page.contains("another order each round") && !page.contains("not kept"), "{page}");
     assert!(page.contains("; 1 lane\n"), "{page}");
 
-    // As they were written before: the last command alone, always the same order.
+    // As they were written before: the last command alone, always the same order, nothing of it beside samples.
     let mut old = last.json();
     let about = old["about"].as_object_mut().expect("an object");
     about.remove("runs");
@@ -267,11 +267,16 @@ fn all_commands_stand_on_the_page_and_what_was_not_kept_is_said() {
         about.insert(key.to_owned(), json!(value));
     }
     about.insert("load_before".to_owned(), json!("0.42"));
+    for sample in old["samples"].as_array_mut().expect("samples") {
+        sample.as_object_mut().expect("an object").remove("run");
+    }
     let old = Results::read(&old.to_string()).expect("old results are read");
     let page = report::page(&old, "here.json", None);
     let line = "    bench/run --rounds 1 --append  # then, commit abc1234, load 0.42\n";
     assert!(page.contains(line) && page.contains("not kept"), "{page}");
     assert!(page.contains("in the same order"), "{page}");
+    assert!(page.contains("ratios are of rounds of the same number"), "{page}");
+    assert!(!page.contains("rounds of one command") && !page.contains("the same command"), "{page}");
     let mut more = results(4..=4, Figure::Tcp);
     more.continue_after(old).expect("the same machine");
     assert_eq!(more.runs().len(), 2);
@@ -369,7 +374,10 @@ fn commands_of_old_samples_are_told_by_what_they_asked_for() {
 fn few_samples_are_marked_and_counted_by_cell() {
     let page = |results: &Results| report::page(&read_again(results), "here.json", None);
     let enough = page(&results(1..=5, Figure::Tcp));
-    assert!(enough.contains("of 5 samples of 1 s, interleaved"), "{enough}");
+    assert!(
+        enough.contains("of 5 samples, each of 1 s where its section does not say otherwise, interleaved"),
+        "{enough}"
+    );
     assert!(enough.contains("`bench/scaling`"), "what these tables cannot show: {enough}");
     assert!(enough.contains("| wireguard-go | 3.00 (1.00 to 5.00) |"), "{enough}");
     assert!(!enough.contains("sample)") && !enough.contains("fewer than five"), "{enough}");
@@ -381,16 +389,46 @@ fn few_samples_are_marked_and_counted_by_cell() {
     few.add(1, Contestant::WarrenWireguard, Figure::Tcp4, Ok(7.0.into()));
     few.add(2, Contestant::WarrenWireguard, Figure::Tcp4, Err("did not start".to_owned()));
     let page = page(&few);
-    assert!(page.contains("of 1 to 6 samples of 1 s, interleaved"), "{page}");
+    assert!(page.contains("of 1 to 6 samples, each of 1 s where"), "{page}");
     assert!(page.contains("Those of fewer than five say so."), "{page}");
     assert!(page.contains("| wireguard-go | 3.00 (1.00 to 5.00) | 3.50 (1.00 to 6.00) |"), "{page}");
     assert!(page.contains("| **warren-wireguard** | ≥ 13.00 (11.00 to 15.00) | 7.00 (1 sample) |"), "{page}");
     assert!(page.contains("| 4.33 | 7.00 (1) |"), "the ratios: {page}");
+    assert!(page.contains("In brackets: of how many rounds"), "{page}");
     assert!(page.contains("4 TCP streams, to wireguard-go | 7.00 (1 sample) |"), "{page}");
     let charts = plot::all(&few);
     let marked =
         charts.iter().any(|(_, svg)| svg.contains(">7.00 (1)</text>") && svg.contains("In brackets"));
     assert!(marked, "{charts:?}");
+}
+
+/// A legend is for what stands in the table below it.
+#[test]
+fn ratios_say_of_how_many_rounds_they_are_by_their_own_counts() {
+    let page = |results: &Results| report::page(&read_again(results), "here.json", None);
+    let ratios = |page: &str| page.split_once("## Ratios to wireguard-go").expect("ratios").1.to_owned();
+    // Samples enough, of which few are of the same round.
+    let mut few = results(1..=5, Figure::Tcp);
+    for round in 1..=5 {
+        few.add(round, Contestant::WireguardGo, Figure::Tcp4, Ok(1.0.into()));
+        few.add(round + 3, Contestant::WarrenWireguard, Figure::Tcp4, Ok(2.0.into()));
+    }
+    let few = page(&few);
+    assert!(!few.contains("Those of fewer than five") && ratios(&few).contains("| 2.00 (2) |"), "{few}");
+    assert!(ratios(&few).contains("In brackets: of how many rounds"), "{few}");
+    // Few samples, of a figure that has no ratios.
+    let mut other = results(1..=5, Figure::Tcp);
+    other.add(1, Contestant::WireguardGo, Figure::UdpSmall, Ok(1.0.into()));
+    let other = page(&other);
+    assert!(other.contains("Those of fewer than five") && !ratios(&other).contains("In brackets"), "{other}");
+}
+
+#[test]
+fn sections_say_how_long_their_samples_are_where_it_is_otherwise() {
+    let page = |figure| report::page(&results(1..=5, figure), "here.json", None);
+    assert!(page(Figure::UdpLossFree).contains("in tries of 1 s, whatever the seconds of the others"));
+    assert_eq!(idle::TIMES, 6);
+    assert!(page(Figure::IdleCpu).contains("for six times the seconds of the other samples"));
 }
 
 #[test]
